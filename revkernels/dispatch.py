@@ -1,0 +1,163 @@
+"""Loads the native modules once, and answers which implementations exist and why the others do not.
+
+======================  ==========================  =====================================================
+implementation          registered for              where
+======================  ==========================  =====================================================
+``reference``           every device                :mod:`revkernels.reference`
+``cpp``                 CPU                         ``csrc/cpu``, module ``revkernels._C``
+``cuda``                CUDA                        ``csrc/cuda``, module ``revkernels._C_cuda``
+``triton``              CUDA                        :mod:`revkernels.triton`
+======================  ==========================  =====================================================
+
+Environment variables, read once at import:
+
+``REVKERNELS_REQUIRE``
+    Comma-separated implementations that must load; a missing one is an ImportError that says why.
+``REVKERNELS_DISABLE``
+    Comma-separated implementations that are not loaded, to compare or to debug.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from revkernels.registry import LIBRARY, OPS
+
+IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether an implementation is in use, why not, and what its module says it was built with."""
+
+    name: str
+    loaded: bool
+    reason: str = ""
+    module: ModuleType | None = None
+
+
+def _listed(variable: str) -> set[str]:
+    names = {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
+    unknown = names - set(IMPLEMENTATIONS)
+    if unknown:
+        raise ValueError(f"{variable}: unknown implementation {sorted(unknown)}; choose from {IMPLEMENTATIONS}")
+    return names
+
+
+def _load_native(name: str, module: str, why_not: str) -> Status:
+    if why_not:
+        return Status(name, False, why_not)
+    try:
+        return Status(name, True, module=importlib.import_module(f"revkernels.{module}"))
+    except ModuleNotFoundError:
+        return Status(name, False, f"revkernels.{module} was not built; see the messages of `pip install -v .`")
+    except ImportError as error:
+        return Status(name, False, f"revkernels.{module} does not load: {error}")
+
+
+def _load_triton(why_not: str) -> Status:
+    if why_not:
+        return Status("triton", False, why_not)
+    try:
+        module = importlib.import_module("revkernels.triton")
+    except ImportError as error:
+        return Status("triton", False, f"triton does not import: {error}")
+    for op, launcher in module.LAUNCHERS.items():
+        LIBRARY.impl(op, launcher, "CUDA")
+    return Status("triton", True, module=module)
+
+
+def _load() -> dict[str, Status]:
+    required, disabled = _listed("REVKERNELS_REQUIRE"), _listed("REVKERNELS_DISABLE")
+
+    def why_not(name: str, needs_cuda: bool) -> str:
+        if name in disabled:
+            return "disabled by REVKERNELS_DISABLE"
+        if needs_cuda and torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        return ""
+
+    statuses = {
+        "reference": Status("reference", True),
+        "cpp": _load_native("cpp", "_C", why_not("cpp", needs_cuda=False)),
+        "cuda": _load_native("cuda", "_C_cuda", why_not("cuda", needs_cuda=True)),
+        "triton": _load_triton(why_not("triton", needs_cuda=False)),
+    }
+    for name in sorted(required):
+        if not statuses[name].loaded:
+            raise ImportError(f"REVKERNELS_REQUIRE asks for {name!r}: {statuses[name].reason}")
+    if not statuses["cpp"].loaded and "cpp" not in disabled:
+        warnings.warn(f"revkernels runs without its C++ kernels: {statuses['cpp'].reason}", stacklevel=3)
+    return statuses
+
+
+STATUS: dict[str, Status] = _load()
+
+
+def can_run(op: str, implementation: str, device: torch.device, *, raise_error: bool = False) -> bool:
+    """Whether ``op`` can run as ``implementation`` on tensors of ``device``.
+
+    Args:
+        op: name of a registered op, such as ``"couple_"``.
+        implementation: ``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``.
+        device: where the tensors are.
+        raise_error: raise with the reason instead of returning False.
+
+    Raises:
+        ValueError: unknown op or implementation.
+        RuntimeError: it cannot run, and ``raise_error`` is set.
+    """
+    reason = why_not(op, implementation, device)
+    if reason and raise_error:
+        raise RuntimeError(f"{op} cannot run as {implementation!r} on {device}: {reason}")
+    return not reason
+
+
+def why_not(op: str, implementation: str, device: torch.device) -> str:
+    """The reason why ``op`` cannot run as ``implementation`` on ``device``; empty when it can."""
+    if op not in OPS:
+        raise ValueError(f"op: {op!r} is not registered; choose from {sorted(OPS)}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: {implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
+    status = STATUS[implementation]
+    if not status.loaded:
+        return status.reason
+    if implementation == "reference":
+        return ""
+    wanted = "cpu" if implementation == "cpp" else "cuda"
+    if implementation == "triton":
+        if op not in status.module.LAUNCHERS:
+            return f"{op} has no Triton kernel"
+        if device.type == "cpu" and status.module.INTERPRETED:
+            return ""
+    elif op not in status.module.ops():
+        return f"{op} has no {implementation} kernel"
+    return "" if device.type == wanted else f"it runs on {wanted} tensors only"
+
+
+def implementation(op: str, name: str, device: torch.device) -> Callable:
+    """The callable that runs ``op`` as the implementation asked for by name; see :func:`can_run` for what is raised."""
+    can_run(op, name, device, raise_error=True)
+    if name == "reference":
+        return OPS[op].reference
+    if name == "triton":
+        return STATUS["triton"].module.LAUNCHERS[op]
+    return OPS[op].overload
+
+
+def in_use(op: str, device_type: str) -> str:
+    """The name of the implementation that the dispatcher takes for ``op`` on ``device_type``."""
+    for name in ("cpp", "cuda", "triton"):
+        status = STATUS[name]
+        if status.loaded and device_type == ("cpu" if name == "cpp" else "cuda"):
+            ops = status.module.LAUNCHERS if name == "triton" else status.module.ops()
+            if op in ops:
+                return name
+    return "reference"

@@ -1,0 +1,352 @@
+"""The public functions: arguments checked, gradients attached, every error naming the argument.
+
+The functions that end in an underscore and the adjoints are the bare ops, for engines that do their own
+backward; the others are differentiable (once: none of them supports a second derivative through the kernels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from revkernels import registry  # noqa: F401  (defines the ops)
+from revkernels.reference import accumulate_dtype
+
+FACTORS = (1, 2, 4, 8)
+MODES = ("bilinear", "nearest")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+_ops = torch.ops.revkernels
+
+
+def _check_map(name: str, x: Tensor, device: torch.device | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected one of {[str(d) for d in DTYPES]}, got {x.dtype}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
+def _check_factor(name: str, factor: int, mode: str) -> None:
+    if factor not in FACTORS:
+        raise ValueError(f"{name}: expected an upsampling factor in {FACTORS}, got {factor!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+
+
+def _check_vector(name: str, v: Tensor | None, n: int, c: int, device: torch.device) -> None:
+    if v is None:
+        return
+    if tuple(v.shape) not in ((c,), (n, c)):
+        raise ValueError(f"{name}: expected shape ({c},) or ({n}, {c}), got {tuple(v.shape)}")
+    if v.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {v.device}")
+
+
+def _optional_list(name: str, values: Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
+    values = [None] * count if values is None else list(values)
+    if len(values) != count:
+        raise ValueError(f"{name}: expected one entry (or None) per contribution, {count}, got {len(values)}")
+    return values
+
+
+def _is_overlapping(y: Tensor) -> bool:
+    """Whether two indices of y share memory (an expanded tensor, say), which an in-place op cannot update."""
+    extent = sorted((stride, size) for stride, size in zip(y.stride(), y.shape, strict=True) if size > 1)
+    reach = 0
+    for stride, size in extent:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _check_contributions(y: Tensor, p: Sequence[Tensor], factors: Sequence[int], mode: str) -> None:
+    if len(factors) != len(p):
+        raise ValueError(f"factors: expected one per contribution, {len(p)}, got {len(factors)}")
+    n, c, h, w = y.shape
+    for k, (p_k, f_k) in enumerate(zip(p, factors, strict=True)):
+        _check_factor(f"factors[{k}]", f_k, mode)
+        _check_map(f"p[{k}]", p_k, y.device)
+        if h % f_k or w % f_k or tuple(p_k.shape) != (n, c, h // f_k, w // f_k):
+            raise ValueError(
+                f"p[{k}]: expected shape {(n, c)} + y's {(h, w)} / {f_k} so that it upsamples to y, got {tuple(p_k.shape)}"
+            )
+
+
+def couple_(
+    y: Tensor,
+    p: Sequence[Tensor],
+    factors: Sequence[int],
+    *,
+    scale: Sequence[Tensor | None] | None = None,
+    shift: Sequence[Tensor | None] | None = None,
+    mode: str = "bilinear",
+    subtract: bool = False,
+) -> Tensor:
+    """Additive coupling in place: ``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``, in one pass over y.
+
+    The sum is kept in float32 (float64 for float64) and rounded to y once, the same way for both signs.
+
+    Args:
+        y: ``[N, C, H, W]``, float, updated in place; any strides without overlap.
+        p: contributions ``p_k [N, C, H / f_k, W / f_k]``, float, any strides, not necessarily y's dtype.
+        factors: ``f_k`` in {1, 2, 4, 8}, one per contribution.
+        scale: ``a_k``, ``[C]`` or ``[N, C]`` each, or None for 1.
+        shift: ``b_k``, likewise, or None for 0.
+        mode: ``"bilinear"`` (``align_corners=False``) or ``"nearest"``.
+        subtract: the inverse operation.
+
+    Returns:
+        y.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+    """
+    _check_map("y", y)
+    if _is_overlapping(y):
+        raise ValueError(f"y: expected memory without overlap for an in-place update, got strides {y.stride()}")
+    _check_contributions(y, p, factors, mode)
+    scale = _optional_list("scale", scale, len(p))
+    shift = _optional_list("shift", shift, len(p))
+    for k in range(len(p)):
+        _check_vector(f"scale[{k}]", scale[k], y.shape[0], y.shape[1], y.device)
+        _check_vector(f"shift[{k}]", shift[k], y.shape[0], y.shape[1], y.device)
+    _ops.couple_(y, list(p), scale, shift, list(factors), mode, subtract)
+    return y
+
+
+def couple_adjoint(
+    dy: Tensor,
+    factors: Sequence[int],
+    *,
+    p: Sequence[Tensor | None] | None = None,
+    center: Sequence[Tensor | None] | None = None,
+    mode: str = "bilinear",
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Transpose of :func:`couple_`: ``du_k = up_{f_k}^T(dy)`` for every k from one read of dy, without atomics.
+
+    Args:
+        dy: ``[N, C, H, W]``, float, any strides.
+        factors: ``f_k`` in {1, 2, 4, 8}; they must divide H and W.
+        p: raw contributions ``p_k [N, C, H / f_k, W / f_k]`` of which the sums are wanted, or None.
+        center: ``m_k [C]``, subtracted from p_k in the second sum (BatchNorm's mean), or None for 0.
+        mode: as in the forward.
+
+    Returns:
+        ``du``: one tensor per factor in dy's dtype; for ``f_k = 1`` it is dy itself, not a copy.
+        ``sums``: ``[2, N, C] = (sum_hw du_k, sum_hw du_k (p_k - m_k))`` in float32 (float64), None where p_k is None.
+
+    Raises:
+        ValueError, TypeError: as :func:`couple_`.
+    """
+    _check_map("dy", dy)
+    p = _optional_list("p", p, len(factors))
+    center = _optional_list("center", center, len(factors))
+    n, c, h, w = dy.shape
+    for k, f_k in enumerate(factors):
+        _check_factor(f"factors[{k}]", f_k, mode)
+        if h % f_k or w % f_k:
+            raise ValueError(f"factors[{k}]: expected a divisor of dy's size {(h, w)}, got {f_k}")
+        if p[k] is not None:
+            _check_contributions(dy, [p[k]], [f_k], mode)
+        _check_vector(f"center[{k}]", center[k], n, c, dy.device)
+    du, sums = _ops.couple_adjoint(dy, p, center, list(factors), mode)
+    du = [dy if f_k == 1 else du_k for f_k, du_k in zip(factors, du, strict=True)]
+    return du, [None if p_k is None else s_k for p_k, s_k in zip(p, sums, strict=True)]
+
+
+class _Couple(torch.autograd.Function):
+    """``z = y + sum_k up_{f_k}(p_k)``; ``dy = dz``, ``dp_k = up_{f_k}^T(dz)``."""
+
+    @staticmethod
+    def forward(y: Tensor, factors: tuple[int, ...], mode: str, *p: Tensor) -> Tensor:
+        return couple_(y.clone(), p, factors, mode=mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        _, ctx.factors, ctx.mode, *p = inputs
+        ctx.dtypes = [p_k.dtype for p_k in p]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dz: Tensor):  # noqa: ANN001, ANN205
+        du, _ = couple_adjoint(dz, ctx.factors, mode=ctx.mode)
+        return dz, None, None, *(du_k.to(dtype) for du_k, dtype in zip(du, ctx.dtypes, strict=True))
+
+
+def couple(y: Tensor, p: Sequence[Tensor], factors: Sequence[int], *, mode: str = "bilinear") -> Tensor:
+    """Differentiable, out-of-place :func:`couple_` with ``a_k = 1``, ``b_k = 0``; y is left as it was.
+
+    Args, Raises: as :func:`couple_`.
+
+    Returns:
+        ``z [N, C, H, W] = y + sum_k up_{f_k}(p_k)`` in y's dtype.
+    """
+    return _Couple.apply(y, tuple(factors), mode, *p)
+
+
+class _Upsample(torch.autograd.Function):
+    """``y = up_f(x)``; ``dx = up_f^T(dy)``."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: int, mode: str) -> Tensor:
+        return _ops.upsample(x, factor, mode)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        _, ctx.factor, ctx.mode = inputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        return _ops.upsample_adjoint(dy, ctx.factor, ctx.mode), None, None
+
+
+def upsample(x: Tensor, factor: int, *, mode: str = "bilinear") -> Tensor:
+    """Upsample a map by 1, 2, 4 or 8, as ``F.interpolate(scale_factor=factor, align_corners=False)``.
+
+    Args:
+        x: ``[N, C, H, W]``, float.
+        factor: 1, 2, 4 or 8.
+        mode: ``"bilinear"`` or ``"nearest"``.
+
+    Returns:
+        ``[N, C, factor * H, factor * W]``, contiguous, x's dtype.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, factor or mode.
+    """
+    _check_map("x", x)
+    _check_factor("factor", factor, mode)
+    return _Upsample.apply(x, factor, mode)
+
+
+class _SpaceToDepth(torch.autograd.Function):
+    """A linear map; its transpose sums the gradients of repeated planes."""
+
+    @staticmethod
+    def forward(x: Tensor, planes: int, block: int) -> Tensor:
+        return _ops.space_to_depth(x, planes, block)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        x, _, ctx.block = inputs
+        ctx.channels = x.shape[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        return _ops.space_to_depth_adjoint(dy, ctx.channels, ctx.block), None, None
+
+
+def space_to_depth(x: Tensor, planes: int, block: int) -> Tensor:
+    """Move ``block x block`` pixels into channels, after repeating the image planes cyclically to ``planes``.
+
+    ``y[n, (r * block + q) * planes + p, i, j] = x[n, p mod C, i * block + r, j * block + q]`` (the network's stem).
+
+    Args:
+        x: ``[N, C, H, W]``, float; H and W multiples of ``block``.
+        planes: at least C.
+        block: side of the block in pixels, at least 1.
+
+    Returns:
+        ``[N, planes * block^2, H / block, W / block]``, contiguous.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, planes or block.
+    """
+    _check_map("x", x)
+    if block < 1 or x.shape[2] % block or x.shape[3] % block:
+        raise ValueError(f"block: expected a divisor of the image's size {tuple(x.shape[2:])}, got {block}")
+    if planes < x.shape[1]:
+        raise ValueError(f"planes: expected at least the image's {x.shape[1]} channels, got {planes}")
+    return _SpaceToDepth.apply(x, planes, block)
+
+
+def depth_to_space(y: Tensor, channels: int, block: int) -> Tensor:
+    """Inverse of :func:`space_to_depth` (not differentiable): the first copy of each image plane.
+
+    Args:
+        y: ``[N, planes * block^2, H, W]``, float.
+        channels: planes of the image, at most ``planes``.
+        block: side of the block in pixels.
+
+    Returns:
+        ``[N, channels, block * H, block * W]``, contiguous.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, channels or block.
+    """
+    _check_map("y", y)
+    if block < 1 or y.shape[1] % (block * block):
+        raise ValueError(f"block: expected block^2 to divide y's {y.shape[1]} channels, got {block}")
+    if not 1 <= channels <= y.shape[1] // (block * block):
+        raise ValueError(f"channels: expected 1 to {y.shape[1] // (block * block)}, got {channels}")
+    return _ops.depth_to_space(y, channels, block)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """``y = w * x`` per channel; ``dx = w^T * dy``, ``dw = x * dy``."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        return _ops.depthwise_conv(x, weight, None, None, stride)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        x, weight, ctx.stride = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        x, weight = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _ops.depthwise_conv_grad_input(dy, weight, x.shape[2], x.shape[3], ctx.stride)
+        if ctx.needs_input_grad[1]:
+            kernel = weight.shape[-1]
+            dw = _ops.depthwise_conv_grad_weight(x, dy, None, None, kernel, ctx.stride).to(weight.dtype)
+        return dx, dw, None
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, *, stride: int = 1) -> Tensor:
+    """Depthwise convolution with an odd kernel k, zero padding ``(k - 1) / 2`` and no bias, as ``F.conv2d``.
+
+    Args:
+        x: ``[N, C, H, W]``, float.
+        weight: ``[C, 1, k, k]``, k odd, on x's device.
+        stride: at least 1.
+
+    Returns:
+        ``[N, C, ceil(H / stride), ceil(W / stride)]``, contiguous, x's dtype.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device or stride.
+    """
+    _check_map("x", x)
+    _check_map("weight", weight, x.device)
+    c, one, k, k2 = weight.shape
+    if c != x.shape[1] or one != 1 or k != k2 or k % 2 == 0:
+        raise ValueError(f"weight: expected shape ({x.shape[1]}, 1, k, k) with k odd, got {tuple(weight.shape)}")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
+    return _DepthwiseConv.apply(x, weight, stride)
+
+
+__all__ = [
+    "accumulate_dtype",
+    "couple",
+    "couple_",
+    "couple_adjoint",
+    "depth_to_space",
+    "depthwise_conv",
+    "space_to_depth",
+    "upsample",
+]

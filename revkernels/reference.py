@@ -1,0 +1,286 @@
+"""The truth: one plain-PyTorch function per op, written for reading.
+
+Every other implementation (C++, CUDA, Triton) is tested against these. They accept any strides, any
+floating dtype and any device, accumulate 16-bit inputs in float32 and never call another registered op.
+
+Shape letters: N samples, C channels, H, W rows and columns of a map, f an upsampling factor, b a
+space-to-depth block, k a kernel size, s a stride, R the hidden width of squeeze-excite.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_channel(v: Tensor) -> Tensor:
+    """``[C]`` or ``[N, C]`` to a shape that broadcasts against ``[N, C, H, W]``."""
+    return v[..., None, None]
+
+
+# --- resampling ---------------------------------------------------------------------------------
+
+
+def upsample(x: Tensor, factor: int, mode: str) -> Tensor:
+    """``up_f(x)``: bilinear with ``align_corners=False``, or nearest.  ``[N, C, H, W] -> [N, C, fH, fW]``."""
+    if factor == 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    n, c, h, w = x.shape
+    size = (h * factor, w * factor)
+    if x.numel() == 0:
+        return x.new_empty((n, c, *size))
+    wide = x.to(accumulate_dtype(x.dtype)).contiguous()
+    up = F.interpolate(wide, size=size, mode=mode, align_corners=None if mode == "nearest" else False)
+    return up.to(x.dtype)
+
+
+def upsample_adjoint(dy: Tensor, factor: int, mode: str) -> Tensor:
+    """``up_f^T(dy)``, the exact transpose of :func:`upsample`.  ``[N, C, fH, fW] -> [N, C, H, W]``."""
+    if factor == 1:
+        return dy.clone(memory_format=torch.contiguous_format)
+    n, c, h, w = dy.shape
+    size = [n, c, h // factor, w // factor]
+    if dy.numel() == 0:
+        return dy.new_empty(size)
+    wide = dy.to(accumulate_dtype(dy.dtype)).contiguous()
+    if mode == "nearest":
+        dx = torch.ops.aten.upsample_nearest2d_backward(wide, [h, w], size, None, None)
+    else:
+        dx = torch.ops.aten.upsample_bilinear2d_backward(wide, [h, w], size, False, None, None)
+    return dx.to(dy.dtype)
+
+
+def space_to_depth(x: Tensor, planes: int, block: int) -> Tensor:
+    """Repeat the channels of ``x`` cyclically to ``planes``, then move ``block x block`` pixels into channels.
+
+    ``y[n, (r * block + q) * planes + p, i, j] = x[n, p mod C, i * block + r, j * block + q]``
+    ``[N, C, H, W] -> [N, planes * block^2, H / block, W / block]``
+    """
+    n, c, h, w = x.shape
+    repeats = -(-planes // c)
+    x = x.repeat(1, repeats, 1, 1)[:, :planes]
+    x = x.reshape(n, planes, h // block, block, w // block, block)
+    return x.permute(0, 3, 5, 1, 2, 4).reshape(n, planes * block * block, h // block, w // block).contiguous()
+
+
+def _unblock(y: Tensor, block: int) -> Tensor:
+    """Undo the pixel shuffle of :func:`space_to_depth`, keeping all planes: ``[N, planes, H, W]``."""
+    n, c, h, w = y.shape
+    planes = c // (block * block)
+    y = y.reshape(n, block, block, planes, h, w).permute(0, 3, 4, 1, 5, 2)
+    return y.reshape(n, planes, h * block, w * block).contiguous()
+
+
+def depth_to_space(y: Tensor, channels: int, block: int) -> Tensor:
+    """Inverse of :func:`space_to_depth`: the first copy of each of the ``channels`` image planes."""
+    return _unblock(y, block)[:, :channels].contiguous()
+
+
+def space_to_depth_adjoint(dy: Tensor, channels: int, block: int) -> Tensor:
+    """Transpose of :func:`space_to_depth`: gradients of the repeated planes are summed."""
+    planes = _unblock(dy, block).to(accumulate_dtype(dy.dtype))
+    return torch.stack([planes[:, c::channels].sum(1) for c in range(channels)], dim=1).to(dy.dtype)
+
+
+# --- coupling -----------------------------------------------------------------------------------
+
+
+def couple_(
+    y: Tensor,  # [N, C, H, W], updated in place
+    p: list[Tensor],  # p_k [N, C, H / f_k, W / f_k]
+    scale: list[Tensor | None],  # a_k [C] or [N, C], or None for 1
+    shift: list[Tensor | None],  # b_k [C] or [N, C], or None for 0
+    factors: list[int],
+    mode: str,
+    subtract: bool,
+) -> None:
+    """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``, summed in ``accumulate_dtype`` and rounded to y once."""
+    acc = accumulate_dtype(y.dtype)
+    total = y.new_zeros(y.shape, dtype=acc)
+    for p_k, a_k, b_k, f_k in zip(p, scale, shift, factors, strict=True):
+        term = p_k.to(acc)
+        if a_k is not None:
+            term = term * _per_channel(a_k).to(acc)
+        if b_k is not None:
+            term = term + _per_channel(b_k).to(acc)
+        total += upsample(term, f_k, mode)
+    y.copy_(y.to(acc) - total if subtract else y.to(acc) + total)
+
+
+def couple_adjoint(
+    dy: Tensor,  # [N, C, H, W]
+    p: list[Tensor | None],  # p_k [N, C, H / f_k, W / f_k]
+    center: list[Tensor | None],  # m_k [C], or None for 0
+    factors: list[int],
+    mode: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Transpose of the coupling, and the sums BatchNorm's backward needs, from one read of ``dy``.
+
+    ``du_k = up_{f_k}^T(dy)`` in dy's dtype; for ``f_k = 1`` it is dy itself, and an empty tensor is returned.
+    ``sums_k [2, N, C] = (sum_hw du_k, sum_hw du_k (p_k - m_k))`` in ``accumulate_dtype``; empty where p_k is None.
+    """
+    acc = accumulate_dtype(dy.dtype)
+    dus, sums = [], []
+    for p_k, m_k, f_k in zip(p, center, factors, strict=True):
+        du = upsample_adjoint(dy.to(acc), f_k, mode)
+        dus.append(dy.new_empty(0) if f_k == 1 else du.to(dy.dtype))
+        if p_k is None:
+            sums.append(dy.new_empty(0, dtype=acc))
+            continue
+        centered = p_k.to(acc) if m_k is None else p_k.to(acc) - _per_channel(m_k).to(acc)
+        sums.append(torch.stack([du.sum((2, 3)), (du * centered).sum((2, 3))]))
+    return dus, sums
+
+
+# --- depthwise convolution ----------------------------------------------------------------------
+
+
+def _prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``v = x`` or ``v = hardswish(scale x + shift)``, per channel, in ``accumulate_dtype``."""
+    x = x.to(accumulate_dtype(x.dtype))
+    if scale is None or shift is None:
+        return x
+    return F.hardswish(x * _per_channel(scale).to(x.dtype) + _per_channel(shift).to(x.dtype))
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int) -> Tensor:
+    """``y[n, c, i, j] = sum_{u, v} w[c, 0, u, v] v[n, c, s i + u - P, s j + v - P]``, ``P = (k - 1) / 2``, zero padded.
+
+    ``v = x``, or ``hardswish(scale x + shift)`` when ``scale`` and ``shift`` (``[C]``) are given.
+    ``[N, C, H, W], [C, 1, k, k] -> [N, C, ceil(H / s), ceil(W / s)]``
+    """
+    v = _prologue(x, scale, shift)
+    pad = (weight.shape[-1] - 1) // 2
+    return F.conv2d(v, weight.to(v.dtype), None, stride, pad, 1, weight.shape[0]).to(x.dtype)
+
+
+def depthwise_conv_grad_input(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Transpose of :func:`depthwise_conv` in its input: ``dv [N, C, height, width]``."""
+    acc = accumulate_dtype(dy.dtype)
+    shape = (dy.shape[0], dy.shape[1], height, width)
+    pad = (weight.shape[-1] - 1) // 2
+    dv = torch.nn.grad.conv2d_input(shape, weight.to(acc), dy.to(acc), stride, pad, 1, weight.shape[0])
+    return dv.to(dy.dtype)
+
+
+def depthwise_conv_grad_weight(
+    x: Tensor, dy: Tensor, scale: Tensor | None, shift: Tensor | None, kernel: int, stride: int
+) -> Tensor:
+    """``dw[c, 0, u, v] = sum_{n, i, j} dy[n, c, i, j] v[n, c, s i + u - P, s j + v - P]``, in ``accumulate_dtype``.
+
+    Returns ``[C, 1, k, k]`` in ``accumulate_dtype`` of x: weights are kept in full precision.
+    """
+    v = _prologue(x, scale, shift)
+    c = x.shape[1]
+    pad = (kernel - 1) // 2
+    return torch.nn.grad.conv2d_weight(v, (c, 1, kernel, kernel), dy.to(v.dtype), stride, pad, 1, c)
+
+
+# --- batch normalisation, activation, squeeze-excite ----------------------------------------------
+
+
+def _act(u: Tensor, act: str) -> Tensor:
+    return F.hardswish(u) if act == "hardswish" else u
+
+
+def _act_slope(u: Tensor, act: str) -> Tensor:
+    """``h'(u)``: hardswish has slope 0 below -3, ``(2 u + 3) / 6`` within, 1 above 3 (and at +-3 the inner formula
+    does not apply: -3 gives 0, 3 gives 1, as in PyTorch)."""
+    if act != "hardswish":
+        return torch.ones_like(u)
+    return torch.where(u <= -3, 0.0, torch.where(u >= 3, 1.0, (2 * u + 3) / 6)).to(u.dtype)
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and biased variance over N, H, W, both ``[C]`` in ``accumulate_dtype``."""
+    var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def bn_act(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, act: str) -> Tensor:
+    """``z = gate * h(scale x + shift)``; scale, shift ``[C]``, gate ``[N, C]``; h hardswish or identity."""
+    acc = accumulate_dtype(x.dtype)
+    z = _act(x.to(acc) * _per_channel(scale).to(acc) + _per_channel(shift).to(acc), act)
+    if gate is not None:
+        z = z * _per_channel(gate).to(acc)
+    return z.to(x.dtype).contiguous()
+
+
+def bn_act_squeeze(x: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    """``mean_{h, w} h(scale x + shift)``, ``[N, C]`` in ``accumulate_dtype``."""
+    acc = accumulate_dtype(x.dtype)
+    return _act(x.to(acc) * _per_channel(scale).to(acc) + _per_channel(shift).to(acc), act).mean((2, 3))
+
+
+def bn_act_grad_sums(dz: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, act: str) -> Tensor:
+    """The five sums over H, W, from one read of dz and x, out of which SE's and BN's parameter gradients follow.
+
+    With ``u = scale x + shift``: ``[5, N, C] = sum dz h(u), sum dz h'(u), sum dz h'(u) (x - mean), sum h'(u),
+    sum h'(u) (x - mean)`` in ``accumulate_dtype``.
+    """
+    acc = accumulate_dtype(x.dtype)
+    x, dz = x.to(acc), dz.to(acc)
+    u = x * _per_channel(scale).to(acc) + _per_channel(shift).to(acc)
+    slope, centered = _act_slope(u, act), x - _per_channel(mean).to(acc)
+    terms = (dz * _act(u, act), dz * slope, dz * slope * centered, slope, slope * centered)
+    return torch.stack([t.sum((2, 3)) for t in terms])
+
+
+def bn_act_grad(
+    dz: Tensor,  # [N, C, H, W]
+    x: Tensor,  # [N, C, H, W]
+    scale: Tensor,  # [C]
+    shift: Tensor,  # [C]
+    gate: Tensor | None,  # [N, C], None for 1
+    dpool: Tensor | None,  # [N, C], gradient of every pixel of h(u) through the squeeze; None for 0
+    slope: Tensor | None,  # [C], None for 0
+    offset: Tensor | None,  # [C], None for 0
+    act: str,
+) -> Tensor:
+    """``dx = scale (gate dz + dpool) h'(scale x + shift) + slope x + offset``.
+
+    With batch statistics, ``slope`` and ``offset`` carry BatchNorm's two mean terms; with running ones they are None.
+    """
+    acc = accumulate_dtype(x.dtype)
+    wide = x.to(acc)
+    u = wide * _per_channel(scale).to(acc) + _per_channel(shift).to(acc)
+    g = dz.to(acc)
+    if gate is not None:
+        g = g * _per_channel(gate).to(acc)
+    if dpool is not None:
+        g = g + _per_channel(dpool).to(acc)
+    dx = g * _act_slope(u, act) * _per_channel(scale).to(acc)
+    if slope is not None:
+        dx = dx + wide * _per_channel(slope).to(acc)
+    if offset is not None:
+        dx = dx + _per_channel(offset).to(acc)
+    return dx.to(x.dtype).contiguous()
+
+
+def se_gate(pooled: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """Squeeze-excite: ``hidden = w1 pooled + b1``, ``gate = hardsigmoid(w2 hardswish(hidden) + b2)``.
+
+    pooled ``[N, C]``, w1 ``[R, C]``, b1 ``[R]``, w2 ``[C, R]``, b2 ``[C]`` -> gate ``[N, C]``, hidden ``[N, R]``.
+    """
+    hidden = pooled @ w1.t() + b1
+    return F.hardsigmoid(F.hardswish(hidden) @ w2.t() + b2), hidden
+
+
+def se_gate_grad(
+    dgate: Tensor,  # [N, C]
+    gate: Tensor,  # [N, C]
+    hidden: Tensor,  # [N, R]
+    pooled: Tensor,  # [N, C]
+    w1: Tensor,  # [R, C]
+    w2: Tensor,  # [C, R]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`se_gate`: ``dpooled, dw1, db1, dw2, db2``.  hardsigmoid has slope 1/6 inside (0, 1)."""
+    dv = torch.where((gate > 0) & (gate < 1), dgate / 6, 0.0).to(dgate.dtype)
+    dhidden = (dv @ w2) * _act_slope(hidden, "hardswish")
+    return dhidden @ w1, dhidden.t() @ pooled, dhidden.sum(0), dv.t() @ F.hardswish(hidden), dv.sum(0)

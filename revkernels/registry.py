@@ -1,0 +1,155 @@
+"""Schemas, shape rules (fakes) and reference implementations of every op: the contract, in one place.
+
+Each op is defined once, in Python, and its reference is registered for every device
+(``CompositeExplicitAutograd``). ``_C`` then adds ``CPU`` kernels, ``_C_cuda`` and Triton add ``CUDA`` ones; the
+dispatcher prefers them, and the same op works without them. Ops carry no autograd: :mod:`revkernels.functional` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revkernels import reference
+from revkernels.reference import accumulate_dtype
+
+NAMESPACE = "revkernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its name, its schema without the name, its reference and its fake."""
+
+    name: str
+    schema: str
+    reference: Callable
+    fake: Callable
+
+    @property
+    def overload(self) -> Callable:
+        """The callable that the dispatcher answers."""
+        return getattr(torch.ops.revkernels, self.name).default
+
+
+OPS: dict[str, Op] = {}
+
+
+def _register(schema: str, fake: Callable) -> None:
+    name, arguments = schema.split("(", 1)
+    op = Op(name, "(" + arguments, getattr(reference, name), fake)
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    OPS[name] = op
+
+
+def _empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(shape, dtype=dtype or x.dtype)
+
+
+def _sums(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return _empty(x, shape, accumulate_dtype(x.dtype))
+
+
+def _upsample(x: Tensor, factor: int, mode: str) -> Tensor:
+    n, c, h, w = x.shape
+    return _empty(x, (n, c, h * factor, w * factor))
+
+
+def _upsample_adjoint(dy: Tensor, factor: int, mode: str) -> Tensor:
+    n, c, h, w = dy.shape
+    return _empty(dy, (n, c, h // factor, w // factor))
+
+
+def _space_to_depth(x: Tensor, planes: int, block: int) -> Tensor:
+    n, _, h, w = x.shape
+    return _empty(x, (n, planes * block * block, h // block, w // block))
+
+
+def _depth_to_space(y: Tensor, channels: int, block: int) -> Tensor:
+    n, _, h, w = y.shape
+    return _empty(y, (n, channels, h * block, w * block))
+
+
+def _couple_adjoint(dy, p, center, factors, mode):  # noqa: ANN001, ANN202
+    n, c, h, w = dy.shape
+    dus = [_empty(dy, (0,) if f == 1 else (n, c, h // f, w // f)) for f in factors]
+    sums = [_sums(dy, (0,) if p_k is None else (2, n, c)) for p_k in p]
+    return dus, sums
+
+
+def _depthwise_conv(x: Tensor, weight: Tensor, scale, shift, stride: int) -> Tensor:  # noqa: ANN001
+    n, c, h, w = x.shape
+    return _empty(x, (n, c, -(-h // stride), -(-w // stride)))
+
+
+def _depthwise_conv_grad_input(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
+    return _empty(dy, (dy.shape[0], dy.shape[1], height, width))
+
+
+def _depthwise_conv_grad_weight(x: Tensor, dy: Tensor, scale, shift, kernel: int, stride: int) -> Tensor:  # noqa: ANN001
+    return _sums(x, (x.shape[1], 1, kernel, kernel))
+
+
+_register("upsample(Tensor x, int factor, str mode) -> Tensor", _upsample)
+_register("upsample_adjoint(Tensor dy, int factor, str mode) -> Tensor", _upsample_adjoint)
+_register("space_to_depth(Tensor x, int planes, int block) -> Tensor", _space_to_depth)
+_register("depth_to_space(Tensor y, int channels, int block) -> Tensor", _depth_to_space)
+_register("space_to_depth_adjoint(Tensor dy, int channels, int block) -> Tensor", _depth_to_space)
+_register(
+    "couple_(Tensor(a!) y, Tensor[] p, Tensor?[] scale, Tensor?[] shift, int[] factors, str mode, bool subtract) -> ()",
+    lambda y, p, scale, shift, factors, mode, subtract: None,
+)
+_register(
+    "couple_adjoint(Tensor dy, Tensor?[] p, Tensor?[] center, int[] factors, str mode) -> (Tensor[] du, Tensor[] sums)",
+    _couple_adjoint,
+)
+_register(
+    "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride) -> Tensor",
+    _depthwise_conv,
+)
+_register(
+    "depthwise_conv_grad_input(Tensor dy, Tensor weight, int height, int width, int stride) -> Tensor",
+    _depthwise_conv_grad_input,
+)
+_register(
+    "depthwise_conv_grad_weight(Tensor x, Tensor dy, Tensor? scale, Tensor? shift, int kernel, int stride) -> Tensor",
+    _depthwise_conv_grad_weight,
+)
+_register("bn_stats(Tensor x) -> (Tensor mean, Tensor var)", lambda x: (_sums(x, x.shape[1:2]), _sums(x, x.shape[1:2])))
+_register(
+    "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? gate, str act) -> Tensor",
+    lambda x, scale, shift, gate, act: _empty(x, x.shape),
+)
+_register(
+    "bn_act_squeeze(Tensor x, Tensor scale, Tensor shift, str act) -> Tensor",
+    lambda x, scale, shift, act: _sums(x, x.shape[:2]),
+)
+_register(
+    "bn_act_grad_sums(Tensor dz, Tensor x, Tensor scale, Tensor shift, Tensor mean, str act) -> Tensor",
+    lambda dz, x, scale, shift, mean, act: _sums(x, (5, *x.shape[:2])),
+)
+_register(
+    "bn_act_grad(Tensor dz, Tensor x, Tensor scale, Tensor shift, Tensor? gate, Tensor? dpool, Tensor? slope, "
+    "Tensor? offset, str act) -> Tensor",
+    lambda dz, x, scale, shift, gate, dpool, slope, offset, act: _empty(x, x.shape),
+)
+_register(
+    "se_gate(Tensor pooled, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> (Tensor gate, Tensor hidden)",
+    lambda pooled, w1, b1, w2, b2: (_empty(pooled, pooled.shape), _empty(pooled, (pooled.shape[0], w1.shape[0]))),
+)
+_register(
+    "se_gate_grad(Tensor dgate, Tensor gate, Tensor hidden, Tensor pooled, Tensor w1, Tensor w2) -> "
+    "(Tensor dpooled, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    lambda dgate, gate, hidden, pooled, w1, w2: (
+        _empty(dgate, pooled.shape),
+        _empty(dgate, w1.shape),
+        _empty(dgate, w1.shape[:1]),
+        _empty(dgate, w2.shape),
+        _empty(dgate, w2.shape[:1]),
+    ),
+)
