@@ -1,0 +1,222 @@
+"""A transform inside a reversible block: run once without a graph, run again in backward exactly as it was.
+
+A reversible block keeps none of a transform's activations, so backward calls it a second time. That second call must
+compute the same function and leave no trace: :class:`Branch` records in the forward what the function depended on
+besides its input and parameters, and replays it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+_state = threading.local()
+
+
+def is_recomputing() -> bool:
+    """Whether the calling code runs for the second time, inside backward or ``inverse()``.
+
+    Forward hooks of modules inside a reversible block run in the forward and again in the recompute; a hook that
+    counts or logs asks this to act once.
+    """
+    return getattr(_state, "recomputing", False)
+
+
+@contextlib.contextmanager
+def _recomputing() -> Iterator[None]:
+    before, _state.recomputing = is_recomputing(), True
+    try:
+        yield
+    finally:
+        _state.recomputing = before
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type. The weight cache is left out: it would outlive the streams' versions."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> Autocast:
+        if not torch.amp.is_autocast_available(device.type):
+            return cls(device.type, False, None)
+        enabled = torch.is_autocast_enabled(device.type)
+        return cls(device.type, enabled, torch.get_autocast_dtype(device.type))
+
+    def restore(self) -> contextlib.AbstractContextManager:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class Generators:
+    """States of the default random generators: the CPU's and those of the CUDA devices in use."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def current(cls, *tensors: Tensor) -> Generators:
+        return cls(torch.get_rng_state(), *get_device_states(*tensors))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Generators):
+            return NotImplemented
+        mine, theirs = [self.cpu, *self.states], [other.cpu, *other.states]
+        return all(map(torch.equal, mine, theirs))
+
+    @contextlib.contextmanager
+    def restore(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=self.devices):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states)
+            yield
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one call of a transform depended on besides its inputs and parameters."""
+
+    autocast: Autocast
+    generators: Generators | None  # None: the call drew no random numbers
+    training: tuple[bool, ...]  # of every submodule, in the order of ``modules()``
+    buffers: dict[str, Tensor]  # values before the call, of the buffers that it changed
+
+
+def _updates_statistics(module: nn.Module) -> bool:
+    """A BatchNorm or InstanceNorm whose output does not depend on the running statistics that it updates."""
+    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+
+
+@contextlib.contextmanager
+def _flags(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
+    """Give every submodule its recorded training flag, and let no norm layer touch its running statistics."""
+    modules = list(module.modules())
+    now = [m.training for m in modules]
+    tracking = []
+    try:
+        for m, flag in zip(modules, training, strict=True):
+            m.training = flag
+            if _updates_statistics(m):
+                tracking.append(m)
+                m.track_running_stats = False
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
+        for m, flag in zip(modules, now, strict=True):
+            m.training = flag
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a branch adds to a stream: ``scale * p + shift`` (``[C]`` or ``[N, C]`` each), upsampled by the coupling.
+
+    ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs.
+    """
+
+    p: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    center: Tensor | None = None
+
+
+# Gradient of the term's p (after upsampling's adjoint) and its sums -> gradients of the inputs and of the parameters.
+Pullback = Callable[[Tensor, Tensor | None], tuple[list[Tensor | None], list[Tensor | None]]]
+
+
+class Branch:
+    """Any module as a branch: its vector-Jacobian product comes from autograd, on a graph built in backward.
+
+    Correct for random layers (generator states are replayed), BatchNorm (running statistics are updated once),
+    other buffers (the second call sees the values the first one saw, on copies), autocast, train/eval flags changed
+    between forward and backward, and parameters swapped in by ``torch.func.functional_call``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.module.parameters())
+
+    def __call__(self, *inputs: Tensor) -> Term:
+        """Call the module as it is; nothing is recorded."""
+        return Term(self.module(*inputs))
+
+    def forward(self, *inputs: Tensor) -> tuple[Term, Record]:
+        """Call the module without a graph and record what it depended on."""
+        module = self.module
+        kept_out = {
+            id(b) for m in module.modules() if _updates_statistics(m) for b in m.buffers(recurse=False)
+        }
+        buffers = {name: b for name, b in module.named_buffers() if id(b) not in kept_out}
+        before = {name: (b.clone(), b._version) for name, b in buffers.items()}
+        training = tuple(m.training for m in module.modules())
+        autocast = Autocast.current(inputs[0].device)
+        generators = Generators.current(*inputs)
+        with torch.no_grad(), autocast.restore():
+            p = module(*inputs)
+        if generators == Generators.current(*inputs):
+            generators = None
+        changed = {name: value for name, (value, version) in before.items() if buffers[name]._version != version}
+        return Term(p), Record(autocast, generators, training, changed)
+
+    def evaluate(self, *inputs: Tensor) -> Term:
+        """Call the module without a graph and without a trace in its buffers, as it is now."""
+        module = self.module
+        training = [m.training for m in module.modules()]
+        buffers = {name: b.clone() for name, b in module.named_buffers()}
+        with torch.no_grad(), _recomputing(), _flags(module, training):
+            return Term(torch.func.functional_call(module, buffers, inputs))
+
+    def recompute(
+        self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Term, Pullback]:
+        """Call the module as ``record`` says, on ``parameters``, with a graph.
+
+        Args:
+            record: of the forward call.
+            parameters: the values used in the forward, in the order of :meth:`parameters`.
+            inputs: the values used in the forward; the graph keeps references to them, not copies.
+            needs: which of the inputs a gradient is wanted for.
+
+        Returns:
+            The term, and the function from its gradient to those of inputs and parameters (None for "not needed").
+        """
+        # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
+        inputs = [x.data.requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        parameters = [q.detach().requires_grad_(q.requires_grad) for q in parameters]
+        names = [name for name, _ in self.module.named_parameters()]
+        state = dict(zip(names, parameters, strict=True)) | record.buffers
+        replay = contextlib.nullcontext() if record.generators is None else record.generators.restore()
+        with (
+            torch.enable_grad(),
+            _recomputing(),
+            _flags(self.module, record.training),
+            record.autocast.restore(),
+            replay,
+        ):
+            p = torch.func.functional_call(self.module, state, tuple(inputs))
+
+        def pullback(dp: Tensor, sums: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+            wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
+            found: tuple[Tensor | None, ...] = (None,) * len(wanted)
+            if wanted and p.requires_grad:
+                found = torch.autograd.grad(p, wanted, dp.to(p.dtype), allow_unused=True)
+            gradients = iter(found)
+            dxs = [next(gradients) if x.requires_grad else None for x in inputs]
+            return dxs, [next(gradients) if q.requires_grad else None for q in parameters]
+
+        return Term(p.detach()), pullback

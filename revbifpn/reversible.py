@@ -1,0 +1,301 @@
+"""Reversible blocks: networks whose activations are recomputed from their outputs instead of stored.
+
+Everything here is one operation, the additive coupling. A *stream* is a feature map; a coupling adds to one stream
+what *transforms* compute from others,
+
+    y_t = x_t + sum_k F_k(x_k),      k != t,
+
+and is undone by subtracting the same sum: ``x_t = y_t - sum_k F_k(x_k)``, since the ``x_k`` are still there. A block is
+a sequence of couplings, a network a sequence of blocks, and backward runs the sequence in reverse: recompute ``F_k``,
+subtract, pull the gradient through (:mod:`revbifpn.tape`). Memory does not grow with depth.
+
+    >>> block = RevBlock(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    >>> net = ReversibleSequence(block, ...)
+    >>> y = net(x)            # keeps y alone
+    >>> x = net.inverse(y)
+
+Source: Chiley et al., RevBiFPN, arXiv 2206.14098 (RevSilo); Gomez et al., RevNet, arXiv 1707.04585 (RevBlock).
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from revbifpn.branch import is_recomputing
+from revbifpn.tape import Coupler, Coupling, Part, Stored, Tape, Upsampled, _Lowered, open_tape, recomputed
+
+__all__ = [
+    "Coupling",
+    "HalfSilo",
+    "Part",
+    "PerLevel",
+    "RevBlock",
+    "RevSilo",
+    "Reversible",
+    "ReversibleSequence",
+    "Upsampled",
+    "check_invertible",
+    "is_recomputing",
+    "recomputed",
+]
+
+
+class Reversible(nn.Module, ABC):
+    """A module made of couplings. Subclasses say which, in forward order, in :meth:`couplings`.
+
+    Attributes:
+        reversible: recompute activations in backward (True) or store them as ordinary autograd does (False).
+            Read from the module that is called, not from the blocks inside it.
+        coupler: how sums are added to streams; plain PyTorch unless a subclass or owner says otherwise.
+    """
+
+    reversible: bool = True
+    coupler: Coupler = Coupler()
+
+    @abstractmethod
+    def couplings(self) -> Iterator[Coupling]:
+        """The couplings in forward order. Streams are counted from 0, the highest resolution."""
+
+    def run(self, tape: Tape | Stored) -> None:
+        """Apply the couplings to the streams on a tape."""
+        for coupling in self.couplings():
+            tape.step(coupling)
+
+    def open(self, *streams: Tensor, owned: bool = False) -> Tape | Stored:
+        """Run forward and keep the streams on the tape, from where they are read or leave.
+
+        Args:
+            streams: ``[N, C, H, W]`` each; left as they are unless ``owned``.
+            owned: the caller gives the tensors away, so that they may be updated in place.
+        """
+        if self.reversible or not torch.is_grad_enabled():
+            tape = open_tape(streams, list(self.parameters()), self.coupler, owned=owned)
+        else:
+            tape = Stored(self.coupler, streams)
+        self(tape)
+        return tape
+
+    def forward(self, *streams: Tensor | Tape | Stored) -> Tensor | tuple[Tensor, ...] | None:
+        """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
+
+        A container calls its blocks with its tape instead of tensors, so that their hooks run.
+        """
+        if isinstance(streams[0], (Tape, Stored)):
+            return self.run(streams[0])
+        return _unpack(self.open(*streams).leave())
+
+    @torch.no_grad()
+    def inverse(self, *streams: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The inputs, from the outputs. Not differentiable; leaves buffers and the given tensors as they are.
+
+        Transforms are evaluated as they are now: with random layers in train mode the result is not the input
+        (use ``eval()``; backward replays its random numbers and is not affected).
+        """
+        tape = open_tape(streams, [], self.coupler)
+        for coupling in reversed(list(self.couplings())):
+            tape.undo(_Lowered(coupling, self.coupler))
+        return _unpack(tuple(tape.streams))
+
+
+def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    return streams[0] if len(streams) == 1 else streams
+
+
+class HalfSilo(nn.Module):
+    """The transforms ``xform_{i}_{j}`` of one direction, from stream i to stream j > i, counted in that direction.
+
+    Args:
+        transforms: ``{(source, target): module}``, counted from the highest resolution, whichever the direction.
+        levels: number of streams.
+        up: the direction is from low to high resolution; names then count from the lowest resolution, as published.
+    """
+
+    def __init__(self, transforms: Mapping[tuple[int, int], nn.Module], levels: int, *, up: bool = False) -> None:
+        super().__init__()
+        self.levels, self.up = levels, up
+        for source, target in transforms:
+            if not 0 <= source < levels or not 0 <= target < levels or (source > target) != up or source == target:
+                raise ValueError(
+                    f"transforms: {(source, target)} is not a pair (source, target) going "
+                    f"{'up' if up else 'down'} among {levels} streams"
+                )
+        for (source, target), transform in sorted(transforms.items(), key=lambda item: self._count(*item[0])):
+            i, j = self._count(source, target)
+            self.add_module(f"xform_{i}_{j}", transform)
+
+    def _count(self, *levels: int) -> tuple[int, ...]:
+        return tuple(self.levels - 1 - level for level in levels) if self.up else levels
+
+    def into(self, target: int) -> tuple[tuple[Part, nn.Module], ...]:
+        """The (source, transform) pairs that add to ``target``, in the order of their names."""
+        pairs = []
+        for source in range(self.levels - 1, target, -1) if self.up else range(target):
+            i, j = self._count(source, target)
+            transform = self._modules.get(f"xform_{i}_{j}")
+            if transform is not None:
+                pairs.append((Part(source), transform))
+        return tuple(pairs)
+
+
+class RevBlock(Reversible):
+    """Reversible residual block on the channel halves ``x = [x0, x1]`` of one stream (RevNet).
+
+    ``y1 = x1 + F(x0)``, ``y0 = x0 + G(y1)``, ``y = [y0, y1]``; inverse ``x0 = y0 - G(y1)``, ``x1 = y1 - F(x0)``.
+
+    Args:
+        f: any module from ``[N, ceil(C/2), H, W]`` to ``[N, floor(C/2), H, W]``.
+        g: the other way round.
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f = HalfSilo({(0, 1): f}, levels=2)
+        self.g = HalfSilo({(1, 0): g}, levels=2, up=True)
+
+    def couplings(self) -> Iterator[Coupling]:
+        x0, x1 = Part(0, half=0), Part(0, half=1)
+        ((_, f),), ((_, g),) = self.f.into(1), self.g.into(0)
+        yield Coupling(x1, ((x0, f),))
+        yield Coupling(x0, ((x1, g),))
+
+
+class RevSilo(Reversible):
+    """Reversible fusion of streams of several resolutions: all downward sums, then all upward sums.
+
+    ``y_j = x_j + sum_{i<j} F_ij(x_i)`` from the silo's inputs, then ``z_j = y_j + sum_{i>j} G_ij(y_i)``.
+    In place, ``j`` runs from the lowest resolution in the first pass and from the highest in the second; the inverse
+    runs both backwards. (Paper, section 3.2.)
+
+    Args:
+        down: ``{(i, j): F_ij}``, i < j: any module from stream i's shape to stream j's.
+        up: ``{(i, j): G_ij}``, i > j.
+        levels: number of streams that leave.
+        created: how many of them, the lowest resolutions, do not enter: they start from zero.
+    """
+
+    def __init__(
+        self,
+        down: Mapping[tuple[int, int], nn.Module],
+        up: Mapping[tuple[int, int], nn.Module],
+        levels: int,
+        created: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= created < levels:
+            raise ValueError(f"created: expected 0 to {levels - 1} of {levels} streams, got {created}")
+        for target in range(levels - created, levels):
+            if not any(j == target for _, j in down):
+                raise ValueError(f"down: stream {target} is created but nothing goes into it")
+        self.levels, self.created = levels, created
+        self.f = HalfSilo(down, levels)
+        self.g = HalfSilo(up, levels, up=True)
+
+    def couplings(self) -> Iterator[Coupling]:
+        entering = self.levels - self.created
+        for j in range(entering, self.levels):
+            yield Coupling(Part(j), self._from_inputs(j, entering), creates=True)
+        downward = (Coupling(Part(j), self.f.into(j)) for j in range(entering - 1, 0, -1))
+        upward = (Coupling(Part(j), self.g.into(j)) for j in range(self.levels - 1))
+        yield from (coupling for coupling in itertools.chain(downward, upward) if coupling.terms)
+
+    def _from_inputs(self, target: int, entering: int) -> tuple[tuple[Part, nn.Module], ...]:
+        """A created stream reads the silo's inputs: other created streams are zero there and have no transform."""
+        terms = self.f.into(target)
+        if any(source.level >= entering for source, _ in terms):
+            raise ValueError(f"down: stream {target} is created from another created stream, whose input is zero")
+        return terms
+
+
+class PerLevel(Reversible):
+    """A reversible block on each of several streams, independently: ``rev_transform_{i}`` on stream i."""
+
+    def __init__(self, blocks: Sequence[RevBlock]) -> None:
+        super().__init__()
+        for i, block in enumerate(blocks):
+            self.add_module(f"rev_transform_{i}", block)
+
+    def couplings(self) -> Iterator[Coupling]:
+        for level, block in enumerate(self.children()):
+            for coupling in block.couplings():
+                shift = {part: replace(part, level=level) for part in _parts(coupling)}
+                terms = tuple((shift[source], transform) for source, transform in coupling.terms)
+                yield replace(coupling, target=shift[coupling.target], terms=terms)
+
+
+def _parts(coupling: Coupling) -> Iterator[Part]:
+    return itertools.chain([coupling.target], (source for source, _ in coupling.terms))
+
+
+class ReversibleSequence(Reversible):
+    """Reversible blocks one after another, on one tape: the container that makes memory independent of depth.
+
+    Args:
+        blocks: reversible modules; each takes the streams that the one before it leaves.
+        reversible: recompute (True) or store (False) activations.
+        start: index of the first block in names.
+    """
+
+    def __init__(self, *blocks: Reversible, reversible: bool = True, start: int = 0) -> None:
+        super().__init__()
+        self.reversible = reversible
+        for i, block in enumerate(blocks, start):
+            if not isinstance(block, Reversible):
+                raise TypeError(f"blocks[{i - start}]: expected a Reversible, got {type(block).__name__}")
+            self.add_module(str(i), block)
+
+    @property
+    def blocks(self) -> list[Reversible]:
+        return [block for block in self.children() if isinstance(block, Reversible)]
+
+    def couplings(self) -> Iterator[Coupling]:
+        for block in self.blocks:
+            yield from block.couplings()
+
+    def run(self, tape: Tape | Stored) -> None:
+        for block in self.blocks:
+            block(tape)
+
+
+@torch.no_grad()
+def check_invertible(module: Reversible, *streams: Tensor, rtol: float | None = None) -> list[float]:
+    """Check that a reversible module gets its inputs back, as backward does it: random numbers are replayed.
+
+    Args:
+        module: any :class:`Reversible`, in train or eval mode. Its buffers change as in one forward.
+        streams: inputs, ``[N, C, H, W]`` each.
+        rtol: largest allowed ``max|x' - x| / max|x|``; by default 1e-3 in float32, 1e-10 in float64, 0.1 below.
+
+    Returns:
+        That error of each input.
+
+    Raises:
+        AssertionError: an error is above ``rtol`` or not a number; the message names the stream and the usual causes.
+    """
+    tape = open_tape(streams, [], module.coupler)
+    recorded = []
+    for coupling in module.couplings():
+        lowered = _Lowered(coupling, module.coupler)
+        recorded.append((lowered, tape.advance(lowered)))
+    tape.grads = [None] * len(tape.streams)
+    for lowered, records in reversed(recorded):
+        tape.retreat(lowered, records, lowered.parameters(), needs_input=True)
+    errors = []
+    for i, (x, inverted) in enumerate(zip(streams, tape.streams, strict=True)):
+        limit = rtol if rtol is not None else {torch.float32: 1e-3, torch.float64: 1e-10}.get(x.dtype, 0.1)
+        error = 0.0
+        if x.numel():
+            error = ((inverted - x).abs().max() / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)).item()
+        if not error <= limit:
+            raise AssertionError(
+                f"stream {i} comes back with a relative error of {error:.3g}, more than {limit:.3g}: a transform "
+                "computes another function the second time (hidden state outside buffers, a random generator of its "
+                "own, an input changed in place), or its values overflow or are too large for the dtype"
+            )
+        errors.append(error)
+    return errors
