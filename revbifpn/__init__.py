@@ -1,0 +1,34 @@
+"""RevBiFPN: reversible multi-scale networks that train in a fraction of the memory.
+
+:class:`RevBiFPN` is the readable model in plain PyTorch, :class:`revbifpn.fast.RevBiFPN` the drop-in on fused kernels,
+:mod:`revbifpn.reversible` the engine for networks of your own.
+"""
+
+from revbifpn.model import (
+    RevBiFPN,
+    RevBiFPN_S,
+    revbifpn_s0,
+    revbifpn_s1,
+    revbifpn_s2,
+    revbifpn_s3,
+    revbifpn_s4,
+    revbifpn_s5,
+    revbifpn_s6,
+)
+from revbifpn.reversible import ReversibleSequence, RevBlock, RevSilo, check_invertible
+
+__all__ = [
+    "RevBiFPN",
+    "RevBiFPN_S",
+    "RevBlock",
+    "RevSilo",
+    "ReversibleSequence",
+    "check_invertible",
+    "revbifpn_s0",
+    "revbifpn_s1",
+    "revbifpn_s2",
+    "revbifpn_s3",
+    "revbifpn_s4",
+    "revbifpn_s5",
+    "revbifpn_s6",
+]

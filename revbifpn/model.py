@@ -1,0 +1,412 @@
+"""RevBiFPN in plain PyTorch: stem, stack of reversible layers, neck, head.
+
+    image --stem--> level 0 --[blocks, blocks, silo] x layers--> streams --neck--> pyramid --head--> logits
+
+The stack is reversible: blocks refine each level on its own, silos fuse the levels down and up, the first ones also
+create the lower levels. Only its outputs stay in memory for backward (:mod:`revbifpn.reversible`).
+
+Names: ``rev_stack.{k}``, ``xform_{i}_{j}``, ``recomp_op`` and so on are those of the published checkpoints. They are
+kept outright rather than translated, so that ``state_dict``, ``named_parameters``, optimizer groups and averaged copies
+all speak of the same names, and published files load with ``strict=True``.
+
+Source: Chiley et al., RevBiFPN: The Fully Reversible Bidirectional Feature Pyramid Network, arXiv 2206.14098.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from revkernels import reference
+from torch import Tensor, nn
+
+from revbifpn.checkpoints import load_published
+from revbifpn.configs import get_config
+from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
+from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
+from revbifpn.tape import Stored, Tape, recomputed
+
+
+class Stem(nn.Module):
+    """Repeat the image's planes to ``planes``, then space-to-depth: invertible, no parameters.
+
+    ``y[n, (r b + q) P + p, i, j] = x[n, p mod 3, b i + r, b j + q]`` for a block b and P planes.
+    """
+
+    IMAGE_CHANNELS = 3
+
+    def __init__(self, planes: int, block: int) -> None:
+        super().__init__()
+        self.planes, self.block = planes, block
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, P b^2, H / b, W / b]
+        return reference.space_to_depth(x, self.planes, self.block)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return reference.depth_to_space(y, self.IMAGE_CHANNELS, self.block)
+
+
+class Neck(nn.Module):
+    """One MBConv per level, from the streams' channels to the pyramid's."""
+
+    def __init__(self, transforms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for i, transform in enumerate(transforms):
+            self.add_module(f"recomp_transform_{i}", transform)
+
+    def forward(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        return [transform(y) for transform, y in zip(self.children(), streams, strict=True)]
+
+
+class Head(nn.Module):
+    """Merge the pyramid from high to low resolution, then classify.
+
+    ``o_0 = n_0``, ``o_{h+1} = n_{h+1} + merge_h(o_h)``; 1x1 convolution, global mean, dropout, linear.
+    """
+
+    def __init__(
+        self, merges: Sequence[nn.Module], final_conv: nn.Module | None, features: int, dropout: float, classes: int
+    ) -> None:
+        super().__init__()
+        self.pyramid_heads = nn.ModuleList(merges)
+        self.final_conv = final_conv
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.fc = nn.Linear(features, classes)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        out = pyramid[0]
+        for merge, n in zip(self.pyramid_heads, pyramid[1:], strict=True):
+            out = n + merge(out)
+        return self.classify(out)
+
+    def classify(self, out: Tensor) -> Tensor:  # [N, C, H / 32, W / 32] -> [N, classes]
+        if self.final_conv is not None:
+            out = self.final_conv(out)
+        out = out.mean((2, 3))
+        return self.fc(out if self.dropout is None else self.dropout(out))
+
+
+class RevBiFPN(nn.Module):
+    """The fully reversible bidirectional feature pyramid network, with a classification head.
+
+    Args:
+        stem_downsampling: the stem makes pixels of ``2^d x 2^d`` image pixels; level i has stride ``2^(d + i)``.
+        channels: of the streams, from high to low resolution; the four ``*_ratios`` and ``dwk*`` lists go with it.
+        dwk, dwkp: kernel of a RevBlock's depthwise convolution is ``dwk + dwkp``; of a silo's, ``2 s - 1 + dwkp``
+            going down by a stride s and ``3 + dwkp`` going up, both of the source level.
+        inv_blk_rep: RevBlocks per level and layer.
+        expand_ratios, se_ratios: of the transforms, see :class:`revbifpn.mbconv.MBConv`.
+        num_ext_layers: layers after the ``len(channels) - 1`` growing ones.
+        zero_init: every reversible transform starts as zero, but for those that create a level.
+        stochastic_depth: drop probability of the last layer, growing linearly from the first.
+        upscale_mode: ``"bilinear"`` or ``"nearest"``.
+        disable_rev: store the stack's activations instead of recomputing them.
+        disable_recomp: store the neck's.
+        head_channels: of the pyramid; None leaves out the neck. The ``head_*`` lists go with it.
+        fc_features: width before the classifier; 0 leaves out the last 1x1 convolution.
+        head_dropout: before the classifier.
+        classes: None (or 0) leaves out the head: the model returns the pyramid.
+        norm, norm_fn, norm_kwargs, act_fn, se_sig_act: see :class:`revbifpn.mbconv.Layers`.
+        reversible: True recomputes, False stores all activations; overrides ``disable_rev`` and ``disable_recomp``.
+
+    Shapes:
+        image ``[N, 3, H, W]``, float, H and W multiples of ``2^(d + L - 1)`` (32 for four levels); an unbatched
+        ``[3, H, W]`` gives unbatched results. Returns logits ``[N, classes]``, or a list of maps
+        ``[N, C_i, H / 2^(d+i), W / 2^(d+i)]`` without a head.
+
+    Raises:
+        ValueError: an argument or an image does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        stem_downsampling: int = 2,
+        channels: Sequence[int] = (48, 64, 80, 160),
+        dwk: Sequence[int] = (3, 5, 5, 3),
+        dwkp: Sequence[int] = (0, 0, 0, 2),
+        inv_blk_rep: int = 2,
+        expand_ratios: Sequence[float] = (1, 1, 2, 2),
+        se_ratios: Sequence[float] = (0.25, 0.25, 0.125, 0.0),
+        num_ext_layers: int = 2,
+        zero_init: bool = False,
+        stochastic_depth: float = 0.0,
+        upscale_mode: str = "bilinear",
+        disable_rev: bool = False,
+        disable_recomp: bool = False,
+        head_channels: Sequence[int] | None = (48, 64, 128, 320),
+        head_dwk: Sequence[int] | None = (3, 3, 3, 3),
+        head_dwkp: Sequence[int] | None = (2, 2, 2, 2),
+        head_expand_ratios: Sequence[float] | None = (1, 2, 2, 2),
+        head_se_ratios: Sequence[float] | None = (0.25, 0.25, 0.125, 0.125),
+        fc_features: int | None = 1280,
+        head_dropout: float = 0.2,
+        classes: int | None = 1000,
+        norm: bool = True,
+        norm_fn: Callable[..., nn.Module] = nn.BatchNorm2d,
+        norm_kwargs: Mapping[str, Any] | None = None,
+        act_fn: Callable[[], nn.Module] = nn.Hardswish,
+        se_sig_act: Callable[[], nn.Module] = nn.Hardsigmoid,
+        *,
+        reversible: bool | None = None,
+    ) -> None:
+        super().__init__()
+        levels = len(channels)
+        per_level = {"dwk": dwk, "dwkp": dwkp, "expand_ratios": expand_ratios, "se_ratios": se_ratios}
+        for name, values in per_level.items():
+            if len(values) != levels:
+                raise ValueError(f"{name}: expected one entry per level, {levels} as channels has, got {len(values)}")
+        if upscale_mode not in ("bilinear", "nearest"):
+            raise ValueError(f"upscale_mode: expected 'bilinear' or 'nearest', got {upscale_mode!r}")
+        if zero_init and not norm:
+            raise ValueError("zero_init: expected norm=True, since it is the last normalisation that starts as zero")
+        block = 2**stem_downsampling
+        planes = channels[0] // block**2
+        if planes * block**2 != channels[0] or planes < Stem.IMAGE_CHANNELS:
+            raise ValueError(
+                f"channels[0]: expected a multiple of 4^stem_downsampling = {block**2}, at least "
+                f"{Stem.IMAGE_CHANNELS * block**2}, got {channels[0]}"
+            )
+
+        self.disable_rev = disable_rev if reversible is None else not reversible
+        self.disable_recomp = disable_recomp if reversible is None else not reversible
+        self.stride = block * 2 ** (levels - 1)  # of the lowest resolution, in image pixels
+        self._dwk, self._dwkp, self._expand, self._se = dwk, dwkp, expand_ratios, se_ratios
+        self._layers = Layers(norm, norm_fn, dict(BATCH_NORM if norm_kwargs is None else norm_kwargs), act_fn, se_sig_act)
+        self._upscale_mode = upscale_mode
+
+        self.stem = Stem(planes, block)
+        blocks = []
+        growing = levels - 1
+        for layer in range(1, growing + num_ext_layers + 1):
+            drop = stochastic_depth * layer / (growing + num_ext_layers)
+            created = layer <= growing
+            entering = channels[: layer if created else levels]
+            blocks += [self._rev_blocks(entering, drop) for _ in range(inv_blk_rep)]
+            blocks += [self._rev_silo(channels[: len(entering) + created], int(created), drop)]
+        self.rev_stack = ReversibleSequence(*blocks, reversible=not self.disable_rev, start=1 if stem_downsampling else 0)
+
+        head_lists = (head_dwk, head_dwkp, head_expand_ratios, head_se_ratios)
+        self.neck_channels = list(channels)
+        if head_channels and all(head_lists):
+            self.neck_channels = list(head_channels)
+            self.rev_stack.recomp_op = self._neck(channels, head_channels, *head_lists)
+        # As published, a head without neck takes the levels' own lists where the head's are missing or do not fit.
+        head_dwkp, head_expand_ratios, head_se_ratios = (
+            given if given and len(given) == levels else own
+            for given, own in zip(head_lists[1:], (dwkp, expand_ratios, se_ratios), strict=True)
+        )
+        self.head = None
+        if classes:
+            self.head = self._head(
+                self.neck_channels, head_dwkp, head_expand_ratios, head_se_ratios, fc_features, head_dropout, classes
+            )
+        self._initialize(zero_init)
+
+    # Parts --------------------------------------------------------------------------------------
+
+    def _rev_blocks(self, channels: Sequence[int], drop: float) -> PerLevel:
+        """A RevBlock on every level; F maps the first half of the channels to the second, G back."""
+        blocks = []
+        for i, c in enumerate(channels):
+            options = {
+                "kernel_size": self._dwk[i] + self._dwkp[i],
+                "expand_ratio": self._expand[i],
+                "se_ratio": self._se[i],
+                "stochastic_depth": drop,
+                "layers": self._layers,
+            }
+            first, second = c - c // 2, c // 2
+            blocks.append(RevBlock(MBConv(first, second, **options), MBConv(second, first, **options)))
+        return PerLevel(blocks)
+
+    def _rev_silo(self, channels: Sequence[int], created: int, drop: float) -> RevSilo:
+        """Every pair of levels, down by a strided convolution, up by a convolution and upsampling."""
+        levels = len(channels)
+        down, up = {}, {}
+        for i in range(levels - created):
+            for j in range(i + 1, levels):
+                stride = 2 ** (j - i)
+                down[i, j] = MBConv(
+                    channels[i],
+                    channels[j],
+                    2 * stride - 1 + self._dwkp[i],
+                    expand_ratio=self._expand[i],
+                    se_ratio=self._se[i],
+                    stride=stride,
+                    stochastic_depth=0.0 if j >= levels - created else drop,
+                    layers=self._layers,
+                )
+        for i in range(levels):
+            for j in range(i):
+                transform = MBConv(
+                    channels[i],
+                    channels[j],
+                    3 + self._dwkp[i],
+                    expand_ratio=self._expand[j],
+                    se_ratio=self._se[j],
+                    stochastic_depth=drop,
+                    layers=self._layers,
+                )
+                up[i, j] = Upsampled(transform, 2 ** (i - j), self._upscale_mode)
+        return RevSilo(down, up, levels, created)
+
+    def _neck(self, channels, head_channels, dwk, dwkp, expand_ratios, se_ratios) -> Neck:  # noqa: ANN001
+        if not len(channels) == len(head_channels) == len(dwk) == len(dwkp) == len(expand_ratios) == len(se_ratios):
+            raise ValueError(f"head_*: expected one entry per level, {len(channels)} as channels has, in every list")
+        return Neck(
+            [
+                MBConv(c, out, k + kp, expand_ratio=expand, se_ratio=se, layers=self._layers)
+                for c, out, k, kp, expand, se in zip(
+                    channels, head_channels, dwk, dwkp, expand_ratios, se_ratios, strict=True
+                )
+            ]
+        )
+
+    def _head(self, channels, dwkp, expand_ratios, se_ratios, fc_features, dropout, classes) -> Head:  # noqa: ANN001
+        merges = [
+            MBConv(
+                channels[h],
+                channels[h + 1],
+                3 + dwkp[h + 1],
+                expand_ratio=expand_ratios[h],
+                se_ratio=se_ratios[h],
+                stride=2,
+                layers=self._layers,
+            )
+            for h in range(len(channels) - 1)
+        ]
+        final_conv = ConvNormAct(channels[-1], fc_features, 1, self._layers) if fc_features else None
+        return Head(merges, final_conv, fc_features or channels[-1], dropout, classes)
+
+    def _initialize(self, zero_init: bool) -> None:
+        """Convolutions kaiming-normal (fan-out, relu gain), their biases 0; normalisation and linear keep defaults."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if zero_init:
+            for coupling in self.rev_stack.couplings():
+                for _, transform in coupling.terms:
+                    mbconv = transform[0] if isinstance(transform, Upsampled) else transform
+                    if not coupling.creates:
+                        nn.init.zeros_(mbconv.project_conv.norm.weight)
+
+    # Running ------------------------------------------------------------------------------------
+
+    @property
+    def neck(self) -> Neck | None:
+        """The neck, or None; it is a child of the stack in the published names."""
+        return getattr(self.rev_stack, "recomp_op", None)
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+        shape, want = tuple(x.shape), f"[N, {Stem.IMAGE_CHANNELS}, H, W] or [{Stem.IMAGE_CHANNELS}, H, W]"
+        if x.dim() not in (3, 4) or shape[-3] != Stem.IMAGE_CHANNELS:
+            raise ValueError(f"x: expected an image batch of shape {want}, got shape {shape}")
+        if not x.is_floating_point():
+            raise ValueError(f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255")
+        if not all(size and size % self.stride == 0 for size in shape[-2:]):
+            raise ValueError(
+                f"x: expected height and width to be positive multiples of {self.stride}, got {shape[-2]} x {shape[-1]}; "
+                "pad or resize the image"
+            )
+
+    def _open(self, x: Tensor) -> Tape | Stored:
+        """The streams of x, on their tape."""
+        return self.rev_stack.open(self.stem(x), owned=True)
+
+    def _pyramid(self, tape: Tape | Stored) -> list[Tensor]:
+        if self.neck is None:
+            return list(tape.leave())
+        if self.disable_recomp:
+            return self.neck(tape.leave())
+        if isinstance(tape, Stored):
+            return [recomputed(f, y) for f, y in zip(self.neck.children(), tape.leave(), strict=True)]
+        return [tape.read(i, transform) for i, transform in enumerate(self.neck.children())]
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        pyramid = self._pyramid(self._open(x))
+        return pyramid if self.head is None else self.head(pyramid)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        self._check(x)
+        if x.dim() == 4:
+            return self._forward(x)
+        out = self._forward(x[None])
+        return out[0] if isinstance(out, Tensor) else [o[0] for o in out]
+
+    def forward_streams(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The stack's outputs, before the neck: what :meth:`inverse` takes.
+
+        Args:
+            x: ``[N, 3, H, W]``.
+
+        Returns:
+            Streams ``[N, channels[i], H / 2^(d+i), W / 2^(d+i)]``, from high to low resolution.
+        """
+        self._check(x)
+        return self._open(x).leave()
+
+    @torch.no_grad()
+    def inverse(self, streams: Sequence[Tensor]) -> Tensor:
+        """The image, from the stack's outputs (:meth:`forward_streams`, or the pyramid of a model without neck).
+
+        Not differentiable. In train mode batch statistics are those of the same batch, and random layers break the
+        inversion: use ``eval()``, or ``stochastic_depth=0``.
+        """
+        streams = list(streams)
+        if len(streams) != len(self._dwk):
+            raise ValueError(f"streams: expected {len(self._dwk)} maps from high to low resolution, got {len(streams)}")
+        return self.stem.inverse(self.rev_stack.inverse(*streams))
+
+
+class ByArch:
+    """Mixin: construct a model by the name of a published scale.
+
+    Args:
+        arch: ``"revbifpn_s0"`` to ``"revbifpn_s6"``.
+        pretrained: load the published ImageNet weights.
+        progress: show the download's progress.
+        strict: with False, load what fits in name and shape (other ``classes``, no head, no neck).
+        overrides: constructor arguments of :class:`RevBiFPN` that replace the scale's.
+    """
+
+    def __init__(
+        self, arch: str, pretrained: bool = False, progress: bool = False, strict: bool = True, **overrides: Any
+    ) -> None:
+        config = get_config(arch)
+        super().__init__(**(config.arguments() | overrides))
+        if pretrained:
+            load_published(self, config, progress=progress, strict=strict)
+
+
+class RevBiFPN_S(ByArch, RevBiFPN):  # noqa: N801 (published name)
+    """A published scale of :class:`RevBiFPN`, by name; see :class:`ByArch`."""
+
+
+def factory(cls: Callable[..., RevBiFPN], arch: str, module: str) -> Callable[..., RevBiFPN]:
+    """The function ``arch(pretrained, progress, strict, **overrides)`` that makes a ``cls`` of that scale."""
+
+    def make(pretrained: bool = False, progress: bool = False, strict: bool = True, **overrides: Any) -> RevBiFPN:
+        return cls(arch, pretrained, progress, strict, **overrides)
+
+    config = get_config(arch)
+    make.__name__ = make.__qualname__ = arch
+    make.__module__ = module
+    make.__doc__ = (
+        f"RevBiFPN-S{arch[-1]}: {config.parameters:,} parameters, {config.top1} % ImageNet top-1 (published) at "
+        f"{config.resolution} pixels. See :class:`ByArch` for the arguments."
+    )
+    return make
+
+
+revbifpn_s0 = factory(RevBiFPN_S, "revbifpn_s0", __name__)
+revbifpn_s1 = factory(RevBiFPN_S, "revbifpn_s1", __name__)
+revbifpn_s2 = factory(RevBiFPN_S, "revbifpn_s2", __name__)
+revbifpn_s3 = factory(RevBiFPN_S, "revbifpn_s3", __name__)
+revbifpn_s4 = factory(RevBiFPN_S, "revbifpn_s4", __name__)
+revbifpn_s5 = factory(RevBiFPN_S, "revbifpn_s5", __name__)
+revbifpn_s6 = factory(RevBiFPN_S, "revbifpn_s6", __name__)

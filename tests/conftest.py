@@ -1,0 +1,8 @@
+"""Before anything imports revkernels: without a GPU, Triton's kernels run under its interpreter on CPU tensors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
