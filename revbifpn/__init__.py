@@ -4,6 +4,7 @@
 :mod:`revbifpn.reversible` the engine for networks of your own.
 """
 
+from revbifpn.checkpoints import load_checkpoint, save_checkpoint
 from revbifpn.model import (
     RevBiFPN,
     RevBiFPN_S,
@@ -24,6 +25,7 @@ __all__ = [
     "RevSilo",
     "ReversibleSequence",
     "check_invertible",
+    "load_checkpoint",
     "revbifpn_s0",
     "revbifpn_s1",
     "revbifpn_s2",
@@ -31,4 +33,5 @@ __all__ = [
     "revbifpn_s4",
     "revbifpn_s5",
     "revbifpn_s6",
+    "save_checkpoint",
 ]

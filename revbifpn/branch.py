@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 _state = threading.local()
@@ -86,18 +86,43 @@ class Generators:
 
 
 @dataclass(frozen=True)
+class Buffers:
+    """Buffers as a call found them: copies of those that it changed, the others themselves and their versions."""
+
+    changed: dict[str, Tensor]
+    kept: dict[str, tuple[Tensor, int]]
+
+    def restore(self) -> dict[str, Tensor]:
+        """What a second call is to see, and may change."""
+        for name, (buffer, version) in self.kept.items():
+            if _version(buffer) != version:
+                raise RuntimeError(
+                    f"buffer {name!r} was modified in place between a reversible forward and its backward, which needs "
+                    "it as it was (statistics of a norm in eval mode, say, after a forward in train mode)"
+                )
+        kept = {name: buffer for name, (buffer, _) in self.kept.items()}
+        return kept | {name: buffer.clone() for name, buffer in self.changed.items()}
+
+
+def _version(x: Tensor) -> int:
+    """Number of in-place changes so far, where it is counted."""
+    return 0 if x.is_inference() else x._version
+
+
+@dataclass(frozen=True)
 class Record:
     """What one call of a transform depended on besides its inputs and parameters."""
 
     autocast: Autocast
     generators: Generators | None  # None: the call drew no random numbers
     training: tuple[bool, ...]  # of every submodule, in the order of ``modules()``
-    buffers: dict[str, Tensor]  # values before the call, of the buffers that it changed
+    buffers: Buffers
 
 
 def _updates_statistics(module: nn.Module) -> bool:
-    """A BatchNorm or InstanceNorm whose output does not depend on the running statistics that it updates."""
-    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+    """A BatchNorm whose output does not depend on the running statistics that it updates."""
+    known = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return known and module.training and module.track_running_stats
 
 
 @contextlib.contextmanager
@@ -133,8 +158,27 @@ class Term:
     center: Tensor | None = None
 
 
-# Gradient of the term's p (after upsampling's adjoint) and its sums -> gradients of the inputs and of the parameters.
-Pullback = Callable[[Tensor, Tensor | None], tuple[list[Tensor | None], list[Tensor | None]]]
+# ``pullback(du, sums, into)``: from the gradient du of the term (after the adjoint of upsampling) and the sums it asked
+# for, add the inputs' gradients to ``into`` (None where not wanted) and return the parameters'.
+Pullback = Callable[[Tensor, Tensor | None, Sequence[Tensor | None]], list[Tensor | None]]
+
+
+def _expect_own(p: Tensor, known: set[int], module: nn.Module) -> None:
+    """Refuse a result that depends on tensors which want a gradient and would silently get none."""
+    seen, front = set(), [p.grad_fn]
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RuntimeError(
+                f"{type(module).__name__} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
+                "neither its input nor one of its parameters, so a reversible block cannot give it one: register it "
+                "as a parameter, or detach it"
+            )
+        front += [function for function, _ in node.next_functions]
 
 
 class Branch:
@@ -158,11 +202,10 @@ class Branch:
     def forward(self, *inputs: Tensor) -> tuple[Term, Record]:
         """Call the module without a graph and record what it depended on."""
         module = self.module
-        kept_out = {
-            id(b) for m in module.modules() if _updates_statistics(m) for b in m.buffers(recurse=False)
-        }
+        kept_out = {id(b) for m in module.modules() if _updates_statistics(m) for b in m.buffers(recurse=False)}
         buffers = {name: b for name, b in module.named_buffers() if id(b) not in kept_out}
-        before = {name: (b.clone(), b._version) for name, b in buffers.items()}
+        before = {name: (b.clone(), _version(b)) for name, b in buffers.items()}
+        versions = [_version(x) for x in inputs]
         training = tuple(m.training for m in module.modules())
         autocast = Autocast.current(inputs[0].device)
         generators = Generators.current(*inputs)
@@ -170,8 +213,18 @@ class Branch:
             p = module(*inputs)
         if generators == Generators.current(*inputs):
             generators = None
-        changed = {name: value for name, (value, version) in before.items() if buffers[name]._version != version}
-        return Term(p), Record(autocast, generators, training, changed)
+        if versions != [_version(x) for x in inputs]:
+            raise RuntimeError(
+                f"{type(module).__name__} changes its input in place, which a reversible block needs as it was: "
+                "use inplace=False in its first layer"
+            )
+        now, changed, kept = dict(module.named_buffers()), {}, {}
+        for name, (value, version) in before.items():
+            if now.get(name) is buffers[name] and _version(buffers[name]) == version:
+                kept[name] = buffers[name], version
+            else:
+                changed[name] = value
+        return Term(p), Record(autocast, generators, training, Buffers(changed, kept))
 
     def evaluate(self, *inputs: Tensor) -> Term:
         """Call the module without a graph and without a trace in its buffers, as it is now."""
@@ -199,7 +252,7 @@ class Branch:
         inputs = [x.data.requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         parameters = [q.detach().requires_grad_(q.requires_grad) for q in parameters]
         names = [name for name, _ in self.module.named_parameters()]
-        state = dict(zip(names, parameters, strict=True)) | record.buffers
+        state = dict(zip(names, parameters, strict=True)) | record.buffers.restore()
         replay = contextlib.nullcontext() if record.generators is None else record.generators.restore()
         with (
             torch.enable_grad(),
@@ -209,14 +262,18 @@ class Branch:
             replay,
         ):
             p = torch.func.functional_call(self.module, state, tuple(inputs))
+        _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
 
-        def pullback(dp: Tensor, sums: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Tensor | None]) -> list[Tensor | None]:
             wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
             found: tuple[Tensor | None, ...] = (None,) * len(wanted)
             if wanted and p.requires_grad:
-                found = torch.autograd.grad(p, wanted, dp.to(p.dtype), allow_unused=True)
+                found = torch.autograd.grad(p, wanted, du.to(p.dtype), allow_unused=True)
             gradients = iter(found)
-            dxs = [next(gradients) if x.requires_grad else None for x in inputs]
-            return dxs, [next(gradients) if q.requires_grad else None for q in parameters]
+            for x, total in zip(inputs, into, strict=True):
+                dx = next(gradients) if x.requires_grad else None
+                if dx is not None and total is not None:
+                    total.add_(dx)
+            return [next(gradients) if q.requires_grad else None for q in parameters]
 
         return Term(p.detach()), pullback

@@ -11,47 +11,97 @@ level by level from the highest resolution, so that the end of the forward pass 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import revkernels
+import torch
 from torch import Tensor, nn
 
 from revbifpn import model
 from revbifpn.branch import Branch, Term
+from revbifpn.fused import FusedMBConv, why_not_fused
 from revbifpn.model import ByArch, factory
-from revbifpn.tape import Coupler, Stored, Upsampled
+from revbifpn.tape import Coupler, Coupling, Lowered, Stored, Upsampled, forbid_double_backward
+
+
+def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
+    """``(transform, factor, mode)`` of what the kernels can upsample while they add; factor 1 leaves it in the branch."""
+    if isinstance(transform, Upsampled) and transform.factor in revkernels.functional.FACTORS:
+        if not any(m._forward_hooks or m._forward_pre_hooks for m in (transform, transform[1])):
+            return transform[0], transform.factor, transform.mode
+    return transform, 1, "bilinear"
 
 
 class FusedCoupler(Coupler):
     """Couplings by :mod:`revkernels`: Triton on CUDA, C++ on the CPU."""
 
-    def split(self, transform: nn.Module) -> tuple[Branch, int, str]:
-        if isinstance(transform, Upsampled) and transform.factor in revkernels.functional.FACTORS:
-            if not any(m._forward_hooks or m._forward_pre_hooks for m in (transform, transform[1])):
-                return Branch(transform[0]), transform.factor, transform.mode
-        return super().split(transform)
+    def lower(self, coupling: Coupling, inputs: Sequence[Tensor]) -> Lowered:
+        sources, transforms = zip(*coupling.terms, strict=True)
+        transforms, factors, modes = zip(*map(_taken_apart, transforms), strict=True)
+        if len({mode for mode, factor in zip(modes, factors, strict=True) if factor > 1}) > 1:
+            return super().lower(coupling, inputs)
+        fits = not any(map(why_not_fused, transforms, inputs))
+        branches = tuple(map(FusedMBConv if fits else Branch, transforms))
+        return Lowered(coupling.target, coupling.creates, sources, branches, factors, modes[factors.index(max(factors))])
 
-    def update_(self, y: Tensor, terms: Sequence[Term], factors: Sequence[int], mode: str, subtract: bool) -> None:
+    def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:
         revkernels.couple_(
             y,
             [term.p for term in terms],
-            factors,
+            lowered.factors,
             scale=[term.scale for term in terms],
             shift=[term.shift for term in terms],
-            mode=mode,
+            mode=lowered.mode,
             subtract=subtract,
         )
 
-    def adjoint(
-        self, dy: Tensor, terms: Sequence[Term], factors: Sequence[int], mode: str
-    ) -> list[tuple[Tensor, Tensor | None]]:
+    def adjoint(self, lowered: Lowered, dy: Tensor, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor | None]]:
         p = [None if term.center is None else term.p for term in terms]
-        du, sums = revkernels.couple_adjoint(dy, factors, p=p, center=[term.center for term in terms], mode=mode)
+        center = [term.center for term in terms]
+        du, sums = revkernels.couple_adjoint(dy, lowered.factors, p=p, center=center, mode=lowered.mode)
         return list(zip(du, sums, strict=True))
 
-    def sum(self, y: Tensor | None, p: Sequence[Tensor], factors: Sequence[int], mode: str) -> Tensor:
+    def stored(self, lowered: Lowered, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        if all(isinstance(branch, FusedMBConv) for branch in lowered.branches):
+            return _StoredCoupling.apply(self, lowered, y, *inputs, *lowered.parameters())
         if y is None:
-            return super().sum(y, p, factors, mode)
-        return revkernels.couple(y, p, factors, mode=mode)
+            return super().stored(lowered, y, inputs)
+        p = [branch.module(x) for branch, x in zip(lowered.branches, inputs, strict=True)]
+        return revkernels.couple(y, p, lowered.factors, mode=lowered.mode)
+
+
+class _StoredCoupling(torch.autograd.Function):
+    """``y + sum_k up(F_k(x_k))`` of fused branches as an ordinary function that keeps their raw d and p."""
+
+    @staticmethod
+    def forward(ctx: Any, coupler: FusedCoupler, lowered: Lowered, y: Tensor | None, *tensors: Tensor) -> Tensor:
+        inputs = tensors[: len(lowered.branches)]
+        ctx.coupler, ctx.lowered = coupler, lowered
+        terms, ctx.records, ds = zip(*map(FusedMBConv.compute, lowered.branches, inputs), strict=True)
+        z = inputs[0].new_zeros(terms[0].p.shape) if y is None else y.clone()
+        coupler.update_(lowered, z, terms, subtract=False)
+        ctx.save_for_backward(*ds, *(term.p for term in terms), *tensors)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple:
+        forbid_double_backward()
+        lowered, count = ctx.lowered, len(ctx.lowered.branches)
+        saved = list(ctx.saved_tensors)
+        ds, ps, xs, parameters = saved[:count], saved[count : 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
+        terms, pullbacks = [], []
+        for branch, record, x, d, p in zip(lowered.branches, ctx.records, xs, ds, ps, strict=True):
+            own, parameters = parameters[: len(branch.parameters())], parameters[len(branch.parameters()) :]
+            term, pullback = branch.restore(record, own, x, d, p.clone())
+            terms.append(term)
+            pullbacks.append(pullback)
+        needs = ctx.needs_input_grad[3 : 3 + count]
+        dxs = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs, strict=True)]
+        gradients = []
+        pulled = ctx.coupler.adjoint(lowered, dz, terms)
+        for (du, sums), dx, pullback in zip(pulled, dxs, pullbacks, strict=True):
+            gradients += pullback(du, sums, [dx])
+        return None, None, dz if ctx.needs_input_grad[2] else None, *dxs, *gradients
 
 
 class Stem(model.Stem):

@@ -172,7 +172,9 @@ class RevBiFPN(nn.Module):
         self.disable_recomp = disable_recomp if reversible is None else not reversible
         self.stride = block * 2 ** (levels - 1)  # of the lowest resolution, in image pixels
         self._dwk, self._dwkp, self._expand, self._se = dwk, dwkp, expand_ratios, se_ratios
-        self._layers = Layers(norm, norm_fn, dict(BATCH_NORM if norm_kwargs is None else norm_kwargs), act_fn, se_sig_act)
+        self._layers = Layers(
+            norm, norm_fn, dict(BATCH_NORM if norm_kwargs is None else norm_kwargs), act_fn, se_sig_act
+        )
         self._upscale_mode = upscale_mode
 
         self.stem = Stem(planes, block)
@@ -184,7 +186,9 @@ class RevBiFPN(nn.Module):
             entering = channels[: layer if created else levels]
             blocks += [self._rev_blocks(entering, drop) for _ in range(inv_blk_rep)]
             blocks += [self._rev_silo(channels[: len(entering) + created], int(created), drop)]
-        self.rev_stack = ReversibleSequence(*blocks, reversible=not self.disable_rev, start=1 if stem_downsampling else 0)
+        self.rev_stack = ReversibleSequence(
+            *blocks, reversible=not self.disable_rev, start=1 if stem_downsampling else 0
+        )
 
         head_lists = (head_dwk, head_dwkp, head_expand_ratios, head_se_ratios)
         self.neck_channels = list(channels)
@@ -307,7 +311,9 @@ class RevBiFPN(nn.Module):
         if x.dim() not in (3, 4) or shape[-3] != Stem.IMAGE_CHANNELS:
             raise ValueError(f"x: expected an image batch of shape {want}, got shape {shape}")
         if not x.is_floating_point():
-            raise ValueError(f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255")
+            raise ValueError(
+                f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
+            )
         if not all(size and size % self.stride == 0 for size in shape[-2:]):
             raise ValueError(
                 f"x: expected height and width to be positive multiples of {self.stride}, got {shape[-2]} x {shape[-1]}; "
@@ -316,7 +322,8 @@ class RevBiFPN(nn.Module):
 
     def _open(self, x: Tensor) -> Tape | Stored:
         """The streams of x, on their tape."""
-        return self.rev_stack.open(self.stem(x), owned=True)
+        mine = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
+        return self.rev_stack.open(self.stem(x), owned=mine)
 
     def _pyramid(self, tape: Tape | Stored) -> list[Tensor]:
         if self.neck is None:

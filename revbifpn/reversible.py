@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.branch import is_recomputing
-from revbifpn.tape import Coupler, Coupling, Part, Stored, Tape, Upsampled, _Lowered, open_tape, recomputed
+from revbifpn.tape import Coupler, Coupling, Part, State, Stored, Tape, Upsampled, open_tape, own, recomputed
 
 __all__ = [
     "Coupling",
@@ -97,10 +97,10 @@ class Reversible(nn.Module, ABC):
         Transforms are evaluated as they are now: with random layers in train mode the result is not the input
         (use ``eval()``; backward replays its random numbers and is not affected).
         """
-        tape = open_tape(streams, [], self.coupler)
+        state = State(self.coupler, own(streams, owned=False))
         for coupling in reversed(list(self.couplings())):
-            tape.undo(_Lowered(coupling, self.coupler))
-        return _unpack(tuple(tape.streams))
+            state.undo(state.lower(coupling))
+        return _unpack(tuple(state.streams))
 
 
 def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -277,16 +277,16 @@ def check_invertible(module: Reversible, *streams: Tensor, rtol: float | None = 
     Raises:
         AssertionError: an error is above ``rtol`` or not a number; the message names the stream and the usual causes.
     """
-    tape = open_tape(streams, [], module.coupler)
+    state = State(module.coupler, own(streams, owned=False))
     recorded = []
     for coupling in module.couplings():
-        lowered = _Lowered(coupling, module.coupler)
-        recorded.append((lowered, tape.advance(lowered)))
-    tape.grads = [None] * len(tape.streams)
+        lowered = state.lower(coupling)
+        recorded.append((lowered, state.advance(lowered)))
+    state.grads = [None] * len(state.streams)
     for lowered, records in reversed(recorded):
-        tape.retreat(lowered, records, lowered.parameters(), needs_input=True)
+        state.retreat(lowered, records, lowered.parameters(), needs_input=True)
     errors = []
-    for i, (x, inverted) in enumerate(zip(streams, tape.streams, strict=True)):
+    for i, (x, inverted) in enumerate(zip(streams, state.streams, strict=True)):
         limit = rtol if rtol is not None else {torch.float32: 1e-3, torch.float64: 1e-10}.get(x.dtype, 0.1)
         error = 0.0
         if x.numel():

@@ -1,7 +1,9 @@
 """The tape: owner of the streams of one forward pass, and the autograd nodes that run it backwards.
 
-Activations and their gradients do not travel through autograd. A :class:`Tape` owns the streams ``y`` and, in
+Activations and their gradients do not travel through autograd. A :class:`State` owns the streams ``y`` and, in
 backward, their gradients ``dy``; autograd carries only a 0-dim token from node to node, which puts the nodes in order.
+A :class:`Tape` is that state with the last token: what forward writes on. Nodes point to the state alone, so that no
+reference cycle keeps the streams alive.
 Going backward, each node recomputes its branches, subtracts what they had added (so ``y`` becomes the input of that
 coupling again, in the same memory) and accumulates into ``dy`` in place::
 
@@ -48,6 +50,15 @@ class Coupling:
     terms: tuple[tuple[Part, nn.Module], ...]  # (source, transform)
     creates: bool = False
 
+    def __post_init__(self) -> None:
+        for source, _ in self.terms:
+            if source.level == self.target.level and (
+                source.half == self.target.half or None in (source.half, self.target.half)
+            ):
+                raise ValueError(
+                    f"terms: {source} overlaps the target {self.target}; adding F(x) to x itself has no inverse"
+                )
+
 
 class Upsampled(nn.Sequential):
     """A transform followed by upsampling: kernels that upsample while they add take the two apart."""
@@ -57,129 +68,102 @@ class Upsampled(nn.Sequential):
         self.factor, self.mode = factor, mode
 
 
-class Coupler:
-    """How contributions are added to a stream and taken off again; this one in plain PyTorch.
+@dataclass(frozen=True)
+class Lowered:
+    """A coupling as a coupler runs it on given inputs: one branch and upsampling factor per term."""
 
-    ``split`` takes a transform apart into a branch and the upsampling (factor, mode) left to the coupler.
-    """
-
-    def split(self, transform: nn.Module) -> tuple[Branch, int, str]:
-        return Branch(transform), 1, "bilinear"
-
-    def update_(self, y: Tensor, terms: Sequence[Term], factors: Sequence[int], mode: str, subtract: bool) -> None:
-        """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``."""
-        for term in terms:
-            y.sub_(term.p) if subtract else y.add_(term.p)
-
-    def adjoint(
-        self, dy: Tensor, terms: Sequence[Term], factors: Sequence[int], mode: str
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """``up_{f_k}^T(dy)`` and the sums that ``term.center`` asks for, per contribution."""
-        return [(dy, None)] * len(terms)
-
-    def sum(self, y: Tensor | None, p: Sequence[Tensor], factors: Sequence[int], mode: str) -> Tensor:
-        """``y + sum_k up_{f_k}(p_k)`` as an ordinary differentiable tensor; ``y = None`` is zero."""
-        for p_k in p:
-            y = p_k if y is None else y + p_k
-        return y
-
-    def shape(self, term: Term, factor: int) -> list[int]:
-        n, c, h, w = term.p.shape
-        return [n, c, h * factor, w * factor]
-
-
-class _Lowered:
-    """A coupling as this coupler runs it: branches, and what is left of their upsampling."""
-
-    def __init__(self, coupling: Coupling, coupler: Coupler) -> None:
-        self.target, self.creates = coupling.target, coupling.creates
-        self.sources = [source for source, _ in coupling.terms]
-        self.branches, self.factors, modes = [], [], set()
-        for _, transform in coupling.terms:
-            branch, factor, mode = coupler.split(transform)
-            self.branches.append(branch)
-            self.factors.append(factor)
-            modes |= {mode} if factor > 1 else set()
-        if len(modes) > 1:
-            raise ValueError(f"mode: one coupling upsamples in one mode, got {sorted(modes)}")
-        self.mode = modes.pop() if modes else "bilinear"
+    target: Part
+    creates: bool
+    sources: tuple[Part, ...]
+    branches: tuple[Branch, ...]
+    factors: tuple[int, ...]
+    mode: str = "bilinear"
 
     def parameters(self) -> list[Tensor]:
         return [q for branch in self.branches for q in branch.parameters()]
 
 
+class Coupler:
+    """How contributions are added to a stream and taken off again; this one in plain PyTorch, upsampling in the branch."""
+
+    def lower(self, coupling: Coupling, inputs: Sequence[Tensor]) -> Lowered:
+        """Choose the branches that run the coupling's transforms on ``inputs``."""
+        sources, transforms = zip(*coupling.terms, strict=True)
+        ones = (1,) * len(sources)
+        return Lowered(coupling.target, coupling.creates, sources, tuple(map(Branch, transforms)), ones)
+
+    def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:
+        """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``."""
+        for term in terms:
+            if term.p.shape != y.shape:
+                raise ValueError(
+                    f"transform: expected a result of its target's shape {tuple(y.shape)}, got {tuple(term.p.shape)}"
+                )
+            y.sub_(term.p) if subtract else y.add_(term.p)
+
+    def adjoint(self, lowered: Lowered, dy: Tensor, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor | None]]:
+        """``up_{f_k}^T(dy)`` and the sums that ``term.center`` asks for, per term."""
+        return [(dy, None)] * len(terms)
+
+    def stored(self, lowered: Lowered, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        """``y + sum_k up_{f_k}(F_k(x_k))`` as an ordinary differentiable tensor; ``y = None`` is zero."""
+        for branch, x in zip(lowered.branches, inputs, strict=True):
+            p = branch.module(x)
+            y = p if y is None else y + p
+        return y
+
+
 @dataclass
-class Tape:
+class State:
     """Streams, gradients and position of one pass. It lives as long as the graph that points to it."""
 
     coupler: Coupler
     streams: list[Tensor] = field(default_factory=list)
     grads: list[Tensor | None] = field(default_factory=list)
-    token: Tensor | None = None  # autograd's end of the chain while the forward runs; None: nothing is recorded
     position: int = 0  # couplings applied and not yet undone
+    task: int = -1  # autograd's number of the backward call that the gradients belong to
 
-    # Forward ------------------------------------------------------------------------------------
+    def lower(self, coupling: Coupling) -> Lowered:
+        """The coupling with the branches that fit the streams."""
+        return self.coupler.lower(coupling, [source.of(self.streams) for source, _ in coupling.terms])
 
-    def step(self, coupling: Coupling) -> None:
-        """Apply a coupling to the streams, recorded if the pass is."""
-        lowered = _Lowered(coupling, self.coupler)
-        if self.token is None:
-            sources = zip(lowered.branches, lowered.sources, strict=True)
-            self._add_(lowered, [branch(source.of(self.streams)) for branch, source in sources])
-        else:
-            self.token = _Step.apply(self.token, self, lowered, *lowered.parameters())
-
-    def advance(self, lowered: _Lowered) -> list[Any]:
+    def advance(self, lowered: Lowered) -> list[Any]:
         """``y_t += sum_k up(branch_k(y_k))``; returns the branches' records."""
         terms, records = [], []
         for source, branch in zip(lowered.sources, lowered.branches, strict=True):
             term, record = branch.forward(source.of(self.streams))
             terms.append(term)
             records.append(record)
-        self._add_(lowered, terms)
+        self.add_(lowered, terms)
         return records
 
-    def _add_(self, lowered: _Lowered, terms: list[Term]) -> None:
+    def add_(self, lowered: Lowered, terms: list[Term]) -> None:
+        """``y_t += sum_k up(p_k)``, a new stream where the coupling creates it."""
         if lowered.creates:
-            shape = self.coupler.shape(terms[0], lowered.factors[0])
-            self.streams.append(self.streams[0].new_zeros(shape))
-        self._update_(lowered, terms, subtract=False)
+            if lowered.target.level != len(self.streams):
+                raise ValueError(
+                    f"streams: stream {lowered.target.level} is created next, which takes as many before it, "
+                    f"got {len(self.streams)}"
+                )
+            self.streams.append(self.streams[0].new_zeros(terms[0].p.shape))  # going down, nothing is upsampled
+        self.coupler.update_(lowered, lowered.target.of(self.streams), terms, subtract=False)
         self.position += 1
 
-    def _update_(self, lowered: _Lowered, terms: list[Term], *, subtract: bool) -> None:
-        self.coupler.update_(lowered.target.of(self.streams), terms, lowered.factors, lowered.mode, subtract)
-
-    def leave(self) -> tuple[Tensor, ...]:
-        """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
-        if self.token is None:
-            streams, self.streams = tuple(self.streams), []
-            return streams
-        return _Leave.apply(self.token, self)
-
-    def read(self, level: int, transform: nn.Module, *others: Tensor) -> Tensor:
-        """``transform(stream, *others)``, recomputed in backward; the streams stay on the tape."""
-        if self.token is None:
-            return recomputed(transform, self.streams[level], *others)
-        branch = Branch(transform)
-        return _Read.apply(self.token, self, level, branch, len(others), *others, *branch.parameters())
-
-    # Backward -----------------------------------------------------------------------------------
-
-    def undo(self, lowered: _Lowered) -> None:
+    def undo(self, lowered: Lowered) -> None:
         """``y_t -= sum_k up(branch_k(y_k))`` with the branches as they are now, for ``inverse()``."""
         if not lowered.creates:
             terms = [
                 branch.evaluate(source.of(self.streams))
                 for source, branch in zip(lowered.sources, lowered.branches, strict=True)
             ]
-            self._update_(lowered, terms, subtract=True)
+            self.coupler.update_(lowered, lowered.target.of(self.streams), terms, subtract=True)
         else:
             self.streams.pop()
         self.position -= 1
 
     def retreat(
         self,
-        lowered: _Lowered,
+        lowered: Lowered,
         records: Sequence[Any],
         parameters: Sequence[Tensor],
         needs_input: bool,
@@ -189,26 +173,29 @@ class Tape:
         ``x_t = y_t - sum_k up(p_k)``, ``dp_k = up^T(dy_t)``, ``dy_k += J_k^T dp_k``; returns the parameters' gradients.
         With ``needs_input`` unset nothing before this coupling wants a gradient: ``x`` and ``dx`` are not formed.
         """
+        position, self.position = self.position, -1  # an exception on the way leaves streams that nothing may use
         dy = self.grads[lowered.target.level]
         if dy is None and not needs_input:
             self.release()
             return [None] * len(parameters)
         terms, pullbacks = self._recompute(lowered, records, parameters, needs_input and dy is not None)
         if needs_input and not lowered.creates:
-            self._update_(lowered, terms, subtract=True)
+            self.coupler.update_(lowered, lowered.target.of(self.streams), terms, subtract=True)
         gradients: list[Tensor | None] = [None] * len(parameters)
         if dy is not None:
-            pulled = self.coupler.adjoint(lowered.target.of(self.grads), terms, lowered.factors, lowered.mode)
+            pulled = self.coupler.adjoint(lowered, lowered.target.of(self.grads), terms)
             terms.clear()  # the last references to p: only the pullbacks' graphs are needed from here on
             gradients = []
             for source in reversed(lowered.sources):
-                dxs, dparameters = pullbacks.pop()(*pulled.pop())
-                self.accumulate(source, dxs[0])
-                gradients = dparameters + gradients
-        if needs_input:
-            self._drop(lowered)
-        else:
+                into = self.gradient(source) if needs_input else None
+                gradients = pullbacks.pop()(*pulled.pop(), [into]) + gradients
+        if not needs_input:
             self.release()
+            return gradients
+        if lowered.creates:
+            self.streams.pop()
+            self.grads.pop()
+        self.position = position - 1
         return gradients
 
     def release(self) -> None:
@@ -216,7 +203,7 @@ class Tape:
         self.streams, self.grads, self.position = [], [], -1
 
     def _recompute(
-        self, lowered: _Lowered, records: Sequence[Any], parameters: Sequence[Tensor], needs_dx: bool
+        self, lowered: Lowered, records: Sequence[Any], parameters: Sequence[Tensor], needs_dx: bool
     ) -> tuple[list[Term], list[Pullback]]:
         terms, pullbacks = [], []
         parameters = list(parameters)
@@ -228,25 +215,54 @@ class Tape:
             pullbacks.append(pullback)
         return terms, pullbacks
 
-    def _drop(self, lowered: _Lowered) -> None:
-        if lowered.creates:
-            self.streams.pop()
-            self.grads.pop()
-        self.position -= 1
-
-    def accumulate(self, part: Part, dx: Tensor | None) -> None:
-        """``dy_part += dx``, in place."""
-        if dx is None:
-            return
+    def gradient(self, part: Part) -> Tensor:
+        """``dy`` of a part, to be added to; zero at first."""
         if self.grads[part.level] is None:
             stream = self.streams[part.level]
             self.grads[part.level] = torch.zeros_like(stream, memory_format=torch.contiguous_format)
-        part.of(self.grads).add_(dx)
+        return part.of(self.grads)
+
+    def begin(self) -> None:
+        """Zero gradients at the start of a backward call: an earlier one may have read a level and stopped there."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task, self.grads = task, [None] * len(self.streams)
 
     def expect(self, position: int) -> None:
         """Refuse to go on where the streams are not what this node left behind."""
         if self.position != position:
             raise RuntimeError(_AGAIN)
+
+
+class Tape:
+    """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
+
+    def __init__(self, coupler: Coupler) -> None:
+        self.state = State(coupler)
+        self.token: Tensor | None = None  # None: nothing is recorded
+
+    def step(self, coupling: Coupling) -> None:
+        """Apply a coupling to the streams, recorded if the pass is."""
+        lowered = self.state.lower(coupling)
+        if self.token is None:
+            sources = zip(lowered.branches, lowered.sources, strict=True)
+            self.state.add_(lowered, [branch(source.of(self.state.streams)) for branch, source in sources])
+        else:
+            self.token = _Step.apply(self.token, self.state, lowered, *lowered.parameters())
+
+    def leave(self) -> tuple[Tensor, ...]:
+        """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
+        if self.token is None:
+            streams, self.state.streams = tuple(self.state.streams), []
+            return streams
+        return _Leave.apply(self.token, self.state)
+
+    def read(self, level: int, transform: nn.Module, *others: Tensor) -> Tensor:
+        """``transform(stream, *others)``, recomputed in backward; the streams stay on the tape."""
+        if self.token is None:
+            return recomputed(transform, self.state.streams[level], *others)
+        branch = Branch(transform)
+        return _Read.apply(self.token, self.state, level, branch, len(others), *others, *branch.parameters())
 
 
 def forbid_double_backward() -> None:
@@ -262,39 +278,39 @@ class _Enter(torch.autograd.Function):
     """Ordinary tensors become the tape's streams; backward hands out their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, owned: bool, *inputs: Tensor) -> Tensor:
-        ctx.tape = tape
+    def forward(ctx: Any, state: State, owned: bool, *inputs: Tensor) -> Tensor:
+        ctx.state = state
         ctx.set_materialize_grads(False)
-        tape.streams = own(inputs, owned)
+        state.streams = own(inputs, owned)
         return inputs[0].new_empty(())
 
     @staticmethod
     def backward(ctx: Any, token: None) -> tuple:
         forbid_double_backward()
-        tape = ctx.tape
-        tape.expect(0)
-        grads = tape.grads
-        tape.release()
+        state = ctx.state
+        state.expect(0)
+        grads = state.grads
+        state.release()
         return None, None, *grads
 
 
 class _Step(torch.autograd.Function):
-    """One coupling; backward is :meth:`Tape.retreat`."""
+    """One coupling; backward is :meth:`State.retreat`."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, tape: Tape, lowered: _Lowered, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, token: Tensor, state: State, lowered: Lowered, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.tape, ctx.lowered = tape, lowered
-        ctx.records = tape.advance(lowered)
-        ctx.position = tape.position
+        ctx.state, ctx.lowered = state, lowered
+        ctx.records = state.advance(lowered)
+        ctx.position = state.position
         ctx.save_for_backward(*parameters)
         return token.new_empty(())
 
     @staticmethod
     def backward(ctx: Any, token: None) -> tuple:
         forbid_double_backward()
-        ctx.tape.expect(ctx.position)
-        gradients = ctx.tape.retreat(ctx.lowered, ctx.records, ctx.saved_tensors, ctx.needs_input_grad[0])
+        ctx.state.expect(ctx.position)
+        gradients = ctx.state.retreat(ctx.lowered, ctx.records, ctx.saved_tensors, ctx.needs_input_grad[0])
         return None, None, None, *gradients
 
 
@@ -302,23 +318,23 @@ class _Leave(torch.autograd.Function):
     """The streams go out as ordinary tensors. Saving them lets autograd notice an in-place change by their user."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, tape: Tape) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, token: Tensor, state: State) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.tape, ctx.position = tape, tape.position
-        streams, tape.streams = tuple(tape.streams), []
+        ctx.state, ctx.position = state, state.position
+        streams, state.streams = tuple(state.streams), []
         ctx.save_for_backward(*streams)
         return streams
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         forbid_double_backward()
-        tape = ctx.tape
-        tape.expect(ctx.position)
-        if tape.streams:
+        state = ctx.state
+        state.expect(ctx.position)
+        if state.streams:
             raise RuntimeError(_AGAIN)
         # The caller may still hold the outputs, and autograd may share the gradients: the tape works on copies.
-        tape.streams = [y.clone(memory_format=torch.contiguous_format) for y in ctx.saved_tensors]
-        tape.grads = [None if g is None else g.clone(memory_format=torch.contiguous_format) for g in grads]
+        state.streams = [y.clone(memory_format=torch.contiguous_format) for y in ctx.saved_tensors]
+        state.grads = [None if g is None else g.clone(memory_format=torch.contiguous_format) for g in grads]
         return None, None
 
 
@@ -327,33 +343,30 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, tape: Tape, level: int, branch: Branch, count: int, *tensors: Tensor
+        ctx: Any, token: Tensor, state: State, level: int, branch: Branch, count: int, *tensors: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.tape, ctx.level, ctx.branch, ctx.count, ctx.position = tape, level, branch, count, tape.position
-        term, ctx.record = branch.forward(tape.streams[level], *tensors[:count])
+        ctx.state, ctx.level, ctx.branch, ctx.count, ctx.position = state, level, branch, count, state.position
+        term, ctx.record = branch.forward(state.streams[level], *tensors[:count])
         ctx.save_for_backward(*tensors)
         return term.p
 
     @staticmethod
     def backward(ctx: Any, dp: Tensor | None) -> tuple:
         forbid_double_backward()
-        tape, count = ctx.tape, ctx.count
-        tape.expect(ctx.position)
-        if ctx.record is None:
-            raise RuntimeError(_AGAIN)
-        record, ctx.record = ctx.record, None
-        if not tape.grads:
-            tape.grads = [None] * len(tape.streams)
+        state, count = ctx.state, ctx.count
+        state.expect(ctx.position)
+        state.begin()
+        saved = ctx.saved_tensors
         if dp is None:
-            return (None,) * (5 + len(ctx.saved_tensors))
-        others, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        inputs = [tape.streams[ctx.level], *others]
+            return (None,) * (5 + len(saved))
+        others, parameters = saved[:count], saved[count:]
+        inputs = [state.streams[ctx.level], *others]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
-        _, pullback = ctx.branch.recompute(record, parameters, inputs, needs)
-        (dx, *dothers), dparameters = pullback(dp, None)
-        if dx is not None:
-            tape.accumulate(Part(ctx.level), dx)
+        _, pullback = ctx.branch.recompute(ctx.record, parameters, inputs, needs)
+        dothers = [torch.zeros_like(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
+        into = state.gradient(Part(ctx.level)) if needs[0] else None
+        dparameters = pullback(dp, None, [into, *dothers])
         return None, None, None, None, None, *dothers, *dparameters
 
 
@@ -371,12 +384,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dp: Tensor | None) -> tuple:
         forbid_double_backward()
+        saved = ctx.saved_tensors
         if dp is None:
-            return (None,) * (2 + len(ctx.saved_tensors))
-        inputs, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            return (None,) * (2 + len(saved))
+        inputs, parameters = saved[: ctx.count], saved[ctx.count :]
         needs = ctx.needs_input_grad[2 : 2 + ctx.count]
         _, pullback = ctx.branch.recompute(ctx.record, parameters, inputs, needs)
-        dinputs, dparameters = pullback(dp, None)
+        dinputs = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+        dparameters = pullback(dp, None, dinputs)
         return None, None, *dinputs, *dparameters
 
 
@@ -409,12 +424,9 @@ class Stored:
         return level[part.half]
 
     def step(self, coupling: Coupling) -> None:
-        lowered = _Lowered(coupling, self.coupler)
-        p = [
-            branch.module(self._get(source)) for source, branch in zip(lowered.sources, lowered.branches, strict=True)
-        ]
-        y = None if lowered.creates else self._get(lowered.target)
-        y = self.coupler.sum(y, p, lowered.factors, lowered.mode)
+        inputs = [self._get(source) for source, _ in coupling.terms]
+        lowered = self.coupler.lower(coupling, inputs)
+        y = self.coupler.stored(lowered, None if lowered.creates else self._get(lowered.target), inputs)
         if lowered.creates:
             self._levels.append(y.to(self._get(Part(0)).dtype))
         elif lowered.target.half is None:
@@ -426,16 +438,14 @@ class Stored:
         return tuple(self._get(Part(i)) for i in range(len(self._levels)))
 
 
-def open_tape(
-    inputs: Sequence[Tensor], parameters: Sequence[Tensor], coupler: Coupler, *, owned: bool = False
-) -> Tape:
+def open_tape(inputs: Sequence[Tensor], parameters: Sequence[Tensor], coupler: Coupler, *, owned: bool = False) -> Tape:
     """A tape whose streams are ``inputs``, recorded for backward only if something wants a gradient."""
     tape = Tape(coupler)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters)):
-        tape.token = _Enter.apply(tape, owned, *inputs)
+        tape.token = _Enter.apply(tape.state, owned, *inputs)
     else:
-        tape.streams = own(inputs, owned)
+        tape.state.streams = own(inputs, owned)
     return tape
 
 
-__all__ = ["Coupler", "Coupling", "Part", "Stored", "Tape", "Upsampled", "open_tape", "recomputed"]
+__all__ = ["Coupler", "Coupling", "Lowered", "Part", "State", "Stored", "Tape", "Upsampled", "open_tape", "recomputed"]

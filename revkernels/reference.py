@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+HARDSIGMOID_SLOPE = 0.1666666716337204  # float32(1 / 6)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -280,7 +283,10 @@ def se_gate_grad(
     w1: Tensor,  # [R, C]
     w2: Tensor,  # [C, R]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`se_gate`: ``dpooled, dw1, db1, dw2, db2``.  hardsigmoid has slope 1/6 inside (0, 1)."""
-    dv = torch.where((gate > 0) & (gate < 1), dgate / 6, 0.0).to(dgate.dtype)
+    """Gradients of :func:`se_gate`: ``dpooled, dw1, db1, dw2, db2``.
+
+    hardsigmoid has slope 1/6 inside (0, 1), rounded to float32 in every dtype: PyTorch's own gradient has it so.
+    """
+    dv = torch.where((gate > 0) & (gate < 1), dgate * HARDSIGMOID_SLOPE, 0.0).to(dgate.dtype)
     dhidden = (dv @ w2) * _act_slope(hidden, "hardswish")
     return dhidden @ w1, dhidden.t() @ pooled, dhidden.sum(0), dv.t() @ F.hardswish(hidden), dv.sum(0)

@@ -1,0 +1,463 @@
+"""MBConv with an explicit forward and vector-Jacobian product, on :mod:`revkernels`: no autograd graph inside.
+
+With ``h`` hardswish, ``BN_k(x) = scale_k x + shift_k`` (``scale = gamma rstd``, ``shift = beta - mean scale``):
+
+    e = W_e x                    (only with expansion)        [N, E, H, W]
+    d = dw(h(BN_0(e)))           or dw(x)                     [N, E, H', W']
+    gate = SE(mean_hw h(BN_1(d)))                             [N, E]
+    p = W_p (gate h(BN_1(d)))                                 [N, C', H', W']
+    result = keep BN_2(p)        left to the coupling         keep [N], stochastic depth
+
+The forward saves the norms' mean and rstd, the gate and the keep factors, nothing else. So the recompute has no
+reductions and draws no random numbers: it is computed sample by sample, as is the backward up to the per-channel sums
+that batch statistics need. Only one full plane per branch exists, p, over which the gradient of the projection's input
+is written; everything else lives for a chunk of samples at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revbifpn.branch import Pullback, Term
+from revbifpn.mbconv import ConvNormAct, MBConv
+
+_ops = torch.ops.revkernels
+
+# Bytes of a chunk of samples of the widest plane: about a core's cache on a CPU; on a GPU, enough to fill it.
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+class Weights(NamedTuple):
+    """Parameters of an MBConv in the order of :meth:`FusedMBConv.parameters`; None where a part is absent."""
+
+    expand: Tensor | None  # [E, C, 1, 1]
+    gamma0: Tensor | None  # [E]
+    beta0: Tensor | None
+    depthwise: Tensor  # [E, 1, k, k]
+    gamma1: Tensor  # [E]
+    beta1: Tensor
+    squeeze: Tensor | None  # [R, E, 1, 1]
+    squeeze_bias: Tensor | None  # [R]
+    excite: Tensor | None  # [E, R, 1, 1]
+    excite_bias: Tensor | None  # [E]
+    project: Tensor  # [C', E, 1, 1]
+    gamma2: Tensor  # [C']
+    beta2: Tensor
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Statistics that a BatchNorm used in the forward; ``batch``: they are the batch's own."""
+
+    mean: Tensor  # [C]
+    rstd: Tensor  # [C]
+    batch: bool
+
+    def affine(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """``scale, shift`` of ``gamma (x - mean) rstd + beta``."""
+        scale = gamma * self.rstd
+        return scale, beta - self.mean * scale
+
+    def gradient(
+        self, scale: Tensor, sum_g: Tensor, sum_gx: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Parameter gradients, and what is left of the input's after ``scale g``.
+
+        With ``sum_g = sum g`` and ``sum_gx = sum g (x - mean)`` over ``count`` positions: ``dgamma = rstd sum_gx``,
+        ``dbeta = sum_g``, ``dx = scale (g - dbeta / M - x^ dgamma / M) = scale g + slope x + offset``.
+        """
+        dgamma = self.rstd * sum_gx
+        if not self.batch:
+            return dgamma, sum_g, None, None
+        slope = scale * self.rstd * dgamma / -count
+        return dgamma, sum_g, slope, scale * sum_g / -count - slope * self.mean
+
+
+@dataclass(frozen=True)
+class FusedRecord:
+    """What one forward saved: ``O(C + N C)`` numbers."""
+
+    norms: tuple[Norm | None, Norm, Norm]
+    hidden: Tensor | None  # [N, R]
+    gate: Tensor | None  # [N, E]
+    keep: Tensor | None  # [N], 0 or 1 / (1 - p)
+
+
+def _pointwise(weight: Tensor, x: Tensor) -> Tensor:
+    """1x1 convolution as a batched GEMM: ``[O, I, 1, 1], [N, I, H, W] -> [N, O, H, W]``."""
+    n, _, h, w = x.shape
+    weight = weight.flatten(1).to(x.dtype)
+    return torch.bmm(weight.expand(n, *weight.shape), x.flatten(2)).view(n, -1, h, w)
+
+
+def _pointwise_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """``sum_n dy_n x_n^T``: ``[N, O, H, W], [N, I, H, W] -> [O, I, 1, 1]``."""
+    return torch.bmm(dy.flatten(2), x.flatten(2).transpose(1, 2)).sum(0)[..., None, None]
+
+
+def _chunks(n: int, bytes_per_sample: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES.get(device.type, 1 << 28) // max(1, bytes_per_sample))
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _rows(v: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if v is None else v[chunk]
+
+
+def _observe(x: Tensor, norm: nn.BatchNorm2d, update: bool) -> Norm:
+    """The statistics that ``norm`` applies to x; in training its running ones are updated once, as PyTorch does."""
+    if norm.training or norm.running_mean is None:
+        n, c, h, w = x.shape
+        count = n * h * w
+        if norm.training and count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        mean, var = _ops.bn_stats(x)
+        if update and norm.training and norm.track_running_stats:
+            norm.num_batches_tracked.add_(1)
+            momentum = norm.momentum
+            if momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+            norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), momentum)
+        return Norm(mean, torch.rsqrt(var + norm.eps), True)
+    return Norm(norm.running_mean.clone(), torch.rsqrt(norm.running_var + norm.eps), False)
+
+
+class FusedMBConv:
+    """The branch of an :class:`revbifpn.mbconv.MBConv` that :func:`why_not_fused` has nothing against."""
+
+    def __init__(self, module: MBConv) -> None:
+        self.module = module
+
+    def parameters(self) -> list[Tensor]:
+        return [w for w in self._weights() if w is not None]
+
+    def _weights(self) -> Weights:
+        m = self.module
+        expand = (m.exp_conv.conv.weight, m.exp_conv.norm.weight, m.exp_conv.norm.bias) if m.exp_conv else (None,) * 3
+        se = (None,) * 4
+        if m.se is not None:
+            se = (m.se.se[1].weight, m.se.se[1].bias, m.se.se[3].weight, m.se.se[3].bias)
+        dw, project = m.dw_conv, m.project_conv
+        return Weights(
+            *expand,
+            *(dw.conv.weight, dw.norm.weight, dw.norm.bias),
+            *se,
+            *(project.conv.weight, project.norm.weight, project.norm.bias),
+        )
+
+    def weights(self, parameters: Sequence[Tensor]) -> Weights:
+        """:meth:`parameters` by name, for other values of them."""
+        given = iter(parameters)
+        return Weights(*(None if w is None else next(given) for w in self._weights()))
+
+    # Forward ------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor) -> Term:
+        return self.compute(x)[0]
+
+    def evaluate(self, x: Tensor) -> Term:
+        """The term with the module as it is now, leaving no trace in its buffers."""
+        return self.compute(x, update=False)[0]
+
+    def forward(self, x: Tensor) -> tuple[Term, FusedRecord]:
+        """The term and what its recompute needs; running statistics are updated here, once."""
+        term, record, _ = self.compute(x)
+        return term, record
+
+    @torch.no_grad()
+    def compute(self, x: Tensor, update: bool = True) -> tuple[Term, FusedRecord, Tensor]:
+        """The term, its record and d."""
+        m, weights = self.module, self._weights()
+        stride = m.dw_conv.conv.stride[0]
+        norm0, source, affine0 = None, x, (None, None)
+        if weights.expand is not None:
+            source = _pointwise(weights.expand, x)
+            norm0 = _observe(source, m.exp_conv.norm, update)
+            affine0 = norm0.affine(weights.gamma0, weights.beta0)
+        d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
+        del source
+        norm1 = _observe(d, m.dw_conv.norm, update)
+        affine1 = norm1.affine(weights.gamma1, weights.beta1)
+        gate = hidden = None
+        if weights.squeeze is not None:
+            pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
+            gate, hidden = _ops.se_gate(pooled, *self._squeeze_excite(weights))
+        p = self._project(d, affine1, gate, weights)
+        norm2 = _observe(p, m.project_conv.norm, update)
+        keep = self._draw_keep(x)
+        record = FusedRecord((norm0, norm1, norm2), hidden, gate, keep)
+        return self._term(p, record, weights), record, d
+
+    def _draw_keep(self, x: Tensor) -> Tensor | None:
+        drop = self.module.stochastic_depth
+        if not self.module.training or drop == 0.0:
+            return None
+        return (
+            torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
+            .bernoulli_(1 - drop)
+            .div_(1 - drop)[:, 0, 0, 0]
+        )
+
+    @staticmethod
+    def _squeeze_excite(weights: Weights) -> tuple[Tensor, ...]:
+        return (weights.squeeze.flatten(1), weights.squeeze_bias, weights.excite.flatten(1), weights.excite_bias)
+
+    @staticmethod
+    def _project(d: Tensor, affine1: tuple[Tensor, Tensor], gate: Tensor | None, weights: Weights) -> Tensor:
+        """``p = W_p (gate h(BN_1(d)))``, a chunk of samples at a time."""
+        n, _, h, w = d.shape
+        p = d.new_empty((n, weights.project.shape[0], h, w))
+        for chunk in _chunks(n, d[0].nbytes, d.device):
+            z = _ops.bn_act(d[chunk], *affine1, _rows(gate, chunk), "hardswish")
+            p[chunk] = _pointwise(weights.project, z)
+        return p
+
+    @staticmethod
+    def _term(p: Tensor, record: FusedRecord, weights: Weights) -> Term:
+        """``keep BN_2(p)`` as the coupling's affine: ``[C']``, or ``[N, C']`` with stochastic depth."""
+        norm = record.norms[2]
+        scale, shift = norm.affine(weights.gamma2, weights.beta2)
+        if record.keep is not None:
+            scale, shift = record.keep[:, None] * scale, record.keep[:, None] * shift
+        return Term(p, scale, shift, norm.mean)
+
+    # Backward -----------------------------------------------------------------------------------
+
+    def recompute(
+        self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Term, Pullback]:
+        """The term again, without reductions, and its vector-Jacobian product; see :meth:`Branch.recompute`."""
+        weights = self.weights(parameters)
+        (x,) = inputs
+        replay = _Replay(self, x, record, weights)
+        p = replay.project()
+        return self._term(p, record, weights), self._pullback(replay, p)
+
+    def restore(
+        self, record: FusedRecord, parameters: Sequence[Tensor], x: Tensor, d: Tensor, p: Tensor
+    ) -> tuple[Term, Pullback]:
+        """As :meth:`recompute`, from a stored d and p; p is overwritten."""
+        weights = self.weights(parameters)
+        return self._term(p, record, weights), self._pullback(_Replay(self, x, record, weights, d), p)
+
+    @staticmethod
+    def _pullback(replay: _Replay, p: Tensor) -> Pullback:
+        def pullback(du: Tensor, sums: Tensor, into: Sequence[Tensor | None]) -> list[Tensor | None]:
+            pairs = zip(replay.pull(p, du, sums, into[0]), replay.w, strict=True)
+            return [g if w.requires_grad else None for g, w in pairs if w is not None]
+
+        return pullback
+
+
+class _Replay:
+    """The backward of one branch, in passes over chunks of samples.
+
+    Args:
+        d: the depthwise convolution's output where it was kept; otherwise it is computed again in every pass.
+    """
+
+    def __init__(
+        self, branch: FusedMBConv, x: Tensor, record: FusedRecord, weights: Weights, d: Tensor | None = None
+    ) -> None:
+        self.x, self.record, self.w, self.d = x, record, weights, d
+        self.stride = branch.module.dw_conv.conv.stride[0]
+        norm0, norm1, norm2 = record.norms
+        self.affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
+        self.affine1 = norm1.affine(weights.gamma1, weights.beta1)
+        self.affine2 = norm2.affine(weights.gamma2, weights.beta2)
+        n, _, h, w = x.shape
+        self.expanded = weights.depthwise.shape[0]
+        self.out_size = (-(-h // self.stride), -(-w // self.stride))
+        self.chunks = list(_chunks(n, self.expanded * h * w * x.element_size(), x.device))
+
+    def _source(self, chunk: slice) -> Tensor:
+        """``e`` or ``x``: what the depthwise convolution reads (through its prologue)."""
+        return self.x[chunk] if self.w.expand is None else _pointwise(self.w.expand, self.x[chunk])
+
+    def _d(self, chunk: slice, source: Tensor | None = None) -> Tensor:
+        if self.d is not None:
+            return self.d[chunk]
+        if source is None:
+            source = self._source(chunk)
+        return _ops.depthwise_conv(source, self.w.depthwise, *self.affine0, self.stride)
+
+    def _z(self, d: Tensor, chunk: slice) -> Tensor:
+        return _ops.bn_act(d, *self.affine1, _rows(self.record.gate, chunk), "hardswish")
+
+    def project(self) -> Tensor:
+        """``p``, for all samples."""
+        n = self.x.shape[0]
+        p = self.x.new_empty((n, self.w.project.shape[0], *self.out_size))
+        # A strided branch keeps its small d; at stride 1 d is as large as its input and cheaper to compute again.
+        kept = self.x.new_empty((n, self.expanded, *self.out_size)) if self.stride > 1 else None
+        for chunk in self.chunks:
+            d = self._d(chunk)
+            if kept is not None:
+                kept[chunk] = d
+            p[chunk] = _pointwise(self.w.project, self._z(d, chunk))
+        self.d = kept
+        return p
+
+    def pull(self, p: Tensor, du: Tensor, sums: Tensor, into: Tensor | None) -> Weights:
+        """Gradients of all weights; the input's is added to ``into``.
+
+        Args:
+            p: of the recompute; overwritten where the gradient of the projection's input has its shape.
+            du: gradient of ``keep BN_2(p)``, ``[N, C', H', W']``.
+            sums: ``[2, N, C']``, ``sum_hw du`` and ``sum_hw du (p - mean)``.
+            into: gradient of x so far, or None where it is not wanted.
+        """
+        w, record = self.w, self.record
+        n = self.x.shape[0]
+        positions = n * self.out_size[0] * self.out_size[1]
+        norm0, norm1, norm2 = record.norms
+
+        # result = keep BN_2(p)
+        gate2 = None
+        if record.keep is not None:
+            sums = sums * record.keep[None, :, None]
+            gate2 = record.keep[:, None].expand(n, p.shape[1])
+        dgamma2, dbeta2, slope2, offset2 = norm2.gradient(self.affine2[0], *sums.sum(1), positions)
+
+        # p = W_p z, z = gate h(BN_1(d))
+        dz = p if p.shape[1] == self.expanded else p.new_empty((n, self.expanded, *self.out_size))
+        dproject = torch.zeros_like(w.project)
+        sums1 = sums.new_empty((5, n, self.expanded))
+        pooled = None if record.gate is None else torch.empty_like(record.gate)
+        for chunk in self.chunks:
+            d = self._d(chunk)
+            dp = _ops.bn_act_grad(
+                du[chunk], p[chunk], *self.affine2, _rows(gate2, chunk), None, slope2, offset2, "identity"
+            )
+            z = self._z(d, chunk)
+            dproject += _pointwise_grad_weight(dp, z)
+            dz[chunk] = _pointwise(w.project.transpose(0, 1), dp)
+            sums1[:, chunk] = _ops.bn_act_grad_sums(dz[chunk], d, *self.affine1, norm1.mean, "hardswish")
+            if pooled is not None:
+                pooled[chunk] = _ops.bn_act_squeeze(d, *self.affine1, "hardswish")
+
+        # gate = SE(mean_hw h(BN_1(d))): every pixel of h gets dpool on top of gate dz
+        dgate, sum_g, sum_gx, sum_slope, sum_slope_x = sums1
+        dpool, dse = None, (None,) * 4
+        if record.gate is not None:
+            dpool, dw1, db1, dw2, db2 = _ops.se_gate_grad(
+                dgate, record.gate, record.hidden, pooled, w.squeeze.flatten(1), w.excite.flatten(1)
+            )
+            dpool = dpool / (self.out_size[0] * self.out_size[1])
+            dse = (dw1.view_as(w.squeeze), db1, dw2.view_as(w.excite), db2)
+            sum_g = record.gate * sum_g + dpool * sum_slope
+            sum_gx = record.gate * sum_gx + dpool * sum_slope_x
+        dgamma1, dbeta1, slope1, offset1 = norm1.gradient(self.affine1[0], sum_g.sum(0), sum_gx.sum(0), positions)
+
+        # d = dw(v), v = h(BN_0(e)) or x
+        height, width = self.x.shape[2:]
+        kernel = w.depthwise.shape[-1]
+        ddepthwise = torch.zeros_like(w.depthwise)
+        dv = None
+        if w.expand is not None:
+            dv = dz if self.stride == 1 else dz.new_empty((n, self.expanded, height, width))
+            sums0 = sums.new_empty((5, n, self.expanded))
+        for chunk in self.chunks:
+            source = self._source(chunk)
+            d = self._d(chunk, source)
+            dd = _ops.bn_act_grad(
+                dz[chunk],
+                d,
+                *self.affine1,
+                _rows(record.gate, chunk),
+                _rows(dpool, chunk),
+                slope1,
+                offset1,
+                "hardswish",
+            )
+            ddepthwise += _ops.depthwise_conv_grad_weight(source, dd, *self.affine0, kernel, self.stride)
+            if dv is None and into is None:
+                continue
+            dsource = _ops.depthwise_conv_grad_input(dd, w.depthwise, height, width, self.stride)
+            if dv is None:
+                into[chunk] += dsource
+            else:
+                dv[chunk] = dsource
+                sums0[:, chunk] = _ops.bn_act_grad_sums(dsource, source, *self.affine0, norm0.mean, "hardswish")
+        if w.expand is None:
+            dexpand = (None,) * 3
+        else:
+            dexpand = self._pull_expand(dv, sums0, into)
+        return Weights(*dexpand, ddepthwise, dgamma1, dbeta1, *dse, dproject, dgamma2, dbeta2)
+
+    def _pull_expand(self, dv: Tensor, sums0: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``v = h(BN_0(e))``, ``e = W_e x``."""
+        w, norm0 = self.w, self.record.norms[0]
+        n, _, height, width = self.x.shape
+        _, sum_g, sum_gx, _, _ = sums0
+        dgamma0, dbeta0, slope0, offset0 = norm0.gradient(
+            self.affine0[0], sum_g.sum(0), sum_gx.sum(0), n * height * width
+        )
+        dexpand = torch.zeros_like(w.expand)
+        for chunk in self.chunks:
+            e = self._source(chunk)
+            de = _ops.bn_act_grad(dv[chunk], e, *self.affine0, None, None, slope0, offset0, "hardswish")
+            dexpand += _pointwise_grad_weight(de, self.x[chunk])
+            if into is not None:
+                into[chunk] += _pointwise(w.expand.transpose(0, 1), de)
+        return dexpand, dgamma0, dbeta0
+
+
+def _plain_norm(norm: nn.Module | None) -> bool:
+    return type(norm) is nn.BatchNorm2d and norm.affine
+
+
+def _plain_conv_norm(layer: ConvNormAct, act: type | None) -> bool:
+    conv = layer.conv
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and conv.dilation == (1, 1)
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.kernel_size[0] % 2 == 1
+        and conv.stride[0] == conv.stride[1]
+        and _plain_norm(layer.norm)
+        and type(layer.act) is (act or type(None))
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+    )
+
+
+def why_not_fused(transform: nn.Module, x: Tensor) -> str:
+    """Why :class:`FusedMBConv` cannot stand for ``transform`` on input x; empty when it can.
+
+    What does not fit (other norms or activations, hooks, parametrisations, autocast, empty batches, user modules) runs
+    through :class:`revbifpn.branch.Branch`.
+    """
+    if type(transform) is not MBConv:
+        return f"it is a {type(transform).__name__}, not an MBConv"
+    m = transform
+    layers = [layer for layer in (m.exp_conv, m.dw_conv) if layer is not None]
+    if not all(type(layer) is ConvNormAct and _plain_conv_norm(layer, nn.Hardswish) for layer in layers):
+        return "its convolutions are not followed by BatchNorm2d and Hardswish"
+    if type(m.project_conv) is not ConvNormAct or not _plain_conv_norm(m.project_conv, None):
+        return "its projection is not followed by BatchNorm2d alone"
+    if m.se is not None:
+        kinds = [type(layer) for layer in m.se.se]
+        if kinds != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]:
+            return "its squeeze-excite is not of Hardswish and Hardsigmoid"
+    if _has_hooks(m):
+        return "a module in it has hooks"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    if x.dtype not in (torch.float32, torch.float64) or any(q.dtype != x.dtype for q in m.parameters()):
+        return f"its parameters and the stream are not all float32 or all float64 (the stream is {x.dtype})"
+    if x.numel() == 0:
+        return "the batch is empty"
+    return ""
