@@ -158,9 +158,31 @@ class Term:
     center: Tensor | None = None
 
 
+class Gradient:
+    """The gradient of an input so far: a sum to be added to, made when its first addend comes."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.value: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The sum, to be added to in place."""
+        if self.value is None:
+            self.value = torch.zeros_like(self.like, memory_format=torch.contiguous_format)
+        return self.value
+
+    def adopts(self, buffer: Tensor) -> bool:
+        """Whether nothing was added yet and :meth:`adopt` would take ``buffer``."""
+        return self.value is None and buffer.shape == self.like.shape
+
+    def adopt(self, buffer: Tensor) -> None:
+        """Take over a tensor that nobody else keeps as the sum's first addend."""
+        self.value = buffer
+
+
 # ``pullback(du, sums, into)``: from the gradient du of the term (after the adjoint of upsampling) and the sums it asked
 # for, add the inputs' gradients to ``into`` (None where not wanted) and return the parameters'.
-Pullback = Callable[[Tensor, Tensor | None, Sequence[Tensor | None]], list[Tensor | None]]
+Pullback = Callable[[Tensor, Tensor | None, Sequence[Gradient | None]], list[Tensor | None]]
 
 
 def _expect_own(p: Tensor, known: set[int], module: nn.Module) -> None:
@@ -264,7 +286,7 @@ class Branch:
             p = torch.func.functional_call(self.module, state, tuple(inputs))
         _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
 
-        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Tensor | None]) -> list[Tensor | None]:
+        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
             found: tuple[Tensor | None, ...] = (None,) * len(wanted)
             if wanted and p.requires_grad:
@@ -273,7 +295,7 @@ class Branch:
             for x, total in zip(inputs, into, strict=True):
                 dx = next(gradients) if x.requires_grad else None
                 if dx is not None and total is not None:
-                    total.add_(dx)
+                    total.tensor().add_(dx)
             return [next(gradients) if q.requires_grad else None for q in parameters]
 
         return Term(p.detach()), pullback

@@ -183,8 +183,9 @@ def _download(config: Config, path: Path, progress: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(config.url, str(path), config.sha256, progress)
     except (OSError, HTTPException) as error:
+        cause = " ".join(str(error).split())  # may quote what the server answered
         raise CheckpointError(
-            f"cannot download {config.url} to {path}: {error}; put the file there by hand, or set TORCH_HOME to a "
+            f"cannot download {config.url} to {path}: {cause}; put the file there by hand, or set TORCH_HOME to a "
             "directory that can be written"
         ) from error
     except RuntimeError as error:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn import model
-from revbifpn.branch import Branch, Term
+from revbifpn.branch import Branch, Gradient, Term
 from revbifpn.fused import FusedMBConv, why_not_fused
 from revbifpn.model import ByArch, factory
-from revbifpn.tape import Coupler, Coupling, Lowered, Stored, Upsampled, forbid_double_backward
+from revbifpn.segment import FusedSegment, Segment
+from revbifpn.tape import Coupler, Coupling, Lowered, Part, Stored, Tape, Upsampled, forbid_double_backward
 
 
 def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
@@ -30,6 +31,13 @@ def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
         if not any(m._forward_hooks or m._forward_pre_hooks for m in (transform, transform[1])):
             return transform[0], transform.factor, transform.mode
     return transform, 1, "bilinear"
+
+
+def _fits(transform: nn.Module, y: Tensor) -> bool:
+    """Whether ``transform`` is a segment of MBConvs that can be fused; the merge reads what has y's dtype and device."""
+    if not isinstance(transform, Segment):
+        return False
+    return not any(why_not_fused(m, y) for m in (transform.neck, transform.merge) if m is not None)
 
 
 class FusedCoupler(Coupler):
@@ -60,6 +68,23 @@ class FusedCoupler(Coupler):
         center = [term.center for term in terms]
         du, sums = revkernels.couple_adjoint(dy, lowered.factors, p=p, center=center, mode=lowered.mode)
         return list(zip(du, sums, strict=True))
+
+    def branch(self, transform: nn.Module, *inputs: Tensor) -> Branch | FusedSegment:
+        return FusedSegment(transform) if _fits(transform, inputs[0]) else Branch(transform)
+
+    def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
+        if not _fits(transform, inputs[0]):
+            return transform(*inputs)
+        y, *merged = inputs
+        out = self._alone(transform.neck, y)
+        if merged:
+            out = merged[0] + out
+        return out if transform.merge is None else self._alone(transform.merge, out)
+
+    def _alone(self, mbconv: nn.Module, x: Tensor) -> Tensor:
+        """``mbconv(x)`` as a coupling that makes a new tensor."""
+        lowered = Lowered(Part(0), True, (Part(0),), (FusedMBConv(mbconv),), (1,))
+        return self.stored(lowered, None, [x])
 
     def stored(self, lowered: Lowered, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         if all(isinstance(branch, FusedMBConv) for branch in lowered.branches):
@@ -96,12 +121,13 @@ class _StoredCoupling(torch.autograd.Function):
             terms.append(term)
             pullbacks.append(pullback)
         needs = ctx.needs_input_grad[3 : 3 + count]
-        dxs = [torch.zeros_like(x) if need else None for x, need in zip(xs, needs, strict=True)]
+        dxs = [Gradient(x) if need else None for x, need in zip(xs, needs, strict=True)]
         gradients = []
         pulled = ctx.coupler.adjoint(lowered, dz, terms)
         for (du, sums), dx, pullback in zip(pulled, dxs, pullbacks, strict=True):
             gradients += pullback(du, sums, [dx])
-        return None, None, dz if ctx.needs_input_grad[2] else None, *dxs, *gradients
+        dy = dz if ctx.needs_input_grad[2] else None
+        return None, None, dy, *(None if dx is None else dx.value for dx in dxs), *gradients
 
 
 class Stem(model.Stem):
@@ -114,20 +140,6 @@ class Stem(model.Stem):
         return revkernels.depth_to_space(y, self.IMAGE_CHANNELS, self.block)
 
 
-class _Segment(nn.Module):
-    """One level of neck and head: ``o_h = neck_h(y_h) + o_{h-1}``, then ``merge_h(o_h)``, or the last convolution."""
-
-    def __init__(self, neck: nn.Module, after: nn.Module | None) -> None:
-        super().__init__()
-        self.neck, self.after = neck, after
-
-    def forward(self, y: Tensor, *merged: Tensor) -> Tensor:
-        out = self.neck(y)
-        if merged:
-            out = out + merged[0]
-        return out if self.after is None else self.after(out)
-
-
 class RevBiFPN(model.RevBiFPN):
     __doc__ = model.RevBiFPN.__doc__
 
@@ -137,14 +149,27 @@ class RevBiFPN(model.RevBiFPN):
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if self.neck is None:
+            return super()._forward(x)
         tape = self._open(x)
-        if self.head is None or self.neck is None or self.disable_recomp or isinstance(tape, Stored):
-            pyramid = self._pyramid(tape)
-            return pyramid if self.head is None else self.head(pyramid)
+        read = _Apart(tape).read if self.disable_recomp else tape.read
+        necks = list(self.neck.children())
+        if self.head is None:
+            return [read(level, Segment(neck)) for level, neck in enumerate(necks)]
         merged: tuple[Tensor, ...] = ()
-        for level, (neck, merge) in enumerate(zip(self.neck.children(), [*self.head.pyramid_heads, None], strict=True)):
-            merged = (tape.read(level, _Segment(neck, merge), *merged),)
+        for level, (neck, merge) in enumerate(zip(necks, [*self.head.pyramid_heads, None], strict=True)):
+            merged = (read(level, Segment(neck, merge), *merged),)
         return self.head.classify(*merged)
+
+
+class _Apart:
+    """Streams that left their tape, read with activations stored."""
+
+    def __init__(self, tape: Tape | Stored) -> None:
+        self.coupler, self.streams = tape.coupler, tape.leave()
+
+    def read(self, level: int, segment: Segment, *others: Tensor) -> Tensor:
+        return self.coupler.apply(segment, self.streams[level], *others)
 
 
 class RevBiFPN_S(ByArch, RevBiFPN):  # noqa: N801 (published name)

@@ -16,14 +16,16 @@ is written; everything else lives for a chunk of samples at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import revkernels
 import torch
+from revkernels.reference import accumulate_dtype
 from torch import Tensor, nn
 
-from revbifpn.branch import Pullback, Term
+from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.mbconv import ConvNormAct, MBConv
 
 _ops = torch.ops.revkernels
@@ -233,114 +235,159 @@ class FusedMBConv:
         self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Term, Pullback]:
         """The term again, without reductions, and its vector-Jacobian product; see :meth:`Branch.recompute`."""
-        weights = self.weights(parameters)
         (x,) = inputs
-        replay = _Replay(self, x, record, weights)
-        p = replay.project()
-        return self._term(p, record, weights), self._pullback(replay, p)
+        # A strided branch keeps its small d; at stride 1 d is as large as its input and cheaper to compute again.
+        replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
+        replay.keep(d=replay.stride > 1, p=True)
+        return self._term(replay.p, record, replay.w), self._pullback(replay)
 
     def restore(
         self, record: FusedRecord, parameters: Sequence[Tensor], x: Tensor, d: Tensor, p: Tensor
     ) -> tuple[Term, Pullback]:
         """As :meth:`recompute`, from a stored d and p; p is overwritten."""
-        weights = self.weights(parameters)
-        return self._term(p, record, weights), self._pullback(_Replay(self, x, record, weights, d), p)
+        replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
+        replay.d, replay.p = d, p
+        return self._term(p, record, replay.w), self._pullback(replay)
 
     @staticmethod
-    def _pullback(replay: _Replay, p: Tensor) -> Pullback:
-        def pullback(du: Tensor, sums: Tensor, into: Sequence[Tensor | None]) -> list[Tensor | None]:
-            pairs = zip(replay.pull(p, du, sums, into[0]), replay.w, strict=True)
-            return [g if w.requires_grad else None for g, w in pairs if w is not None]
+    def _pullback(replay: Replay) -> Pullback:
+        def pullback(du: Tensor, sums: Tensor, into: Sequence[Gradient | None]) -> list[Tensor | None]:
+            return replay.pull(du, sums, None if into[0] is None else _adder(into[0].tensor()))
 
         return pullback
 
 
-class _Replay:
-    """The backward of one branch, in passes over chunks of samples.
+Emit = Callable[[slice, Tensor], None]  # takes the input's gradient, a chunk of samples at a time
+
+
+def _adder(total: Tensor) -> Emit:
+    def emit(chunk: slice, dx: Tensor) -> None:
+        total[chunk] += dx
+
+    return emit
+
+
+class Replay:
+    """The backward of one MBConv, in passes over chunks of samples.
 
     Args:
-        d: the depthwise convolution's output where it was kept; otherwise it is computed again in every pass.
+        shape: of the input x, ``[N, C, H, W]``.
+        source: gives a chunk of x; it may compute it.
+        record, weights: of the forward.
+        like: any tensor of the right dtype and device.
+
+    Attributes:
+        d, p: for all samples, where they are kept; otherwise every pass computes them again.
     """
 
     def __init__(
-        self, branch: FusedMBConv, x: Tensor, record: FusedRecord, weights: Weights, d: Tensor | None = None
+        self,
+        branch: FusedMBConv,
+        shape: Sequence[int],
+        source: Callable[[slice], Tensor],
+        record: FusedRecord,
+        weights: Weights,
+        like: Tensor,
     ) -> None:
-        self.x, self.record, self.w, self.d = x, record, weights, d
+        self.x, self.record, self.w, self.like = source, record, weights, like
+        self.n, _, self.height, self.width = shape
         self.stride = branch.module.dw_conv.conv.stride[0]
+        self.out_size = (-(-self.height // self.stride), -(-self.width // self.stride))
+        self.expanded, self.channels = weights.depthwise.shape[0], weights.project.shape[0]
         norm0, norm1, norm2 = record.norms
         self.affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
         self.affine1 = norm1.affine(weights.gamma1, weights.beta1)
         self.affine2 = norm2.affine(weights.gamma2, weights.beta2)
-        n, _, h, w = x.shape
-        self.expanded = weights.depthwise.shape[0]
-        self.out_size = (-(-h // self.stride), -(-w // self.stride))
-        self.chunks = list(_chunks(n, self.expanded * h * w * x.element_size(), x.device))
+        plane = self.expanded * self.height * self.width * like.element_size()
+        self.chunks = list(_chunks(self.n, plane, like.device))
+        self.d: Tensor | None = None
+        self.p: Tensor | None = None
 
     def _source(self, chunk: slice) -> Tensor:
         """``e`` or ``x``: what the depthwise convolution reads (through its prologue)."""
-        return self.x[chunk] if self.w.expand is None else _pointwise(self.w.expand, self.x[chunk])
+        x = self.x(chunk)
+        return x if self.w.expand is None else _pointwise(self.w.expand, x)
 
     def _d(self, chunk: slice, source: Tensor | None = None) -> Tensor:
         if self.d is not None:
             return self.d[chunk]
-        if source is None:
-            source = self._source(chunk)
+        source = self._source(chunk) if source is None else source
         return _ops.depthwise_conv(source, self.w.depthwise, *self.affine0, self.stride)
 
     def _z(self, d: Tensor, chunk: slice) -> Tensor:
         return _ops.bn_act(d, *self.affine1, _rows(self.record.gate, chunk), "hardswish")
 
-    def project(self) -> Tensor:
-        """``p``, for all samples."""
-        n = self.x.shape[0]
-        p = self.x.new_empty((n, self.w.project.shape[0], *self.out_size))
-        # A strided branch keeps its small d; at stride 1 d is as large as its input and cheaper to compute again.
-        kept = self.x.new_empty((n, self.expanded, *self.out_size)) if self.stride > 1 else None
-        for chunk in self.chunks:
-            d = self._d(chunk)
-            if kept is not None:
-                kept[chunk] = d
-            p[chunk] = _pointwise(self.w.project, self._z(d, chunk))
-        self.d = kept
-        return p
+    def p_of(self, chunk: slice, z: Tensor | None = None) -> Tensor:
+        """A chunk of p."""
+        if self.p is not None:
+            return self.p[chunk]
+        return _pointwise(self.w.project, self._z(self._d(chunk), chunk) if z is None else z)
 
-    def pull(self, p: Tensor, du: Tensor, sums: Tensor, into: Tensor | None) -> Weights:
-        """Gradients of all weights; the input's is added to ``into``.
+    def keep(self, *, d: bool, p: bool) -> None:
+        """Compute d and p for all samples, and keep those asked for."""
+        kept_d = self._plane(self.expanded) if d else None
+        kept_p = self._plane(self.channels) if p else None
+        for chunk in self.chunks:
+            chunk_d = self._d(chunk)
+            if d:
+                kept_d[chunk] = chunk_d
+            if p:
+                kept_p[chunk] = _pointwise(self.w.project, self._z(chunk_d, chunk))
+        self.d, self.p = kept_d, kept_p
+
+    def _plane(self, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+        return self.like.new_empty((self.n, channels, *(size or self.out_size)))
+
+    def sums(self, du: Tensor) -> Tensor:
+        """``[2, N, C']``: ``sum_hw du`` and ``sum_hw du (p - mean)``, what the coupling's adjoint gives along."""
+        sums = du.new_empty((2, self.n, self.channels), dtype=accumulate_dtype(du.dtype))
+        for chunk in self.chunks:
+            sums[:, chunk] = self.chunk_sums(du[chunk], self.p_of(chunk))
+        return sums
+
+    def chunk_sums(self, du: Tensor, p: Tensor) -> Tensor:
+        return revkernels.couple_adjoint(du, [1], p=[p], center=[self.record.norms[2].mean])[1][0]
+
+    def pull(self, du: Tensor, sums: Tensor, emit: Emit | None, dz: Tensor | None = None) -> list[Tensor | None]:
+        """Gradients of the parameters that want one; the input's goes to ``emit``.
 
         Args:
-            p: of the recompute; overwritten where the gradient of the projection's input has its shape.
             du: gradient of ``keep BN_2(p)``, ``[N, C', H', W']``.
-            sums: ``[2, N, C']``, ``sum_hw du`` and ``sum_hw du (p - mean)``.
-            into: gradient of x so far, or None where it is not wanted.
+            sums: see :meth:`sums`.
+            emit: takes the input's gradient; None where it is not wanted.
+            dz: where the gradient of the projection's input may be written, ``[N, E, H', W']``; du itself is allowed.
+                By default over p, which is done with then, where it has that shape.
         """
         w, record = self.w, self.record
-        n = self.x.shape[0]
-        positions = n * self.out_size[0] * self.out_size[1]
+        n, positions = self.n, self.n * self.out_size[0] * self.out_size[1]
         norm0, norm1, norm2 = record.norms
 
         # result = keep BN_2(p)
         gate2 = None
         if record.keep is not None:
             sums = sums * record.keep[None, :, None]
-            gate2 = record.keep[:, None].expand(n, p.shape[1])
+            gate2 = record.keep[:, None].expand(n, self.channels)
         dgamma2, dbeta2, slope2, offset2 = norm2.gradient(self.affine2[0], *sums.sum(1), positions)
 
         # p = W_p z, z = gate h(BN_1(d))
-        dz = p if p.shape[1] == self.expanded else p.new_empty((n, self.expanded, *self.out_size))
+        if dz is None:
+            dz = self.p if self.p is not None and self.channels == self.expanded else self._plane(self.expanded)
         dproject = torch.zeros_like(w.project)
         sums1 = sums.new_empty((5, n, self.expanded))
         pooled = None if record.gate is None else torch.empty_like(record.gate)
         for chunk in self.chunks:
             d = self._d(chunk)
-            dp = _ops.bn_act_grad(
-                du[chunk], p[chunk], *self.affine2, _rows(gate2, chunk), None, slope2, offset2, "identity"
-            )
             z = self._z(d, chunk)
+            dp = _ops.bn_act_grad(
+                *(du[chunk], self.p_of(chunk, z), *self.affine2),
+                *(_rows(gate2, chunk), None, slope2, offset2, "identity"),
+            )
             dproject += _pointwise_grad_weight(dp, z)
             dz[chunk] = _pointwise(w.project.transpose(0, 1), dp)
             sums1[:, chunk] = _ops.bn_act_grad_sums(dz[chunk], d, *self.affine1, norm1.mean, "hardswish")
             if pooled is not None:
                 pooled[chunk] = _ops.bn_act_squeeze(d, *self.affine1, "hardswish")
+        self.p = None
 
         # gate = SE(mean_hw h(BN_1(d))): every pixel of h gets dpool on top of gate dz
         dgate, sum_g, sum_gx, sum_slope, sum_slope_x = sums1
@@ -356,56 +403,47 @@ class _Replay:
         dgamma1, dbeta1, slope1, offset1 = norm1.gradient(self.affine1[0], sum_g.sum(0), sum_gx.sum(0), positions)
 
         # d = dw(v), v = h(BN_0(e)) or x
-        height, width = self.x.shape[2:]
         kernel = w.depthwise.shape[-1]
         ddepthwise = torch.zeros_like(w.depthwise)
-        dv = None
+        dv = sums0 = None
         if w.expand is not None:
-            dv = dz if self.stride == 1 else dz.new_empty((n, self.expanded, height, width))
+            dv = dz if self.stride == 1 else self._plane(self.expanded, (self.height, self.width))
             sums0 = sums.new_empty((5, n, self.expanded))
         for chunk in self.chunks:
             source = self._source(chunk)
-            d = self._d(chunk, source)
             dd = _ops.bn_act_grad(
-                dz[chunk],
-                d,
-                *self.affine1,
-                _rows(record.gate, chunk),
-                _rows(dpool, chunk),
-                slope1,
-                offset1,
-                "hardswish",
+                *(dz[chunk], self._d(chunk, source), *self.affine1),
+                *(_rows(record.gate, chunk), _rows(dpool, chunk), slope1, offset1, "hardswish"),
             )
             ddepthwise += _ops.depthwise_conv_grad_weight(source, dd, *self.affine0, kernel, self.stride)
-            if dv is None and into is None:
+            if dv is None and emit is None:
                 continue
-            dsource = _ops.depthwise_conv_grad_input(dd, w.depthwise, height, width, self.stride)
+            dsource = _ops.depthwise_conv_grad_input(dd, w.depthwise, self.height, self.width, self.stride)
             if dv is None:
-                into[chunk] += dsource
+                emit(chunk, dsource)
             else:
                 dv[chunk] = dsource
                 sums0[:, chunk] = _ops.bn_act_grad_sums(dsource, source, *self.affine0, norm0.mean, "hardswish")
-        if w.expand is None:
-            dexpand = (None,) * 3
-        else:
-            dexpand = self._pull_expand(dv, sums0, into)
-        return Weights(*dexpand, ddepthwise, dgamma1, dbeta1, *dse, dproject, dgamma2, dbeta2)
+        self.d = None
+        dexpand = (None,) * 3 if w.expand is None else self._pull_expand(dv, sums0, emit)
+        gradients = (*dexpand, ddepthwise, dgamma1, dbeta1, *dse, dproject, dgamma2, dbeta2)
+        return [g if v.requires_grad else None for g, v in zip(gradients, w, strict=True) if v is not None]
 
-    def _pull_expand(self, dv: Tensor, sums0: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _pull_expand(self, dv: Tensor, sums0: Tensor, emit: Emit | None) -> tuple[Tensor, Tensor, Tensor]:
         """``v = h(BN_0(e))``, ``e = W_e x``."""
         w, norm0 = self.w, self.record.norms[0]
-        n, _, height, width = self.x.shape
         _, sum_g, sum_gx, _, _ = sums0
         dgamma0, dbeta0, slope0, offset0 = norm0.gradient(
-            self.affine0[0], sum_g.sum(0), sum_gx.sum(0), n * height * width
+            self.affine0[0], sum_g.sum(0), sum_gx.sum(0), self.n * self.height * self.width
         )
         dexpand = torch.zeros_like(w.expand)
         for chunk in self.chunks:
-            e = self._source(chunk)
+            x = self.x(chunk)
+            e = _pointwise(w.expand, x)
             de = _ops.bn_act_grad(dv[chunk], e, *self.affine0, None, None, slope0, offset0, "hardswish")
-            dexpand += _pointwise_grad_weight(de, self.x[chunk])
-            if into is not None:
-                into[chunk] += _pointwise(w.expand.transpose(0, 1), de)
+            dexpand += _pointwise_grad_weight(de, x)
+            if emit is not None:
+                emit(chunk, _pointwise(w.expand.transpose(0, 1), de))
         return dexpand, dgamma0, dbeta0
 
 

@@ -25,7 +25,7 @@ from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
-from revbifpn.tape import Stored, Tape, recomputed
+from revbifpn.tape import Stored, Tape
 
 
 class Stem(nn.Module):
@@ -330,8 +330,6 @@ class RevBiFPN(nn.Module):
             return list(tape.leave())
         if self.disable_recomp:
             return self.neck(tape.leave())
-        if isinstance(tape, Stored):
-            return [recomputed(f, y) for f, y in zip(self.neck.children(), tape.leave(), strict=True)]
         return [tape.read(i, transform) for i, transform in enumerate(self.neck.children())]
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:

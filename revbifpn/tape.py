@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revbifpn.branch import Branch, Pullback, Term
+from revbifpn.branch import Branch, Gradient, Pullback, Term
 
 _AGAIN = (
     "a second backward through one reversible forward pass: its streams were already inverted in place. "
@@ -91,6 +91,14 @@ class Coupler:
         sources, transforms = zip(*coupling.terms, strict=True)
         ones = (1,) * len(sources)
         return Lowered(coupling.target, coupling.creates, sources, tuple(map(Branch, transforms)), ones)
+
+    def branch(self, transform: nn.Module, *inputs: Tensor) -> Branch:
+        """Choose the branch that runs a transform outside couplings, between the streams and the pyramid."""
+        return Branch(transform)
+
+    def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
+        """``transform(*inputs)`` as an ordinary differentiable tensor."""
+        return transform(*inputs)
 
     def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:
         """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``."""
@@ -187,7 +195,7 @@ class State:
             terms.clear()  # the last references to p: only the pullbacks' graphs are needed from here on
             gradients = []
             for source in reversed(lowered.sources):
-                into = self.gradient(source) if needs_input else None
+                into = PartGradient(self, source) if needs_input else None
                 gradients = pullbacks.pop()(*pulled.pop(), [into]) + gradients
         if not needs_input:
             self.release()
@@ -215,13 +223,6 @@ class State:
             pullbacks.append(pullback)
         return terms, pullbacks
 
-    def gradient(self, part: Part) -> Tensor:
-        """``dy`` of a part, to be added to; zero at first."""
-        if self.grads[part.level] is None:
-            stream = self.streams[part.level]
-            self.grads[part.level] = torch.zeros_like(stream, memory_format=torch.contiguous_format)
-        return part.of(self.grads)
-
     def begin(self) -> None:
         """Zero gradients at the start of a backward call: an earlier one may have read a level and stopped there."""
         task = torch._C._current_graph_task_id()
@@ -234,10 +235,33 @@ class State:
             raise RuntimeError(_AGAIN)
 
 
+class PartGradient(Gradient):
+    """``dy`` of a part of the tape's streams."""
+
+    def __init__(self, state: State, part: Part) -> None:
+        self.state, self.part = state, part
+
+    def tensor(self) -> Tensor:
+        grads, level = self.state.grads, self.part.level
+        if grads[level] is None:
+            grads[level] = torch.zeros_like(self.state.streams[level], memory_format=torch.contiguous_format)
+        return self.part.of(grads)
+
+    def adopts(self, buffer: Tensor) -> bool:
+        level = self.part.level
+        stream = self.state.streams[level]
+        whole = self.part.half is None and self.state.grads[level] is None
+        return whole and buffer.shape == stream.shape and buffer.dtype == stream.dtype
+
+    def adopt(self, buffer: Tensor) -> None:
+        self.state.grads[self.part.level] = buffer
+
+
 class Tape:
     """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
 
     def __init__(self, coupler: Coupler) -> None:
+        self.coupler = coupler
         self.state = State(coupler)
         self.token: Tensor | None = None  # None: nothing is recorded
 
@@ -259,9 +283,10 @@ class Tape:
 
     def read(self, level: int, transform: nn.Module, *others: Tensor) -> Tensor:
         """``transform(stream, *others)``, recomputed in backward; the streams stay on the tape."""
+        stream = self.state.streams[level]
+        branch = self.coupler.branch(transform, stream, *others)
         if self.token is None:
-            return recomputed(transform, self.state.streams[level], *others)
-        branch = Branch(transform)
+            return _recomputed(branch, stream, *others)
         return _Read.apply(self.token, self.state, level, branch, len(others), *others, *branch.parameters())
 
 
@@ -270,7 +295,7 @@ def forbid_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "double backward (create_graph=True) through a reversible pass is not supported: its backward recomputes "
-            "activations in place. Use reversible=False for second derivatives."
+            "activations in place. For second derivatives use reversible=False and plain PyTorch (not revbifpn.fast)."
         )
 
 
@@ -364,10 +389,10 @@ class _Read(torch.autograd.Function):
         inputs = [state.streams[ctx.level], *others]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
         _, pullback = ctx.branch.recompute(ctx.record, parameters, inputs, needs)
-        dothers = [torch.zeros_like(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
-        into = state.gradient(Part(ctx.level)) if needs[0] else None
+        dothers = [Gradient(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
+        into = PartGradient(state, Part(ctx.level)) if needs[0] else None
         dparameters = pullback(dp, None, [into, *dothers])
-        return None, None, None, None, None, *dothers, *dparameters
+        return None, None, None, None, None, *_values(dothers), *dparameters
 
 
 class _Recomputed(torch.autograd.Function):
@@ -390,16 +415,23 @@ class _Recomputed(torch.autograd.Function):
         inputs, parameters = saved[: ctx.count], saved[ctx.count :]
         needs = ctx.needs_input_grad[2 : 2 + ctx.count]
         _, pullback = ctx.branch.recompute(ctx.record, parameters, inputs, needs)
-        dinputs = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+        dinputs = [Gradient(x) if need else None for x, need in zip(inputs, needs, strict=True)]
         dparameters = pullback(dp, None, dinputs)
-        return None, None, *dinputs, *dparameters
+        return None, None, *_values(dinputs), *dparameters
+
+
+def _values(gradients: Sequence[Gradient | None]) -> list[Tensor | None]:
+    return [None if g is None else g.value for g in gradients]
 
 
 def recomputed(transform: nn.Module, *inputs: Tensor) -> Tensor:
     """``transform(*inputs)``, keeping the inputs instead of the activations in between."""
-    branch = Branch(transform)
+    return _recomputed(Branch(transform), *inputs)
+
+
+def _recomputed(branch: Branch, *inputs: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
-        return transform(*inputs)
+        return branch(*inputs).p
     return _Recomputed.apply(branch, len(inputs), *inputs, *branch.parameters())
 
 
@@ -436,6 +468,11 @@ class Stored:
 
     def leave(self) -> tuple[Tensor, ...]:
         return tuple(self._get(Part(i)) for i in range(len(self._levels)))
+
+    def read(self, level: int, transform: nn.Module, *others: Tensor) -> Tensor:
+        """``transform(stream, *others)``, recomputed in backward."""
+        stream = self._get(Part(level))
+        return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
 
 
 def open_tape(inputs: Sequence[Tensor], parameters: Sequence[Tensor], coupler: Coupler, *, owned: bool = False) -> Tape:
