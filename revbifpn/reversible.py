@@ -74,12 +74,14 @@ class Reversible(nn.Module, ABC):
             streams: ``[N, C, H, W]`` each; left as they are unless ``owned``.
             owned: the caller gives the tensors away, so that they may be updated in place.
         """
-        if self.reversible or not torch.is_grad_enabled():
-            tape = open_tape(streams, list(self.parameters()), self.coupler, owned=owned)
-        else:
-            tape = Stored(self.coupler, streams)
+        tape = self._tape(streams, owned)
         self(tape)
         return tape
+
+    def _tape(self, streams: Sequence[Tensor], owned: bool) -> Tape | Stored:
+        if self.reversible or not torch.is_grad_enabled():
+            return open_tape(streams, list(self.parameters()), self.coupler, owned=owned)
+        return Stored(self.coupler, streams)
 
     def forward(self, *streams: Tensor | Tape | Stored) -> Tensor | tuple[Tensor, ...] | None:
         """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
@@ -88,7 +90,9 @@ class Reversible(nn.Module, ABC):
         """
         if isinstance(streams[0], (Tape, Stored)):
             return self.run(streams[0])
-        return _unpack(self.open(*streams).leave())
+        tape = self._tape(streams, owned=False)
+        self.run(tape)
+        return _unpack(tape.leave())
 
     @torch.no_grad()
     def inverse(self, *streams: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -21,6 +21,12 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _ops = torch.ops.revkernels
 
 
+def forbid_double_backward(name: str) -> None:
+    """Raise inside a backward that is itself being differentiated: a wrong second derivative would be silent."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is differentiable once: double backward (create_graph=True) is not supported")
+
+
 def _check_map(name: str, x: Tensor, device: torch.device | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
@@ -174,8 +180,8 @@ class _Couple(torch.autograd.Function):
         ctx.dtypes = [p_k.dtype for p_k in p]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dz: Tensor):  # noqa: ANN001, ANN205
+        forbid_double_backward("couple")
         du, _ = couple_adjoint(dz, ctx.factors, mode=ctx.mode)
         return dz, None, None, *(du_k.to(dtype) for du_k, dtype in zip(du, ctx.dtypes, strict=True))
 
@@ -203,8 +209,8 @@ class _Upsample(torch.autograd.Function):
         _, ctx.factor, ctx.mode = inputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        forbid_double_backward("upsample")
         return _ops.upsample_adjoint(dy, ctx.factor, ctx.mode), None, None
 
 
@@ -240,8 +246,8 @@ class _SpaceToDepth(torch.autograd.Function):
         ctx.channels = x.shape[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        forbid_double_backward("space_to_depth")
         return _ops.space_to_depth_adjoint(dy, ctx.channels, ctx.block), None, None
 
 
@@ -304,8 +310,8 @@ class _DepthwiseConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+        forbid_double_backward("depthwise_conv")
         x, weight = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
@@ -347,6 +353,7 @@ __all__ = [
     "couple_adjoint",
     "depth_to_space",
     "depthwise_conv",
+    "forbid_double_backward",
     "space_to_depth",
     "upsample",
 ]
