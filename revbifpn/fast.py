@@ -49,7 +49,12 @@ class FusedCoupler(Coupler):
         if len({mode for mode, factor in zip(modes, factors, strict=True) if factor > 1}) > 1:
             return super().lower(coupling, inputs)
         fits = not any(map(why_not_fused, transforms, inputs))
-        branches = tuple(map(FusedMBConv if fits else Branch, transforms))
+        if fits:
+            # A half of level 0 to its other half: every pixel of the highest resolution is read and written.
+            lean = coupling.target.half is not None and coupling.target.level == 0
+            branches = tuple(FusedMBConv(transform, lean=lean) for transform in transforms)
+        else:
+            branches = tuple(map(Branch, transforms))
         return Lowered(coupling.target, coupling.creates, sources, branches, factors, modes[factors.index(max(factors))])
 
     def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:

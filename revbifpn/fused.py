@@ -90,11 +90,14 @@ class FusedRecord:
     keep: Tensor | None  # [N], 0 or 1 / (1 - p)
 
 
-def _pointwise(weight: Tensor, x: Tensor) -> Tensor:
-    """1x1 convolution as a batched GEMM: ``[O, I, 1, 1], [N, I, H, W] -> [N, O, H, W]``."""
+def _pointwise(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """1x1 convolution as a batched GEMM: ``[O, I, 1, 1], [N, I, H, W] -> [N, O, H, W]``, into ``out`` where given."""
     n, _, h, w = x.shape
-    weight = weight.flatten(1).to(x.dtype)
-    return torch.bmm(weight.expand(n, *weight.shape), x.flatten(2)).view(n, -1, h, w)
+    weight = weight.flatten(1)
+    if out is None:
+        out = x.new_empty((n, weight.shape[0], h, w))
+    torch.bmm(weight.expand(n, *weight.shape), x.flatten(2), out=out.flatten(2))
+    return out
 
 
 def _pointwise_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
@@ -131,10 +134,15 @@ def _observe(x: Tensor, norm: nn.BatchNorm2d, update: bool) -> Norm:
 
 
 class FusedMBConv:
-    """The branch of an :class:`revbifpn.mbconv.MBConv` that :func:`why_not_fused` has nothing against."""
+    """The branch of an :class:`revbifpn.mbconv.MBConv` that :func:`why_not_fused` has nothing against.
 
-    def __init__(self, module: MBConv) -> None:
-        self.module = module
+    Args:
+        module: the MBConv.
+        lean: its planes are the network's largest: compute d again in every pass of the backward instead of keeping it.
+    """
+
+    def __init__(self, module: MBConv, *, lean: bool = False) -> None:
+        self.module, self.lean = module, lean
 
     def parameters(self) -> list[Tensor]:
         return [w for w in self._weights() if w is not None]
@@ -217,7 +225,7 @@ class FusedMBConv:
         p = d.new_empty((n, weights.project.shape[0], h, w))
         for chunk in _chunks(n, d[0].nbytes, d.device):
             z = _ops.bn_act(d[chunk], *affine1, _rows(gate, chunk), "hardswish")
-            p[chunk] = _pointwise(weights.project, z)
+            _pointwise(weights.project, z, p[chunk])
         return p
 
     @staticmethod
@@ -236,9 +244,8 @@ class FusedMBConv:
     ) -> tuple[Term, Pullback]:
         """The term again, without reductions, and its vector-Jacobian product; see :meth:`Branch.recompute`."""
         (x,) = inputs
-        # A strided branch keeps its small d; at stride 1 d is as large as its input and cheaper to compute again.
         replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
-        replay.keep(d=replay.stride > 1, p=True)
+        replay.keep(d=not self.lean, p=True)
         return self._term(replay.p, record, replay.w), self._pullback(replay)
 
     def restore(
@@ -246,7 +253,8 @@ class FusedMBConv:
     ) -> tuple[Term, Pullback]:
         """As :meth:`recompute`, from a stored d and p; p is overwritten."""
         replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
-        replay.d, replay.p = d, p
+        replay.d = {chunk.start: d[chunk] for chunk in replay.chunks}
+        replay.p = p
         return self._term(p, record, replay.w), self._pullback(replay)
 
     @staticmethod
@@ -277,7 +285,8 @@ class Replay:
         like: any tensor of the right dtype and device.
 
     Attributes:
-        d, p: for all samples, where they are kept; otherwise every pass computes them again.
+        d: chunks of the depthwise convolution's output by their first sample, where they are kept.
+        p: the projection's output for all samples, where it is kept. What is not is computed again in every pass.
     """
 
     def __init__(
@@ -300,7 +309,7 @@ class Replay:
         self.affine2 = norm2.affine(weights.gamma2, weights.beta2)
         plane = self.expanded * self.height * self.width * like.element_size()
         self.chunks = list(_chunks(self.n, plane, like.device))
-        self.d: Tensor | None = None
+        self.d: dict[int, Tensor] = {}
         self.p: Tensor | None = None
 
     def _source(self, chunk: slice) -> Tensor:
@@ -309,8 +318,8 @@ class Replay:
         return x if self.w.expand is None else _pointwise(self.w.expand, x)
 
     def _d(self, chunk: slice, source: Tensor | None = None) -> Tensor:
-        if self.d is not None:
-            return self.d[chunk]
+        if chunk.start in self.d:
+            return self.d[chunk.start]
         source = self._source(chunk) if source is None else source
         return _ops.depthwise_conv(source, self.w.depthwise, *self.affine0, self.stride)
 
@@ -325,15 +334,14 @@ class Replay:
 
     def keep(self, *, d: bool, p: bool) -> None:
         """Compute d and p for all samples, and keep those asked for."""
-        kept_d = self._plane(self.expanded) if d else None
         kept_p = self._plane(self.channels) if p else None
         for chunk in self.chunks:
             chunk_d = self._d(chunk)
             if d:
-                kept_d[chunk] = chunk_d
+                self.d[chunk.start] = chunk_d
             if p:
-                kept_p[chunk] = _pointwise(self.w.project, self._z(chunk_d, chunk))
-        self.d, self.p = kept_d, kept_p
+                _pointwise(self.w.project, self._z(chunk_d, chunk), kept_p[chunk])
+        self.p = kept_p
 
     def _plane(self, channels: int, size: tuple[int, int] | None = None) -> Tensor:
         return self.like.new_empty((self.n, channels, *(size or self.out_size)))
@@ -383,7 +391,7 @@ class Replay:
                 *(_rows(gate2, chunk), None, slope2, offset2, "identity"),
             )
             dproject += _pointwise_grad_weight(dp, z)
-            dz[chunk] = _pointwise(w.project.transpose(0, 1), dp)
+            _pointwise(w.project.transpose(0, 1), dp, dz[chunk])
             sums1[:, chunk] = _ops.bn_act_grad_sums(dz[chunk], d, *self.affine1, norm1.mean, "hardswish")
             if pooled is not None:
                 pooled[chunk] = _ops.bn_act_squeeze(d, *self.affine1, "hardswish")
@@ -424,7 +432,7 @@ class Replay:
             else:
                 dv[chunk] = dsource
                 sums0[:, chunk] = _ops.bn_act_grad_sums(dsource, source, *self.affine0, norm0.mean, "hardswish")
-        self.d = None
+        self.d.clear()
         dexpand = (None,) * 3 if w.expand is None else self._pull_expand(dv, sums0, emit)
         gradients = (*dexpand, ddepthwise, dgamma1, dbeta1, *dse, dproject, dgamma2, dbeta2)
         return [g if v.requires_grad else None for g, v in zip(gradients, w, strict=True) if v is not None]

@@ -75,8 +75,8 @@ class FusedSegment:
         y, *merged = inputs
         count = len(self.neck.parameters())
         neck = Replay(self.neck, y.shape, y.__getitem__, records[0], self.neck.weights(parameters[:count]), y)
-        if merged:  # below the highest level planes are small: p is kept rather than computed in every pass
-            neck.keep(d=False, p=True)
+        if merged:  # below the highest level planes are small and kept, rather than computed in every pass
+            neck.keep(d=True, p=True)
 
         def pullback(du: Tensor, _: None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if self.merge is None:
