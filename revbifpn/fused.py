@@ -169,11 +169,41 @@ class FusedMBConv:
     # Forward ------------------------------------------------------------------------------------
 
     def __call__(self, x: Tensor) -> Term:
-        return self.compute(x)[0]
+        return self.infer(x) if self._is_frozen() else self.compute(x)[0]
 
     def evaluate(self, x: Tensor) -> Term:
         """The term with the module as it is now, leaving no trace in its buffers."""
-        return self.compute(x, update=False)[0]
+        return self.infer(x) if self._is_frozen() else self.compute(x, update=False)[0]
+
+    def _norms(self) -> tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]:
+        m = self.module
+        return (m.exp_conv.norm if m.exp_conv else None), m.dw_conv.norm, m.project_conv.norm
+
+    def _is_frozen(self) -> bool:
+        """Running statistics everywhere and nothing random: every sample is computed on its own."""
+        m = self.module
+        random = m.training and m.stochastic_depth > 0
+        return not random and not any(n.training or n.running_mean is None for n in self._norms() if n is not None)
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Term:
+        """The term from running statistics, a chunk of samples at a time: planes stay in cache, norms are folded."""
+        weights = self._weights()
+        stride = self.module.dw_conv.conv.stride[0]
+        norm0, norm1, norm2 = (None if n is None else _observe(x, n, False) for n in self._norms())
+        affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
+        affine1 = norm1.affine(weights.gamma1, weights.beta1)
+        n, _, h, w = x.shape
+        p = x.new_empty((n, weights.project.shape[0], -(-h // stride), -(-w // stride)))
+        for chunk in _chunks(n, weights.depthwise.shape[0] * h * w * x.element_size(), x.device):
+            source = x[chunk] if weights.expand is None else _pointwise(weights.expand, x[chunk])
+            d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
+            gate = None
+            if weights.squeeze is not None:
+                pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
+                gate, _ = _ops.se_gate(pooled, *self._squeeze_excite(weights))
+            _pointwise(weights.project, _ops.bn_act(d, *affine1, gate, "hardswish"), p[chunk])
+        return self._term(p, FusedRecord((norm0, norm1, norm2), None, None, None), weights)
 
     def forward(self, x: Tensor) -> tuple[Term, FusedRecord]:
         """The term and what its recompute needs; running statistics are updated here, once."""
@@ -183,23 +213,24 @@ class FusedMBConv:
     @torch.no_grad()
     def compute(self, x: Tensor, update: bool = True) -> tuple[Term, FusedRecord, Tensor]:
         """The term, its record and d."""
-        m, weights = self.module, self._weights()
-        stride = m.dw_conv.conv.stride[0]
+        weights = self._weights()
+        stride = self.module.dw_conv.conv.stride[0]
+        bn0, bn1, bn2 = self._norms()
         norm0, source, affine0 = None, x, (None, None)
         if weights.expand is not None:
             source = _pointwise(weights.expand, x)
-            norm0 = _observe(source, m.exp_conv.norm, update)
+            norm0 = _observe(source, bn0, update)
             affine0 = norm0.affine(weights.gamma0, weights.beta0)
         d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
         del source
-        norm1 = _observe(d, m.dw_conv.norm, update)
+        norm1 = _observe(d, bn1, update)
         affine1 = norm1.affine(weights.gamma1, weights.beta1)
         gate = hidden = None
         if weights.squeeze is not None:
             pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
             gate, hidden = _ops.se_gate(pooled, *self._squeeze_excite(weights))
         p = self._project(d, affine1, gate, weights)
-        norm2 = _observe(p, m.project_conv.norm, update)
+        norm2 = _observe(p, bn2, update)
         keep = self._draw_keep(x)
         record = FusedRecord((norm0, norm1, norm2), hidden, gate, keep)
         return self._term(p, record, weights), record, d

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from revkernels import reference
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
@@ -170,6 +171,7 @@ class RevBiFPN(nn.Module):
 
         self.disable_rev = disable_rev if reversible is None else not reversible
         self.disable_recomp = disable_recomp if reversible is None else not reversible
+        self.norms_frozen = False
         self.stride = block * 2 ** (levels - 1)  # of the lowest resolution, in image pixels
         self._dwk, self._dwkp, self._expand, self._se = dwk, dwkp, expand_ratios, se_ratios
         self._layers = Layers(
@@ -342,6 +344,32 @@ class RevBiFPN(nn.Module):
             return self._forward(x)
         out = self._forward(x[None])
         return out[0] if isinstance(out, Tensor) else [o[0] for o in out]
+
+    def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
+        """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.
+
+        Affine parameters of the norms stop requiring a gradient while frozen. Saves every reduction of the norms.
+
+        Args:
+            frozen: False takes it back.
+
+        Returns:
+            self.
+        """
+        self.norms_frozen = frozen
+        for module in self.modules():
+            if isinstance(module, _NormBase):
+                module.requires_grad_(not frozen)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> RevBiFPN:
+        """As :meth:`torch.nn.Module.train`, but frozen norms stay in eval mode."""
+        super().train(mode)
+        if self.norms_frozen:
+            for module in self.modules():
+                if isinstance(module, _NormBase):
+                    module.eval()
+        return self
 
     def forward_streams(self, x: Tensor) -> tuple[Tensor, ...]:
         """The stack's outputs, before the neck: what :meth:`inverse` takes.

@@ -80,7 +80,7 @@ class Reversible(nn.Module, ABC):
 
     def _tape(self, streams: Sequence[Tensor], owned: bool) -> Tape | Stored:
         if self.reversible or not torch.is_grad_enabled():
-            return open_tape(streams, list(self.parameters()), self.coupler, owned=owned)
+            return open_tape(self, streams, self.coupler, owned=owned)
         return Stored(self.coupler, streams)
 
     def forward(self, *streams: Tensor | Tape | Stored) -> Tensor | tuple[Tensor, ...] | None:
@@ -101,7 +101,7 @@ class Reversible(nn.Module, ABC):
         Transforms are evaluated as they are now: with random layers in train mode the result is not the input
         (use ``eval()``; backward replays its random numbers and is not affected).
         """
-        state = State(self.coupler, own(streams, owned=False))
+        state = State(self.coupler, self, own(streams, owned=False))
         for coupling in reversed(list(self.couplings())):
             state.undo(state.lower(coupling))
         return _unpack(tuple(state.streams))
@@ -281,7 +281,7 @@ def check_invertible(module: Reversible, *streams: Tensor, rtol: float | None = 
     Raises:
         AssertionError: an error is above ``rtol`` or not a number; the message names the stream and the usual causes.
     """
-    state = State(module.coupler, own(streams, owned=False))
+    state = State(module.coupler, module, own(streams, owned=False))
     recorded = []
     for coupling in module.couplings():
         lowered = state.lower(coupling)

@@ -51,7 +51,8 @@ class FusedSegment:
         return self.neck.parameters() + ([] if self.merge is None else self.merge.parameters())
 
     def __call__(self, y: Tensor, *merged: Tensor) -> Term:
-        return self.forward(y, *merged)[0]
+        out = add_term(self.neck(y), merged[0] if merged else None)
+        return Term(out if self.merge is None else add_term(self.merge(out), None))
 
     @torch.no_grad()
     def forward(self, y: Tensor, *merged: Tensor) -> tuple[Term, tuple[FusedRecord, FusedRecord | None]]:

@@ -126,6 +126,7 @@ class State:
     """Streams, gradients and position of one pass. It lives as long as the graph that points to it."""
 
     coupler: Coupler
+    root: nn.Module | None = None  # knows the names of the transforms
     streams: list[Tensor] = field(default_factory=list)
     grads: list[Tensor | None] = field(default_factory=list)
     position: int = 0  # couplings applied and not yet undone
@@ -142,8 +143,18 @@ class State:
             term, record = branch.forward(source.of(self.streams))
             terms.append(term)
             records.append(record)
+        if torch.is_anomaly_enabled():
+            self.check_finite(lowered, terms)
         self.add_(lowered, terms)
         return records
+
+    def check_finite(self, lowered: Lowered, terms: list[Term]) -> None:
+        """In anomaly mode, name the transform whose result is not finite."""
+        names = {id(m): name for name, m in self.root.named_modules()} if self.root is not None else {}
+        for branch, term in zip(lowered.branches, terms, strict=True):
+            if not all(t is None or t.isfinite().all() for t in (term.p, term.scale, term.shift)):
+                name = names.get(id(branch.module), type(branch.module).__name__)
+                raise RuntimeError(f"{name} computed values that are not finite in the forward pass")
 
     def add_(self, lowered: Lowered, terms: list[Term]) -> None:
         """``y_t += sum_k up(p_k)``, a new stream where the coupling creates it."""
@@ -260,9 +271,9 @@ class PartGradient(Gradient):
 class Tape:
     """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
 
-    def __init__(self, coupler: Coupler) -> None:
+    def __init__(self, coupler: Coupler, root: nn.Module | None = None) -> None:
         self.coupler = coupler
-        self.state = State(coupler)
+        self.state = State(coupler, root)
         self.token: Tensor | None = None  # None: nothing is recorded
 
     def step(self, coupling: Coupling) -> None:
@@ -475,10 +486,10 @@ class Stored:
         return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
 
 
-def open_tape(inputs: Sequence[Tensor], parameters: Sequence[Tensor], coupler: Coupler, *, owned: bool = False) -> Tape:
-    """A tape whose streams are ``inputs``, recorded for backward only if something wants a gradient."""
-    tape = Tape(coupler)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *parameters)):
+def open_tape(root: nn.Module, inputs: Sequence[Tensor], coupler: Coupler, *, owned: bool = False) -> Tape:
+    """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
+    tape = Tape(coupler, root)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *root.parameters())):
         tape.token = _Enter.apply(tape.state, owned, *inputs)
     else:
         tape.state.streams = own(inputs, owned)
