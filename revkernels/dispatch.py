@@ -57,7 +57,7 @@ def _load_native(name: str, module: str, why_not: str) -> Status:
     try:
         return Status(name, True, module=importlib.import_module(f"revkernels.{module}"))
     except ModuleNotFoundError:
-        return Status(name, False, f"revkernels.{module} was not built; see the messages of `pip install -v .`")
+        return Status(name, False, f"revkernels.{module} was not built; `python -m revkernels.env` says why")
     except ImportError as error:
         return Status(name, False, f"revkernels.{module} does not load: {error}")
 

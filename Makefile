@@ -1,0 +1,31 @@
+CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: install test lint format bench kernels env sdist
+
+install:
+	pip install .
+
+test:
+	pytest
+
+lint:
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_SOURCES)
+
+bench:
+	python benchmarks/memory_vs_hrnet.py
+
+kernels:
+	python benchmarks/kernels.py
+
+env:
+	python -m revkernels.env
+
+sdist:
+	python -m build --sdist
