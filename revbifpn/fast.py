@@ -154,7 +154,7 @@ class RevBiFPN(model.RevBiFPN):
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if self.neck is None:
+        if self.neck is None or not (self.head is None or _is_plain(self.head)):
             return super()._forward(x)
         tape = self._open(x)
         read = _Apart(tape).read if self.disable_recomp else tape.read
@@ -165,6 +165,11 @@ class RevBiFPN(model.RevBiFPN):
         for level, (neck, merge) in enumerate(zip(necks, [*self.head.pyramid_heads, None], strict=True)):
             merged = (read(level, Segment(neck, merge), *merged),)
         return self.head.classify(*merged)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the head's parts may be called instead of the head."""
+    return type(head) is model.Head and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
 
 
 class _Apart:

@@ -254,7 +254,7 @@ class FusedMBConv:
         """``p = W_p (gate h(BN_1(d)))``, a chunk of samples at a time."""
         n, _, h, w = d.shape
         p = d.new_empty((n, weights.project.shape[0], h, w))
-        for chunk in _chunks(n, d[0].nbytes, d.device):
+        for chunk in _chunks(n, d[0].numel() * d.element_size(), d.device):
             z = _ops.bn_act(d[chunk], *affine1, _rows(gate, chunk), "hardswish")
             _pointwise(weights.project, z, p[chunk])
         return p
@@ -276,7 +276,7 @@ class FusedMBConv:
         """The term again, without reductions, and its vector-Jacobian product; see :meth:`Branch.recompute`."""
         (x,) = inputs
         replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
-        replay.keep(d=not self.lean, p=True)
+        replay.keep(d=not self.lean)
         return self._term(replay.p, record, replay.w), self._pullback(replay)
 
     def restore(
@@ -316,7 +316,7 @@ class Replay:
         like: any tensor of the right dtype and device.
 
     Attributes:
-        d: chunks of the depthwise convolution's output by their first sample, where they are kept.
+        e, d: chunks of the expanded map and of the depthwise output, by their first sample, where they are kept.
         p: the projection's output for all samples, where it is kept. What is not is computed again in every pass.
     """
 
@@ -340,11 +340,14 @@ class Replay:
         self.affine2 = norm2.affine(weights.gamma2, weights.beta2)
         plane = self.expanded * self.height * self.width * like.element_size()
         self.chunks = list(_chunks(self.n, plane, like.device))
+        self.e: dict[int, Tensor] = {}
         self.d: dict[int, Tensor] = {}
         self.p: Tensor | None = None
 
     def _source(self, chunk: slice) -> Tensor:
         """``e`` or ``x``: what the depthwise convolution reads (through its prologue)."""
+        if chunk.start in self.e:
+            return self.e[chunk.start]
         x = self.x(chunk)
         return x if self.w.expand is None else _pointwise(self.w.expand, x)
 
@@ -363,16 +366,18 @@ class Replay:
             return self.p[chunk]
         return _pointwise(self.w.project, self._z(self._d(chunk), chunk) if z is None else z)
 
-    def keep(self, *, d: bool, p: bool) -> None:
-        """Compute d and p for all samples, and keep those asked for."""
-        kept_p = self._plane(self.channels) if p else None
+    def keep(self, *, d: bool) -> None:
+        """Compute and keep p for all samples, and with ``d`` what comes before it too."""
+        p = self._plane(self.channels)
         for chunk in self.chunks:
-            chunk_d = self._d(chunk)
+            source = self._source(chunk)
+            chunk_d = self._d(chunk, source)
             if d:
                 self.d[chunk.start] = chunk_d
-            if p:
-                _pointwise(self.w.project, self._z(chunk_d, chunk), kept_p[chunk])
-        self.p = kept_p
+            if d and self.w.expand is not None:
+                self.e[chunk.start] = source
+            _pointwise(self.w.project, self._z(chunk_d, chunk), p[chunk])
+        self.p = p
 
     def _plane(self, channels: int, size: tuple[int, int] | None = None) -> Tensor:
         return self.like.new_empty((self.n, channels, *(size or self.out_size)))
@@ -478,11 +483,12 @@ class Replay:
         dexpand = torch.zeros_like(w.expand)
         for chunk in self.chunks:
             x = self.x(chunk)
-            e = _pointwise(w.expand, x)
+            e = self._source(chunk)
             de = _ops.bn_act_grad(dv[chunk], e, *self.affine0, None, None, slope0, offset0, "hardswish")
             dexpand += _pointwise_grad_weight(de, x)
             if emit is not None:
                 emit(chunk, _pointwise(w.expand.transpose(0, 1), de))
+        self.e.clear()
         return dexpand, dgamma0, dbeta0
 
 
@@ -499,6 +505,7 @@ def _plain_conv_norm(layer: ConvNormAct, act: type | None) -> bool:
         and conv.dilation == (1, 1)
         and conv.kernel_size[0] == conv.kernel_size[1]
         and conv.kernel_size[0] % 2 == 1
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
         and conv.stride[0] == conv.stride[1]
         and _plain_norm(layer.norm)
         and type(layer.act) is (act or type(None))
@@ -507,7 +514,8 @@ def _plain_conv_norm(layer: ConvNormAct, act: type | None) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        for m in module.modules()
     )
 
 
@@ -530,7 +538,7 @@ def why_not_fused(transform: nn.Module, x: Tensor) -> str:
         if kinds != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]:
             return "its squeeze-excite is not of Hardswish and Hardsigmoid"
     if _has_hooks(m):
-        return "a module in it has hooks"
+        return "a module in it has hooks or a forward of its own"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
     if x.dtype not in (torch.float32, torch.float64) or any(q.dtype != x.dtype for q in m.parameters()):

@@ -77,7 +77,7 @@ class FusedSegment:
         count = len(self.neck.parameters())
         neck = Replay(self.neck, y.shape, y.__getitem__, records[0], self.neck.weights(parameters[:count]), y)
         if merged:  # below the highest level planes are small and kept, rather than computed in every pass
-            neck.keep(d=True, p=True)
+            neck.keep(d=True)
 
         def pullback(du: Tensor, _: None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if self.merge is None:
@@ -115,7 +115,7 @@ class FusedSegment:
             sums[:, chunk] = neck.chunk_sums(do, latest["p"])
 
         merge = Replay(self.merge, shape, out, record, weights, du)
-        merge.keep(d=True, p=True)
+        merge.keep(d=True)
         return dout, sums, merge.pull(du, merge.sums(du), emit)
 
 

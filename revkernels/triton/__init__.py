@@ -1,0 +1,25 @@
+"""Triton kernels, one file per fused op; importing this needs triton.
+
+``LAUNCHERS`` maps each op to the Python function that launches its kernel and has the op's schema.
+``INTERPRETED`` tells whether kernels run under Triton's interpreter, where they take CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from revkernels.triton import bn_act, couple, se_gate
+
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
+LAUNCHERS: dict[str, Callable] = {
+    "couple_": couple.couple_,
+    "couple_adjoint": couple.couple_adjoint,
+    "bn_stats": bn_act.bn_stats,
+    "bn_act": bn_act.bn_act,
+    "bn_act_squeeze": bn_act.bn_act_squeeze,
+    "bn_act_grad_sums": bn_act.bn_act_grad_sums,
+    "bn_act_grad": bn_act.bn_act_grad,
+    "se_gate": se_gate.se_gate,
+    "se_gate_grad": se_gate.se_gate_grad,
+}

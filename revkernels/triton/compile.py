@@ -1,0 +1,230 @@
+"""Compile every kernel for GPUs that need not be here, and report what it costs them.
+
+``python -m revkernels.triton.compile [--out FILE]`` writes one row per kernel, configuration and architecture:
+registers per thread, bytes of shared memory and of local memory (spills) by ``cuobjdump``, and the widest global load
+and store in the PTX. Launchers run as they are on meta tensors; only the launch itself is replaced, so that what is
+compiled is what would run, with the same heuristics and the same specialisation of arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from revkernels.triton import INTERPRETED, LAUNCHERS
+
+ARCHITECTURES = (80, 90)
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel by a launcher."""
+
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A row of the report. Widths are bytes per thread and instruction."""
+
+    op: str
+    configuration: str
+    kernel: str
+    architecture: str
+    num_warps: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    widest_load: int
+    widest_store: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record launches instead of making them."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: tuple, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(self, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict) -> Any:
+    """The type of an argument as the launch would see it; fills in constants and known divisibility."""
+    if isinstance(value, tuple):
+        return tuple(_specialise(v, (*path, i), constexprs, attrs) for i, v in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor):
+        address, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
+    else:
+        address, kind = value, "i32" if -(2**31) <= value < 2**31 else "i64"
+    if address % 16 == 0:
+        attrs[path] = [["tt.divisibility", 16]]
+    return kind
+
+
+def compile_launch(launch: Launch, architecture: int) -> triton.compiler.CompiledKernel:
+    """Compile a recorded launch for an architecture, 90 for sm_90."""
+    options = {k: v for k, v in launch.kwargs.items() if k in OPTIONS}
+    named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    named |= {k: v for k, v in launch.kwargs.items() if k not in OPTIONS}
+    signature, constexprs, attrs = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[(i,)] = "constexpr", named[parameter.name]
+        else:
+            signature[parameter.name] = _specialise(named[parameter.name], (i,), constexprs, attrs)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _widest(ptx: str, instruction: str) -> int:
+    """Bytes of the widest global load or store of one thread."""
+    pattern = rf"{instruction}\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[bufs](\d+)\b"
+    return max((int(v or 1) * int(bits) // 8 for v, bits in re.findall(pattern, ptx)), default=0)
+
+
+def resources(op: str, configuration: str, launch: Launch, architecture: int) -> Resources:
+    """What a recorded launch takes on an architecture."""
+    compiled = compile_launch(launch, architecture)
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [cuobjdump, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        op=op,
+        configuration=configuration,
+        kernel=launch.kernel.__name__.strip("_"),
+        architecture=f"sm_{architecture}",
+        num_warps=compiled.metadata.num_warps,
+        registers=used["REG"],
+        shared_bytes=compiled.metadata.shared,
+        spill_bytes=used["STACK"] + used["LOCAL"],
+        widest_load=_widest(compiled.asm["ptx"], "ld"),
+        widest_store=_widest(compiled.asm["ptx"], "st"),
+    )
+
+
+def _map(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def _couplings(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    c = 48
+    vector = _map((c,), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for factors, size in (
+            ((1,), 56), ((1, 1), 28), ((1, 1, 1), 7), ((2,), 14), ((2, 4), 28), ((2, 4, 8), 56), ((2, 4, 8), 88),
+        ):  # fmt: skip
+            p = [_map((n, c, size // f, size // f), dtype) for f in factors]
+            vectors = [vector] * len(p)
+            name = f"{SHORT[dtype]} f={'+'.join(map(str, factors))} {size}x{size}"
+            for stream in dict.fromkeys((torch.float32, dtype)):
+                y = _map((n, c, size, size), stream)
+                call = partial(LAUNCHERS["couple_"], y, p, vectors, vectors, list(factors), "bilinear", False)
+                yield "couple_", f"{SHORT[stream]} stream {name}", call
+            dy = _map((n, c, size, size), dtype)
+            yield "couple_adjoint", name, partial(LAUNCHERS["couple_adjoint"], dy, p, vectors, factors, "bilinear")
+
+
+def _norms(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for size, c in ((56, 48), (28, 64), (14, 80), (7, 160), (88, 160), (512, 48)):
+            x, v, gate = _map((n, c, size, size), dtype), _map((c,), torch.float32), _map((n, c), torch.float32)
+            arguments = {
+                "bn_stats": (x,),
+                "bn_act": (x, v, v, gate, "hardswish"),
+                "bn_act_squeeze": (x, v, v, "hardswish"),
+                "bn_act_grad_sums": (x, x, v, v, v, "hardswish"),
+                "bn_act_grad": (x, x, v, v, gate, gate, v, v, "hardswish"),
+            }
+            for op, args in arguments.items():
+                yield op, f"{SHORT[dtype]} {size}x{size}", partial(LAUNCHERS[op], *args)
+
+
+def _gates(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for c, r in ((48, 12), (160, 40), (1056, 264)):
+        pooled, hidden, w1, w2, b1, b2 = (
+            _map(shape, torch.float32) for shape in ((n, c), (n, r), (r, c), (c, r), (r,), (c,))
+        )
+        yield "se_gate", f"fp32 {c}-{r}", partial(LAUNCHERS["se_gate"], pooled, w1, b1, w2, b2)
+        args = (pooled, pooled, hidden, pooled, w1, w2)
+        yield "se_gate_grad", f"fp32 {c}-{r}", partial(LAUNCHERS["se_gate_grad"], *args)
+
+
+def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """``(op, configuration, call)``: dtypes, factors and sizes as the network has them, for n samples."""
+    yield from _couplings(n)
+    yield from _norms(n)
+    yield from _gates(n)
+
+
+def report(
+    architectures: tuple[int, ...] = ARCHITECTURES, wanted: Callable[[str, str], bool] = lambda op, configuration: True
+) -> Iterator[Resources]:
+    """Compile the wanted configurations, each kernel of each launch once."""
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled under the interpreter; unset it")
+    for op, configuration, call in configurations():
+        if not wanted(op, configuration):
+            continue
+        with recorded() as launches:
+            call()
+        for launch in launches:
+            for architecture in architectures:
+                yield resources(op, configuration, launch, architecture)
+
+
+def main() -> None:
+    """Write the table and a line per kernel that spills."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/triton_resources.csv"))
+    out = parser.parse_args().out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(f.name for f in fields(Resources)), "triton"], lineterminator="\n")
+        writer.writeheader()
+        spilling, count = [], 0
+        for row in report():
+            writer.writerow(asdict(row) | {"triton": triton.__version__})
+            count += 1
+            if row.spill_bytes:
+                spilling.append(row)
+    print(f"{count} kernels compiled with triton {triton.__version__} into {out}; {len(spilling)} spill")
+    for row in spilling:
+        print(f"  {row.kernel} [{row.configuration}] {row.architecture}: {row.spill_bytes} bytes")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+    main()

@@ -1,0 +1,475 @@
+"""The additive coupling and its adjoint: every contribution to a stream in one pass over it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from revkernels.triton.tiles import (
+    PIXELS_PER_PROGRAM,
+    accumulator,
+    contiguous,
+    coordinates,
+    flat_tile,
+    fold,
+    load_vector,
+    offset,
+    plane_tile,
+    planes_of,
+    split_buffers,
+    strides_of,
+    tile,
+    vector_row,
+    warps_for,
+)
+
+MAX_ADJOINT_WIDTH = 1024  # pixels: whole rows up to here, blocks that overlap by two source pixels beyond
+
+
+@triton.jit
+def _lerp(a, b, w):
+    return tl.fma(b - a, w, a)
+
+
+@triton.jit
+def _phase(left, mid, right, R: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr):
+    """Output column ``F q + R`` out of the columns ``q - 1, q, q + 1``: ``s = q + (R + 1/2) / F - 1/2``."""
+    if 2 * R + 1 < F:
+        out = _lerp(left, mid, tl.full([], (2 * R + 1 + F) / (2 * F), ACC))
+    else:
+        out = _lerp(mid, right, tl.full([], (2 * R + 1 - F) / (2 * F), ACC))
+    return out
+
+
+@triton.jit
+def _phases(left, mid, right, F: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr):
+    """Phases START and START + STEP, interleaved."""
+    a = _phase(left, mid, right, START, F, ACC)
+    return tl.interleave(a, _phase(left, mid, right, START + STEP, F, ACC))
+
+
+@triton.jit
+def _upsampled(
+    p, strides, h, i_w, height, width, F: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """``up_F`` of the plane at p on rows h ``[BLOCK_H, 1]`` and columns ``i_w BLOCK_W + [0, BLOCK_W)``.
+
+    Rows ``h_0, h_1`` are gathered for each output row; columns are loaded once per source pixel, with both neighbours,
+    and spread to F phases in registers. All weights are multiples of ``1 / 2F``: exact.
+    """
+    if BILINEAR:
+        o_q = i_w * (BLOCK_W // F) + tl.arange(0, BLOCK_W // F)[None, :]
+        m = (h < height * F) & (o_q < width)
+        t = 2 * h + 1 + F
+        w = (t % (2 * F)).to(ACC) / (2 * F)
+        p_0 = p + tl.maximum(t // (2 * F) - 1, 0).to(tl.int64) * strides[2] + o_q.to(tl.int64) * strides[3]
+        p_1 = p + tl.minimum(t // (2 * F), height - 1).to(tl.int64) * strides[2] + o_q.to(tl.int64) * strides[3]
+        mid = _lerp(tl.load(p_0, m, 0.0).to(ACC), tl.load(p_1, m, 0.0).to(ACC), w)
+        m_l, m_r = m & (o_q > 0), m & (o_q < width - 1)
+        left = _lerp(tl.load(p_0 - strides[3], m_l, 0.0).to(ACC), tl.load(p_1 - strides[3], m_l, 0.0).to(ACC), w)
+        right = _lerp(tl.load(p_0 + strides[3], m_r, 0.0).to(ACC), tl.load(p_1 + strides[3], m_r, 0.0).to(ACC), w)
+        left = tl.where(o_q > 0, left, mid)
+        right = tl.where(o_q < width - 1, right, mid)
+        if F == 2:
+            out = _phases(left, mid, right, F, 0, 1, ACC)
+        elif F == 4:
+            even = _phases(left, mid, right, F, 0, 2, ACC)
+            out = tl.interleave(even, _phases(left, mid, right, F, 1, 2, ACC))
+        else:
+            even = tl.interleave(_phases(left, mid, right, F, 0, 4, ACC), _phases(left, mid, right, F, 2, 4, ACC))
+            odd = tl.interleave(_phases(left, mid, right, F, 1, 4, ACC), _phases(left, mid, right, F, 3, 4, ACC))
+            out = tl.interleave(even, odd)
+    else:
+        o_q = (i_w * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]) // F
+        p_q = p + (h // F).to(tl.int64) * strides[2] + o_q.to(tl.int64) * strides[3]
+        out = tl.load(p_q, (h < height * F) & (o_q < width), 0.0).to(ACC)
+    return out
+
+
+@triton.jit
+def _shifts(shift, shift_row, n, c, m, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``sum_k b_k``, where the total of a tile starts from."""
+    b_total = tl.zeros([ROWS, COLUMNS], ACC)
+    for k in tl.static_range(len(shift)):
+        if shift[k] is not None:
+            b_total += load_vector(shift[k], shift_row[k], n, c, m, ACC)
+    return b_total
+
+
+@triton.jit
+def _add_scaled(b_total, b_p, scale, scale_row, n, c, m, ACC: tl.constexpr):
+    """``total + a p``."""
+    if scale is not None:
+        b_total = tl.fma(b_p, load_vector(scale, scale_row, n, c, m, ACC), b_total)
+    else:
+        b_total += b_p
+    return b_total
+
+
+@triton.jit
+def _couple_identity_kernel(
+    y, p, scale, shift, y_strides, p_strides, scale_row, shift_row, rows, C, H, W,
+    SUBTRACT: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """``y <- y +/- sum_k (a_k p_k + b_k)``, the total rounded to ACC before it meets y.
+
+    Per element: read y, write y, read each p_k; ``1 + 2 K`` FLOPs. Bound: memory bandwidth.
+    """
+    o_r, o_w = tile(W, BLOCK_R, BLOCK_W)
+    n, c, h = coordinates(o_r, C, H)
+    m_r = o_r < rows
+    m = m_r & (o_w < W // VEC * VEC)
+    o_x = o_w.to(tl.int64)
+    p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
+    b_y = tl.load(p_y, m, 0.0).to(ACC)
+    b_total = _shifts(shift, shift_row, n, c, m_r, ACC, BLOCK_R, BLOCK_W)
+    for k in tl.static_range(len(p)):
+        b_p = tl.load(p[k] + offset(n, c, h, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
+        b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, m_r, ACC)
+    b_y = b_y - b_total if SUBTRACT else b_y + b_total
+    tl.store(p_y, b_y.to(y.dtype.element_ty), m)
+
+
+@triton.jit
+def _couple_upsampled_kernel(
+    y, p, scale, shift, y_strides, p_strides, scale_row, shift_row, C, H, W,
+    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, SUBTRACT: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """``y <- y +/- sum_k (a_k up_{f_k}(p_k) + b_k)``, equal to ``up(a p + b)`` as the weights of a pixel sum to 1.
+
+    Per element: read y, write y, ``sum_k 1 / f_k^2`` reads of p; ``1 + 2 K`` FLOPs and ``1 + 7 / f_k`` per upsampling.
+    Bound: memory bandwidth. One program takes ``BLOCK_H x BLOCK_W`` pixels of one plane.
+    """
+    blocks_w = tl.cdiv(W, BLOCK_W)
+    blocks = tl.cdiv(H, BLOCK_H) * blocks_w
+    plane = tl.program_id(0) // blocks
+    i = tl.program_id(0) % blocks
+    i_w = i % blocks_w
+    n, c = plane // C, plane % C
+    h = (i // blocks_w) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    m = (h < H) & (o_w < W // VEC * VEC)
+    o_x = o_w.to(tl.int64)
+    p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
+    b_y = tl.load(p_y, m, 0.0).to(ACC)
+    b_total = _shifts(shift, shift_row, n, c, None, ACC, BLOCK_H, BLOCK_W)
+    for k in tl.static_range(len(FACTORS)):
+        if FACTORS[k] == 1:
+            b_p = tl.load(p[k] + offset(n, c, h, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
+        else:
+            p_k = p[k] + offset(n, c, n * 0, p_strides[k], 1)
+            b_p = _upsampled(
+                p_k, p_strides[k], h, i_w, H // FACTORS[k], W // FACTORS[k], FACTORS[k], BILINEAR, ACC, BLOCK_W
+            )  # fmt: skip
+        b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, None, ACC)
+    b_y = b_y - b_total if SUBTRACT else b_y + b_total
+    tl.store(p_y, b_y.to(y.dtype.element_ty), m)
+
+
+def couple_(
+    y: Tensor,
+    p: list[Tensor],
+    scale: list[Tensor | None],
+    shift: list[Tensor | None],
+    factors: list[int],
+    mode: str,
+    subtract: bool,
+) -> None:
+    """One launch, any number of contributions; see :func:`revkernels.reference.couple_`."""
+    if y.numel() == 0 or not p:
+        return
+    n, c = y.shape[:2]
+    same = [k for k, f in enumerate(factors) if f == 1]
+    identity = len(same) == len(p)
+    walk = planes_of(y, *(p[k] for k in same), flatten=identity)
+    p_strides = [strides_of(p_k) for p_k in p]
+    for k, strides in zip(same, walk.strides[1:], strict=True):
+        p_strides[k] = strides
+    scale, shift = tuple(map(contiguous, scale)), tuple(map(contiguous, shift))
+    tensors = (y, tuple(p), scale, shift)
+    strides = (walk.strides[0], tuple(p_strides), tuple(map(vector_row, scale)), tuple(map(vector_row, shift)))
+    shared = dict(SUBTRACT=subtract, ACC=accumulator(y), VEC=walk.vec, enable_fp_fusion=False)
+    with torch.cuda.device_of(y):
+        if identity:
+            rows = n * c * walk.height
+            block_r, block_w = flat_tile(walk, y)
+            grid = (triton.cdiv(rows, block_r) * triton.cdiv(walk.width, block_w),)
+            _couple_identity_kernel[grid](
+                *tensors,
+                *strides,
+                rows,
+                c,
+                walk.height,
+                walk.width,
+                BLOCK_R=block_r,
+                BLOCK_W=block_w,
+                num_warps=4,
+                **shared,
+            )
+        else:
+            block_h, block_w, warps = plane_tile(walk.height, walk.width)
+            grid = (n * c * triton.cdiv(walk.height, block_h) * triton.cdiv(walk.width, block_w),)
+            _couple_upsampled_kernel[grid](
+                *tensors,
+                *strides,
+                c,
+                walk.height,
+                walk.width,
+                FACTORS=tuple(factors),
+                BILINEAR=mode == "bilinear",
+                BLOCK_H=block_h,
+                BLOCK_W=block_w,
+                num_warps=warps,
+                **shared,
+            )
+
+
+@triton.jit
+def _couple_adjoint_identity_kernel(
+    dy, p, center, sums, dy_strides, p_strides, center_row, rows, C, H, W, steps,
+    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """``sums_k[:, n, c] = (sum_hw dy, sum_hw dy (p_k - m_k))`` for the contributions that are not upsampled.
+
+    Bytes per element: read dy, read each p_k. FLOPs: ``1 + 3 K``. Bound: memory bandwidth.
+    """
+    blocks = tl.cdiv(W, BLOCK_W)
+    splits = tl.cdiv(H * blocks, steps)
+    i_r = tl.program_id(0) // splits
+    i_s = tl.program_id(0) % splits
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    n, c, h = coordinates(o_r, C, 1)
+    m_r = o_r < rows
+    b_sum = tl.zeros([BLOCK_R, BLOCK_W], ACC)
+    b_dots = ()
+    for _ in tl.static_range(len(p)):
+        b_dots = b_dots + (tl.zeros([BLOCK_R, BLOCK_W], ACC),)
+    for i in range(i_s * steps, tl.minimum((i_s + 1) * steps, H * blocks)):
+        o_w = (i % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+        m = m_r & (o_w < W // VEC * VEC)
+        h_i = h + i // blocks
+        o_x = o_w.to(tl.int64)
+        b_dy = tl.load(dy + offset(n, c, h_i, dy_strides, VEC) + o_x * dy_strides[3], m, 0.0).to(ACC)
+        b_sum += b_dy
+        b_new = ()
+        for k in tl.static_range(len(p)):
+            b_p = tl.load(p[k] + offset(n, c, h_i, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
+            if center[k] is not None:
+                b_p = b_p - load_vector(center[k], center_row[k], n, c, m_r, ACC)
+            b_new = b_new + (tl.fma(b_dy, b_p, b_dots[k]),)
+        b_dots = b_new
+    o_out = (i_s * 2).to(tl.int64) * rows + o_r
+    for k in tl.static_range(len(p)):
+        tl.store(sums[k] + o_out, tl.sum(b_sum, 1, keep_dims=True), m_r)
+        tl.store(sums[k] + o_out + rows, tl.sum(b_dots[k], 1, keep_dims=True), m_r)
+
+
+def _adjoint_identity(dy: Tensor, p: list[Tensor], center: list[Tensor | None], sums: list[Tensor]) -> None:
+    n, c = dy.shape[:2]
+    walk = planes_of(dy, *p)
+    block_r, block_w = flat_tile(walk, dy, 2048 if len(p) == 1 else 1024)
+    steps = max(1, PIXELS_PER_PROGRAM // block_w)
+    splits = triton.cdiv(walk.height * triton.cdiv(walk.width, block_w), steps)
+    out = tuple(sums)
+    partial = split_buffers(out, splits)
+    center = tuple(map(contiguous, center))
+    _couple_adjoint_identity_kernel[(triton.cdiv(n * c, block_r) * splits,)](
+        dy,
+        tuple(p),
+        center,
+        partial,
+        walk.strides[0],
+        walk.strides[1:],
+        tuple(map(vector_row, center)),
+        n * c,
+        c,
+        walk.height,
+        walk.width,
+        steps,
+        ACC=accumulator(dy),
+        VEC=walk.vec,
+        BLOCK_R=block_r,
+        BLOCK_W=block_w,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    fold(out, partial)
+
+
+@triton.jit
+def _row_weight(q, height, J: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr):
+    """Weight of row ``F q - F / 2 + J`` of dy on source row q.
+
+    ``1, 3, .., 2F - 1, 2F - 1, .., 3, 1`` over ``2F``; the rows outside the first and last source row's centre have no
+    second neighbour and weigh 1.
+    """
+    if J < F:
+        w = tl.full([], (2 * J + 1) / (2 * F), ACC)
+        w = tl.where(q == 0, 1.0, w) if 2 * J >= F else w
+    else:
+        w = tl.full([], (4 * F - 1 - 2 * J) / (2 * F), ACC)
+        w = tl.where(q == height - 1, 1.0, w) if 2 * J < 3 * F else w
+    return w
+
+
+@triton.jit
+def _adjoint_of_one(
+    dy, du, p, center, sums, dy_strides, p_strides, center_row, plane, i_h, origin, i_s, planes, C, H, W,
+    F: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """One contribution's ``du`` and sums on ``[BLOCK_H / F, BLOCK_W / F]`` pixels: rows first, then columns."""
+    ROWS: tl.constexpr = BLOCK_H // F
+    CELLS: tl.constexpr = BLOCK_W // F
+    height, width = H // F, W // F
+    n, c = plane // C, plane % C
+    o_q = i_h * ROWS + tl.arange(0, ROWS)[:, None]
+    m_q = o_q < height
+    o_w = origin + tl.arange(0, BLOCK_W)[None, :]
+    m_w = (o_w >= 0) & (o_w < W // VEC * VEC)
+    row = (dy_strides[2] // VEC) * VEC
+
+    b_rows = tl.zeros([ROWS, BLOCK_W], ACC)
+    if BILINEAR:
+        p_dy = dy + offset(n, c, F * o_q - F // 2, dy_strides, VEC) + o_w.to(tl.int64) * dy_strides[3]
+        for j in tl.static_range(2 * F):
+            m = m_q & m_w
+            if 2 * j < F:
+                m = m & (o_q > 0)
+            if 2 * j >= 3 * F:
+                m = m & (o_q < height - 1)
+            b_rows = tl.fma(tl.load(p_dy, m, 0.0).to(ACC), _row_weight(o_q, height, j, F, ACC), b_rows)
+            p_dy += row
+    else:
+        p_dy = dy + offset(n, c, F * o_q, dy_strides, VEC) + o_w.to(tl.int64) * dy_strides[3]
+        for _ in tl.static_range(F):
+            b_rows += tl.load(p_dy, m_q & m_w, 0.0).to(ACC)
+            p_dy += row
+
+    b_cells = tl.reshape(b_rows, [ROWS, CELLS, F])
+    o_c = tl.broadcast_to(tl.arange(0, CELLS)[None, :], [ROWS, CELLS])
+    o_x = origin // F + o_c
+    b_du = tl.sum(b_cells, 2)
+    if BILINEAR:
+        r = tl.arange(0, F)[None, None, :]
+        to_last = tl.sum(b_cells * (tl.maximum(F - 1 - 2 * r, 0).to(ACC) / (2 * F)), 2)
+        to_next = tl.sum(b_cells * (tl.maximum(2 * r + 1 - F, 0).to(ACC) / (2 * F)), 2)
+        b_du -= tl.where(o_x == 0, 0.0, to_last) + tl.where(o_x == width - 1, 0.0, to_next)
+        b_du += tl.where(o_x == width - 1, 0.0, tl.gather(to_last, tl.minimum(o_c + 1, CELLS - 1), 1))
+        b_du += tl.where(o_x == 0, 0.0, tl.gather(to_next, tl.maximum(o_c - 1, 0), 1))
+
+    m = m_q & (o_x < width) & (o_c >= HALO // F) & (o_c < (BLOCK_W - HALO) // F)
+    p_du = du + (plane.to(tl.int64) * height + o_q) * width + o_x
+    tl.store(p_du, b_du.to(du.dtype.element_ty), m)
+    if p is not None:
+        b_p = tl.load(p + offset(n, c, o_q, p_strides, 1) + o_x.to(tl.int64) * p_strides[3], m, 0.0).to(ACC)
+        if center is not None:
+            b_p = b_p - load_vector(center, center_row, n, c, None, ACC)
+        b_du = tl.where(m, b_du, 0.0)
+        p_sums = sums + (i_s * 2).to(tl.int64) * planes + plane
+        tl.store(p_sums, tl.sum(b_du))
+        tl.store(p_sums + planes, tl.sum(b_du * b_p))
+
+
+@triton.jit
+def _couple_adjoint_upsampled_kernel(
+    dy, du, p, center, sums, dy_strides, p_strides, center_row, planes, C, H, W,
+    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """``du_k = up_{f_k}^T(dy)`` by gathering, and ``sums_k = (sum_hw du_k, sum_hw du_k (p_k - m_k))``, for ``f_k > 1``.
+
+    A source pixel weighs rows and columns ``f q - f / 2 .. f q + 3 f / 2`` of dy. One program takes ``BLOCK_H x
+    BLOCK_W`` pixels of a plane of dy for all factors; its further reads of them, two per factor, hit the cache.
+    Per element of dy: read dy, ``sum_k 1 / f_k^2`` reads of p and writes of du; ``4 + 6 / f_k`` FLOPs per factor.
+    Bound: memory bandwidth, if the cache keeps up.
+    """
+    blocks_w = tl.cdiv(W, BLOCK_W - 2 * HALO)
+    splits = tl.cdiv(H, BLOCK_H) * blocks_w
+    plane = tl.program_id(0) // splits
+    i_s = tl.program_id(0) % splits
+    origin = (i_s % blocks_w) * (BLOCK_W - 2 * HALO) - HALO
+    for k in tl.static_range(len(FACTORS)):
+        _adjoint_of_one(
+            dy, du[k], p[k], center[k], sums[k], dy_strides, p_strides[k], center_row[k], plane, i_s // blocks_w,
+            origin, i_s, planes, C, H, W, FACTORS[k], BILINEAR, ACC, VEC, BLOCK_H, BLOCK_W, HALO,
+        )  # fmt: skip
+
+
+def _adjoint_upsampled(
+    dy: Tensor,
+    p: list[Tensor | None],
+    center: list[Tensor | None],
+    factors: list[int],
+    mode: str,
+    du: list[Tensor],
+    sums: list[Tensor],
+) -> None:
+    n, c, h, w = dy.shape
+    walk = planes_of(dy, flatten=False)
+    block_w = min(MAX_ADJOINT_WIDTH, max(16, triton.next_power_of_2(w)))
+    halo = max(factors) if w > block_w else 0
+    block_h = max(max(factors), min(4096 // block_w, triton.next_power_of_2(h)))
+    splits = triton.cdiv(h, block_h) * triton.cdiv(w, block_w - 2 * halo)
+    wanted = [k for k, p_k in enumerate(p) if p_k is not None]
+    out = tuple(sums[k] for k in wanted)
+    partial = split_buffers(out, splits)
+    targets: list[Tensor | None] = [None] * len(p)
+    for k, buffer in zip(wanted, partial, strict=True):
+        targets[k] = buffer
+    center = tuple(map(contiguous, center))
+    _couple_adjoint_upsampled_kernel[(n * c * splits,)](
+        dy,
+        tuple(du),
+        tuple(p),
+        center,
+        tuple(targets),
+        walk.strides[0],
+        tuple(None if p_k is None else strides_of(p_k) for p_k in p),
+        tuple(map(vector_row, center)),
+        n * c,
+        c,
+        h,
+        w,
+        FACTORS=tuple(factors),
+        BILINEAR=mode == "bilinear",
+        ACC=accumulator(dy),
+        VEC=walk.vec,
+        BLOCK_H=block_h,
+        BLOCK_W=block_w,
+        HALO=halo,
+        num_warps=warps_for(block_h * block_w),
+        enable_fp_fusion=False,
+    )
+    if out:
+        fold(out, partial)
+
+
+def couple_adjoint(
+    dy: Tensor,
+    p: list[Tensor | None],
+    center: list[Tensor | None],
+    factors: list[int],
+    mode: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One launch for the contributions with ``f_k > 1``, one for the others; see the reference's ``couple_adjoint``."""
+    n, c, h, w = dy.shape
+    acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    du = [dy.new_empty(0) if f == 1 else dy.new_empty(n, c, h // f, w // f) for f in factors]
+    sums = [dy.new_empty((0,) if p_k is None else (2, n, c), dtype=acc) for p_k in p]
+    if dy.numel() == 0:
+        for s in sums:
+            s.zero_()
+        return du, sums
+    same = [k for k, f in enumerate(factors) if f == 1 and p[k] is not None]
+    up = [k for k, f in enumerate(factors) if f > 1]
+    with torch.cuda.device_of(dy):
+        if same:
+            _adjoint_identity(dy, [p[k] for k in same], [center[k] for k in same], [sums[k] for k in same])
+        if up:
+            args = [[values[k] for k in up] for values in (p, center, factors, du, sums)]
+            _adjoint_upsampled(dy, args[0], args[1], args[2], mode, args[3], args[4])
+    return du, sums

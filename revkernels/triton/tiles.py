@@ -1,0 +1,174 @@
+"""What the kernels share: how maps are walked in tiles, their heights and widths, and the folding of partial sums.
+
+Grammar: ``i_`` program index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` block in registers, CAPITALS for
+sizes and compile-time constants. A tile is ``[BLOCK_R rows, BLOCK_W pixels]``; a row is one ``(n, c, h)``. A plane
+without gaps counts as one long row (``H = 1``), so that most kernels see whole planes and load 16 bytes at a time.
+
+Sums are split over programs by the size of a plane alone, never by N: a sample's result does not depend on its batch.
+Kernels are compiled without contraction of ``a * b + c``; where one rounding is meant, ``tl.fma`` says so.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_VEC = 16  # elements; 16 bytes of the narrowest dtype are 8, and Triton's own hint is 16
+PIXELS_PER_PROGRAM = 16384  # of one row of tiles, beyond which a sum is split
+Strides = tuple[int, int, int, int]
+
+
+class Planes(NamedTuple):
+    """Maps of one shape as kernels walk them: ``height`` rows of ``width`` pixels per plane."""
+
+    height: int
+    width: int
+    strides: tuple[Strides, ...]
+    vec: int  # elements that every row of every map starts and ends at a multiple of
+
+
+def strides_of(x: Tensor) -> Strides:
+    """Strides in elements, 0 where the size is 1: such a stride is arbitrary and would spoil alignment."""
+    return tuple(s if size > 1 else 0 for s, size in zip(x.stride(), x.shape, strict=True))
+
+
+def _pixel_stride(x: Tensor) -> int | None:
+    """Distance of neighbouring pixels of a plane without gaps between its rows, else None."""
+    h, w = x.shape[2:]
+    if w == 1:
+        return x.stride(2)
+    return x.stride(3) if h == 1 or x.stride(2) == w * x.stride(3) else None
+
+
+def planes_of(*maps: Tensor, flatten: bool = True) -> Planes:
+    """The common walk over maps ``[N, C, H, W]`` of one shape, as long rows where all of them allow it."""
+    height, width = maps[0].shape[2:]
+    strides = [strides_of(x) for x in maps]
+    pixel = [_pixel_stride(x) for x in maps]
+    if flatten and None not in pixel:
+        height, width = 1, height * width
+        strides = [(s[0], s[1], 0, step) for s, step in zip(strides, pixel, strict=True)]
+    if width == 1:
+        strides = [(*s[:3], 1) for s in strides]
+    if any(s[3] != 1 for s in strides):
+        return Planes(height, width, tuple(strides), 1)
+    return Planes(height, width, tuple(strides), gcd(MAX_VEC, width, *(step for s in strides for step in s[:3])))
+
+
+def block_width(width: int, widest: int = 1024) -> int:
+    """The widest power of two that wastes at most 15 % of its lanes on ``width``, else the one that wastes least."""
+    if width <= 16:
+        return 16
+    blocks = [1 << e for e in range(4, widest.bit_length()) if 1 << e < 2 * width]
+    padded = {block: triton.cdiv(width, block) * block for block in blocks}
+    good = [block for block in blocks if padded[block] <= 1.15 * width]
+    return max(good or [block for block in blocks if padded[block] == min(padded.values())])
+
+
+def flat_tile(walk: Planes, x: Tensor, elements: int = 2048) -> tuple[int, int]:
+    """``BLOCK_R, BLOCK_W`` of a tile over rows: fewer elements where they must be loaded one by one."""
+    if walk.vec * x.element_size() < 16:
+        elements //= 2
+    width = walk.width
+    block_w = triton.next_power_of_2(width) if width <= 256 else max(256, block_width(width))
+    block_w = max(16, min(block_w, elements))
+    return elements // block_w, block_w
+
+
+def warps_for(pixels: int) -> int:
+    """Warps for a tile of one plane: at least 8 pixels per thread."""
+    return max(1, min(4, pixels // 256))
+
+
+def plane_tile(height: int, width: int) -> tuple[int, int, int]:
+    """``BLOCK_H, BLOCK_W`` and warps of a tile of about 2048 pixels inside one plane."""
+    block_w = block_width(width, widest=128)
+    block_h = min(2048 // block_w, triton.next_power_of_2(height))
+    return block_h, block_w, warps_for(block_h * block_w)
+
+
+def vector_row(v: Tensor | None) -> int:
+    """Elements from one sample to the next of a contiguous ``[N, C]``; 0 for ``[C]``, shared by all samples."""
+    return v.shape[1] if v is not None and v.dim() == 2 else 0
+
+
+def contiguous(v: Tensor | None) -> Tensor | None:
+    """A per-channel vector without gaps."""
+    return None if v is None else v.contiguous()
+
+
+def accumulator(x: Tensor) -> tl.dtype:
+    """Triton's name of ``accumulate_dtype(x.dtype)``."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def tile(W, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows ``[BLOCK_R, 1]`` and pixels ``[1, BLOCK_W]`` of this program's tile; programs walk along rows first."""
+    i = tl.program_id(0)
+    blocks = tl.cdiv(W, BLOCK_W)
+    o_r = (i // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    o_w = (i % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    return o_r, o_w
+
+
+@triton.jit
+def coordinates(o_r, C, H):
+    """``(n, c, h)`` of a row."""
+    return o_r // H // C, o_r // H % C, o_r % H
+
+
+@triton.jit
+def offset(n, c, h, strides, VEC: tl.constexpr):
+    """Element offset of a row. VEC divides the strides: said by the multiplication, as the compiler cannot see it."""
+    at_n = n.to(tl.int64) * (strides[0] // VEC)
+    at_c = c.to(tl.int64) * (strides[1] // VEC)
+    at_h = h.to(tl.int64) * (strides[2] // VEC)
+    return (at_n + at_c + at_h) * VEC
+
+
+@triton.jit
+def load_vector(v, v_row, n, c, m, ACC: tl.constexpr):
+    """``v[c]`` or ``v[n, c]`` for each row of the tile, in the accumulation dtype; undefined where masked."""
+    return tl.load(v + n.to(tl.int64) * v_row + c, mask=m).to(ACC)
+
+
+@triton.jit
+def _fold_kernel(out, partial, size, splits, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out_k[i] = sum_s partial_k[s, i]``, always in the same order."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    o_s = tl.arange(0, SPLITS)[:, None]
+    for k in tl.static_range(len(out)):
+        b_sum = tl.zeros([SPLITS, BLOCK], ACC)
+        for s in range(0, splits, SPLITS):
+            m = (s + o_s < splits) & (o < size)
+            b_sum += tl.load(partial[k] + (s + o_s).to(tl.int64) * size + o, mask=m, other=0.0)
+        tl.store(out[k] + o, tl.sum(b_sum, 0, keep_dims=True), mask=o < size)
+
+
+def split_buffers(out: tuple[Tensor, ...], splits: int) -> tuple[Tensor, ...]:
+    """Where ``splits`` programs leave their share of each sum: the outputs themselves when there is one."""
+    return out if splits == 1 else tuple(t.new_empty(splits, *t.shape) for t in out)
+
+
+def fold(out: tuple[Tensor, ...], partial: tuple[Tensor, ...]) -> None:
+    """Add up what :func:`split_buffers` gave out; all of ``out`` have one size."""
+    if partial is out:
+        return
+    size, block = out[0].numel(), 64
+    _fold_kernel[(triton.cdiv(size, block),)](
+        out,
+        partial,
+        size,
+        partial[0].shape[0],
+        ACC=accumulator(out[0]),
+        SPLITS=8,
+        BLOCK=block,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
