@@ -1,0 +1,59 @@
+// revkernels._C_cuda: loading it registers the CUDA kernels; it answers what it was built with.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> ops() {
+  return {
+      "upsample",
+      "upsample_adjoint",
+      "space_to_depth",
+      "depth_to_space",
+      "space_to_depth_adjoint",
+      "depthwise_conv",
+      "depthwise_conv_grad_input",
+      "depthwise_conv_grad_weight",
+  };
+}
+
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  info["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+#if defined(REVKERNELS_FLAGS)
+  info["flags"] = REVKERNELS_FLAGS;
+#endif
+  info["cuda"] = version(CUDART_VERSION);
+#if defined(REVKERNELS_CUDA_ARCHS)
+  info["architectures"] = REVKERNELS_CUDA_ARCHS;
+#endif
+  info["stable_abi_target"] = std::to_string(int(TORCH_TARGET_VERSION >> 56 & 0xff)) + "." +
+                              std::to_string(int(TORCH_TARGET_VERSION >> 48 & 0xff));
+#if defined(REVKERNELS_TORCH_VERSION)
+  info["built_against_torch"] = REVKERNELS_TORCH_VERSION;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA kernels of revkernels; importing it registers them with torch.";
+  m.def("ops", &ops, "Names of the ops that have a CUDA kernel here.");
+  m.def("build_info", &build_info,
+        "Compiler, flags, CUDA version, architectures and targets of this build.");
+}
