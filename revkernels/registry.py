@@ -3,6 +3,9 @@
 Each op is defined once, in Python, and its reference is registered for every device
 (``CompositeExplicitAutograd``). ``_C`` then adds ``CPU`` kernels, ``_C_cuda`` and Triton add ``CUDA`` ones; the
 dispatcher prefers them, and the same op works without them. Ops carry no autograd: :mod:`revkernels.functional` does.
+
+Schemas say ``interpolation`` where functions say ``mode``: PyTorch's functionalisation of in-place ops passes arguments
+by name to a function with a parameter ``mode`` of its own.
 """
 
 from __future__ import annotations
@@ -95,17 +98,17 @@ def _depthwise_conv_grad_weight(x: Tensor, dy: Tensor, scale, shift, kernel: int
     return _sums(x, (x.shape[1], 1, kernel, kernel))
 
 
-_register("upsample(Tensor x, int factor, str mode) -> Tensor", _upsample)
-_register("upsample_adjoint(Tensor dy, int factor, str mode) -> Tensor", _upsample_adjoint)
+_register("upsample(Tensor x, int factor, str interpolation) -> Tensor", _upsample)
+_register("upsample_adjoint(Tensor dy, int factor, str interpolation) -> Tensor", _upsample_adjoint)
 _register("space_to_depth(Tensor x, int planes, int block) -> Tensor", _space_to_depth)
 _register("depth_to_space(Tensor y, int channels, int block) -> Tensor", _depth_to_space)
 _register("space_to_depth_adjoint(Tensor dy, int channels, int block) -> Tensor", _depth_to_space)
 _register(
-    "couple_(Tensor(a!) y, Tensor[] p, Tensor?[] scale, Tensor?[] shift, int[] factors, str mode, bool subtract) -> ()",
+    "couple_(Tensor(a!) y, Tensor[] p, Tensor?[] scale, Tensor?[] shift, int[] factors, str interpolation, bool subtract) -> ()",
     lambda y, p, scale, shift, factors, mode, subtract: None,
 )
 _register(
-    "couple_adjoint(Tensor dy, Tensor?[] p, Tensor?[] center, int[] factors, str mode) -> (Tensor[] du, Tensor[] sums)",
+    "couple_adjoint(Tensor dy, Tensor?[] p, Tensor?[] center, int[] factors, str interpolation) -> (Tensor[] du, Tensor[] sums)",
     _couple_adjoint,
 )
 _register(

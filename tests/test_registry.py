@@ -1,0 +1,189 @@
+"""Every registered op: PyTorch's own checks, the public functions' gradients and errors, compilation."""
+
+import pytest
+import revkernels
+import torch
+from revkernels import dispatch, functional
+from revkernels.registry import OPS
+from revkernels.testing import implementations, relative_error
+
+
+def samples(dtype=torch.float32):
+    """Arguments of every op, with a strided half-channel view where a map comes in."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def half(n, c, h, w):
+        return rand(n, 2 * c, h, w)[:, c:]
+
+    n, c, h, w, r = 2, 6, 8, 16, 3
+    x, dz, vector, rows = half(n, c, h, w), half(n, c, h, w), rand(c), rand(n, c)
+    pyramid = [rand(n, c, h // f, w // f) for f in (1, 2, 4, 8)]
+    weight, dy = rand(c, 1, 5, 5), half(n, c, h // 2, w // 2)
+    gate, hidden = rows.sigmoid(), rand(n, r)
+    return {
+        "upsample": (x, 4, "bilinear"),
+        "upsample_adjoint": (x, 4, "bilinear"),
+        "space_to_depth": (rand(n, 3, h, w), 5, 4),
+        "depth_to_space": (rand(n, 80, 3, 5), 3, 4),
+        "space_to_depth_adjoint": (rand(n, 80, 3, 5), 3, 4),
+        "couple_": (x, pyramid, [vector, None, rows, None], [rows, vector, None, None], [1, 2, 4, 8], "bilinear", False),
+        "couple_adjoint": (x, [pyramid[0], None, pyramid[2], pyramid[3]], [vector, None, None, vector], [1, 2, 4, 8], "bilinear"),
+        "depthwise_conv": (x, weight, vector, rand(c), 2),
+        "depthwise_conv_grad_input": (dy, weight, h, w, 2),
+        "depthwise_conv_grad_weight": (x, dy, vector, rand(c), 5, 2),
+        "bn_stats": (x,),
+        "bn_act": (x, vector, rand(c), rows, "hardswish"),
+        "bn_act_squeeze": (x, vector, rand(c), "hardswish"),
+        "bn_act_grad_sums": (dz, x, vector, rand(c), rand(c), "hardswish"),
+        "bn_act_grad": (dz, x, vector, rand(c), rows, rand(n, c), rand(c), rand(c), "hardswish"),
+        "se_gate": (rows, rand(r, c), rand(r), rand(c, r), rand(c)),
+        "se_gate_grad": (rand(n, c), gate, hidden, rows, rand(r, c), rand(c, r)),
+    }
+
+
+def flat(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for part in result for t in flat(part)]
+
+
+def run(op, arguments, call):
+    """The results, or the updated first argument of an in-place op."""
+    if not op.endswith("_"):
+        return flat(call(*arguments))
+    first = arguments[0].clone()
+    call(first, *arguments[1:])
+    return [first]
+
+
+def test_every_op_has_a_sample():
+    assert samples().keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    torch.library.opcheck(OPS[op].overload, samples()[op])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_every_implementation_agrees_with_the_reference(op, dtype):
+    arguments = samples(dtype)[op]
+    expected = run(op, samples(torch.float64)[op], OPS[op].reference)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name, call in implementations(op):
+        for out, ref in zip(run(op, arguments, call), expected, strict=True):
+            assert out.shape == ref.shape, name
+            assert relative_error(out, ref) < tolerance, name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_has_the_shapes_and_dtypes_of_the_result(op):
+    arguments = samples(torch.bfloat16)[op]
+    real = run(op, arguments, OPS[op].reference)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = run(op, samples(torch.bfloat16)[op], OPS[op].overload)
+    assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
+
+
+def test_native_code_is_what_the_dispatcher_takes_on_the_cpu():
+    if not dispatch.STATUS["cpp"].loaded:
+        pytest.skip(dispatch.STATUS["cpp"].reason)
+    for op in dispatch.STATUS["cpp"].module.ops():
+        assert dispatch.in_use(op, "cpu") == "cpp"
+
+
+DOUBLE = {"dtype": torch.float64, "requires_grad": True}
+GRADCHECKS = {
+    "couple": lambda: (
+        lambda y, p, q: revkernels.couple(y, [p, q], [1, 4]),
+        (torch.randn(2, 3, 4, 8, **DOUBLE), torch.randn(2, 3, 4, 8, **DOUBLE), torch.randn(2, 3, 1, 2, **DOUBLE)),
+    ),
+    "upsample": lambda: (lambda x: revkernels.upsample(x, 2), (torch.randn(2, 3, 3, 5, **DOUBLE),)),
+    "upsample nearest": lambda: (
+        lambda x: revkernels.upsample(x, 4, mode="nearest"),
+        (torch.randn(1, 2, 3, 2, **DOUBLE),),
+    ),
+    "space_to_depth": lambda: (lambda x: revkernels.space_to_depth(x, 5, 2), (torch.randn(2, 3, 4, 6, **DOUBLE),)),
+    "depthwise_conv": lambda: (
+        lambda x, w: revkernels.depthwise_conv(x, w, stride=2),
+        (torch.randn(2, 3, 7, 6, **DOUBLE), torch.randn(3, 1, 3, 3, **DOUBLE)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADCHECKS)
+def test_gradcheck(name):
+    function, inputs = GRADCHECKS[name]()
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", GRADCHECKS)
+def test_double_backward_is_an_error(name):
+    function, inputs = GRADCHECKS[name]()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_a_graph_break(op):
+    torch._dynamo.reset()
+    arguments = samples()[op]
+
+    def call(*arguments):
+        if op.endswith("_"):
+            first = arguments[0] + 0
+            OPS[op].overload(first, *arguments[1:])
+            return first * 2
+        return [t + 1 for t in flat(OPS[op].overload(*arguments))]
+
+    expected = call(*arguments)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)
+    for out, ref in zip(flat(compiled), flat(expected), strict=True):
+        torch.testing.assert_close(out, ref)
+
+
+Y = torch.zeros(2, 4, 8, 8)
+BAD = {
+    "y: expected 4 dim": lambda: revkernels.couple_(Y[0], [Y[0]], [1]),
+    "y: expected one of": lambda: revkernels.couple_(Y.long(), [Y.long()], [1]),
+    "y: expected memory without overlap": lambda: revkernels.couple_(torch.zeros(1, 4, 8, 8).expand(2, 4, 8, 8), [Y], [1]),
+    r"factors\[0\]: expected an upsampling factor": lambda: revkernels.couple_(Y, [Y], [3]),
+    "factors: expected one per contribution": lambda: revkernels.couple_(Y, [Y], [1, 2]),
+    r"p\[0\]: expected shape": lambda: revkernels.couple_(Y, [Y], [2]),
+    r"p\[1\]: expected a Tensor": lambda: revkernels.couple_(Y, [Y, None], [1, 1]),
+    r"scale\[0\]: expected shape": lambda: revkernels.couple_(Y, [Y], [1], scale=[torch.ones(3)]),
+    "shift: expected one entry": lambda: revkernels.couple_(Y, [Y], [1], shift=[]),
+    "mode: expected one of": lambda: revkernels.couple_(Y, [Y], [1], mode="cubic"),
+    r"p\[0\]: expected a tensor on cpu": lambda: revkernels.couple_(Y, [Y.to("meta")], [1]),
+    r"factors\[0\]: expected a divisor": lambda: revkernels.couple_adjoint(Y[..., :7], [2]),
+    "planes: expected at least": lambda: revkernels.space_to_depth(Y, 3, 2),
+    "block: expected a divisor": lambda: revkernels.space_to_depth(Y, 4, 3),
+    "channels: expected 1 to 1": lambda: revkernels.depth_to_space(Y, 2, 2),
+    "weight: expected shape": lambda: revkernels.depthwise_conv(Y, torch.zeros(4, 1, 2, 2)),
+    "stride: expected at least 1": lambda: revkernels.depthwise_conv(Y, torch.zeros(4, 1, 3, 3), stride=0),
+    "factor: expected an upsampling factor": lambda: revkernels.upsample(Y, 5),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        BAD[message]()
+
+
+def test_an_implementation_asked_for_by_name_says_why_it_cannot_run():
+    with pytest.raises(RuntimeError, match="couple_ cannot run as 'cuda' on cpu: "):
+        dispatch.implementation("couple_", "cuda", torch.device("cpu"))
+    with pytest.raises(ValueError, match="implementation: 'fortran' is unknown"):
+        dispatch.can_run("couple_", "fortran", torch.device("cpu"))
+    with pytest.raises(ValueError, match="op: 'decouple' is not registered"):
+        dispatch.can_run("decouple", "cpp", torch.device("cpu"))
+
+
+def test_public_functions_are_exported():
+    assert all(hasattr(functional, name) for name in functional.__all__)
+    assert all(hasattr(revkernels, name) for name in revkernels.__all__)
