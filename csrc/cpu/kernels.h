@@ -1,0 +1,131 @@
+// What the operators (baseline code, torch's types) hand to the kernels (one copy per instruction
+// set, plain pointers): argument structs and the table of kernels chosen once at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../common.h"
+
+namespace revkernels {
+
+enum class DType : int { float32, float64, float16, bfloat16 };
+
+// A [N, C, H, W] map of any strides, counted in elements.
+struct Map {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  int64_t sn = 0, sc = 0, sh = 0, sw = 0;
+};
+
+// A coefficient per channel, or per sample and channel; absent if data is null.
+struct Coefficient {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t sn = 0, sc = 0;
+};
+
+// y <- y + sign sum_k up_{f_k}(a_k p_k + b_k); with `assign`, y <- sum_k (...).
+struct Contribution {
+  Map p;
+  Coefficient scale, shift;
+  int64_t factor = 1;
+};
+
+struct CoupleArgs {
+  Map y;
+  const Contribution* terms = nullptr;
+  int64_t count = 0;
+  Upsampling mode = Upsampling::bilinear;
+  double sign = 1;
+  bool assign = false;
+  bool wide = false;  // accumulate in float64
+};
+
+// du = up_f^T(dy), and sums [2, N, C] of du and du (p - center). Absent outputs have null data.
+struct Gather {
+  Map du;
+  Map p;
+  Coefficient center;
+  void* sums = nullptr;
+  int64_t factor = 1;
+};
+
+struct CoupleAdjointArgs {
+  Map dy;
+  const Gather* terms = nullptr;
+  int64_t count = 0;
+  Upsampling mode = Upsampling::bilinear;
+  bool wide = false;
+};
+
+// Pixels to channels and back; `image` is the [N, C, H, W] side, `blocks` the [N, planes b^2, H/b, W/b] side.
+struct ShuffleArgs {
+  Map image, blocks;
+  int64_t planes = 0, block = 1;
+  bool sum_copies = false;  // depth to space: sum the repeated planes instead of taking the first
+};
+
+// `weight` is [C, k, k] in the accumulate dtype. `out` is contiguous.
+struct DepthwiseArgs {
+  Map in;                    // x, or dy for the input gradient
+  Map out;                   // y, or dv
+  Map dy;                    // weight gradient only
+  const void* weight = nullptr;
+  void* partial = nullptr;   // weight gradient only: [groups, C, k, k]
+  Coefficient scale, shift;  // hardswish prologue of x, or absent
+  int64_t kernel = 1, stride = 1;
+  bool wide = false;
+};
+
+struct NormArgs {
+  Map x, dz, out;
+  Coefficient scale, shift, gate, mean, dpool, slope, offset;
+  void* sums = nullptr;  // squeeze [N, C]; gradient sums [5, N, C]
+  double* moments = nullptr;  // [N, C, 2]: mean and sum of squared deviations of each plane
+  Activation act = Activation::identity;
+  bool wide = false;
+};
+
+// Samples summed into one partial weight gradient: fixed, so that results do not depend on threads.
+constexpr int64_t kSamplesPerPartial = 8;
+
+// Each kernel works on the half-open range [begin, end) of its units, independently of the others.
+struct Kernels {
+  const char* name;
+  void (*couple)(const CoupleArgs&, int64_t begin, int64_t end);                  // planes n C + c
+  void (*couple_adjoint)(const CoupleAdjointArgs&, int64_t begin, int64_t end);   // planes n C + c
+  void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);         // (n C + c) b + r
+  void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);         // planes n C + c
+  void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);            // planes n C + c
+  void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);   // planes c N + n
+  void (*depthwise_grad_weight)(const DepthwiseArgs&, int64_t begin, int64_t end);  // group C + c
+  void (*bn_moments)(const NormArgs&, int64_t begin, int64_t end);                // planes n C + c
+  void (*bn_act)(const NormArgs&, int64_t begin, int64_t end);
+  void (*bn_act_squeeze)(const NormArgs&, int64_t begin, int64_t end);
+  void (*bn_act_grad_sums)(const NormArgs&, int64_t begin, int64_t end);
+  void (*bn_act_grad)(const NormArgs&, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define REVK_X86_MULTIVERSION 1
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The widest instruction set that was compiled in and that this processor runs, or the one that the
+// environment variable REVKERNELS_CPU_ISA names.
+const Kernels& kernels();
+
+// Zeroed memory aligned for every vector type; throws std::bad_alloc.
+void* allocate_scratch(int64_t bytes);
+void free_scratch(void* scratch);
+
+}  // namespace revkernels

@@ -1,0 +1,280 @@
+// Vectors of REVK_BYTES bytes through the compiler's vector extensions, with intrinsics only where
+// they have no equivalent: masked tails and half precision. Included inside namespace REVK_ISA.
+#pragma once
+
+#define REVK_INLINE static inline __attribute__((always_inline))
+
+template <class A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(REVK_BYTES)));
+  typedef int32_t I __attribute__((vector_size(REVK_BYTES)));
+  typedef int32_t Index;
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(REVK_BYTES)));
+  typedef int64_t I __attribute__((vector_size(REVK_BYTES)));
+  typedef int64_t Index;
+};
+
+template <class A>
+using Vec = typename Simd<A>::V;
+template <class A>
+using IVec = typename Simd<A>::I;
+template <class A>
+constexpr int kLanes = REVK_BYTES / sizeof(A);
+
+template <class A>
+REVK_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+template <class A, int... Lane>
+REVK_INLINE IVec<A> iota_of(std::integer_sequence<int, Lane...>) {
+  return IVec<A>{Lane...};
+}
+
+template <class A>
+REVK_INLINE IVec<A> iota() {
+  return iota_of<A>(std::make_integer_sequence<int, kLanes<A>>());
+}
+
+// --- loads and stores: float <-> T, n < kLanes of them in the masked forms --------------------
+
+template <class A>
+REVK_INLINE Vec<A> load(const A* p) {
+  Vec<A> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+REVK_INLINE void store(A* p, Vec<A> v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+// Lanes lo <= l < hi: the others are neither read nor written, and load as zero.
+#if defined(REVK_AVX512)
+template <class A>
+struct Mask {
+  uint32_t bits;
+};
+template <class A>
+REVK_INLINE Mask<A> lanes_between(int64_t lo, int64_t hi) {
+  lo = lo < 0 ? 0 : (lo > kLanes<A> ? kLanes<A> : lo);
+  hi = hi < lo ? lo : (hi > kLanes<A> ? kLanes<A> : hi);
+  return {((1u << hi) - 1) & ~((1u << lo) - 1)};
+}
+template <class A>
+REVK_INLINE Mask<A> first_lanes(int64_t n) {
+  return {(1u << n) - 1};
+}
+REVK_INLINE Vec<float> load(const float* p, Mask<float> m) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(m.bits), p);
+}
+REVK_INLINE void store(float* p, Vec<float> v, Mask<float> m) {
+  _mm512_mask_storeu_ps(p, __mmask16(m.bits), (__m512)v);
+}
+REVK_INLINE Vec<double> load(const double* p, Mask<double> m) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(m.bits), p);
+}
+REVK_INLINE void store(double* p, Vec<double> v, Mask<double> m) {
+  _mm512_mask_storeu_pd(p, __mmask8(m.bits), (__m512d)v);
+}
+#elif defined(REVK_AVX2)
+template <class A>
+struct Mask {
+  IVec<A> lanes;
+};
+template <class A>
+REVK_INLINE Mask<A> lanes_between(int64_t lo, int64_t hi) {
+  typedef typename Simd<A>::Index Index;
+  return {(iota<A>() >= Index(lo)) & (iota<A>() < Index(hi))};
+}
+template <class A>
+REVK_INLINE Mask<A> first_lanes(int64_t n) {
+  return {iota<A>() < typename Simd<A>::Index(n)};
+}
+REVK_INLINE Vec<float> load(const float* p, Mask<float> m) {
+  return (Vec<float>)_mm256_maskload_ps(p, (__m256i)m.lanes);
+}
+REVK_INLINE void store(float* p, Vec<float> v, Mask<float> m) {
+  _mm256_maskstore_ps(p, (__m256i)m.lanes, (__m256)v);
+}
+REVK_INLINE Vec<double> load(const double* p, Mask<double> m) {
+  return (Vec<double>)_mm256_maskload_pd(p, (__m256i)m.lanes);
+}
+REVK_INLINE void store(double* p, Vec<double> v, Mask<double> m) {
+  _mm256_maskstore_pd(p, (__m256i)m.lanes, (__m256d)v);
+}
+#else
+template <class A>
+struct Mask {
+  int64_t lo, hi;
+};
+template <class A>
+REVK_INLINE Mask<A> lanes_between(int64_t lo, int64_t hi) {
+  return {lo < 0 ? 0 : lo, hi > kLanes<A> ? kLanes<A> : hi};
+}
+template <class A>
+REVK_INLINE Mask<A> first_lanes(int64_t n) {
+  return {0, n};
+}
+template <class A>
+REVK_INLINE Vec<A> load(const A* p, Mask<A> m) {
+  if (m.lo == 0 && m.hi == kLanes<A>) return load(p);
+  A lanes[kLanes<A>] = {};
+  for (int64_t l = m.lo; l < m.hi; ++l) lanes[l] = p[l];
+  return load(lanes);
+}
+template <class A>
+REVK_INLINE void store(A* p, Vec<A> v, Mask<A> m) {
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int64_t l = m.lo; l < m.hi; ++l) p[l] = lanes[l];
+}
+#endif
+
+// All lanes, or as many as are left.
+template <class A>
+REVK_INLINE Vec<A> load_left(const A* p, int64_t left) {
+  return left < kLanes<A> ? load(p, first_lanes<A>(left)) : load(p);
+}
+
+template <class A>
+REVK_INLINE void store_left(A* p, Vec<A> v, int64_t left) {
+  left < kLanes<A> ? store(p, v, first_lanes<A>(left)) : store(p, v);
+}
+
+// Zeroes lanes n and above.
+template <class A>
+REVK_INLINE Vec<A> first(Vec<A> v, int64_t n) {
+  const IVec<A> keep = iota<A>() < typename Simd<A>::Index(n);
+  return (Vec<A>)((IVec<A>)v & keep);
+}
+
+// value in one lane, zero elsewhere.
+template <class A>
+REVK_INLINE Vec<A> lane_only(A value, int64_t lane) {
+  const IVec<A> keep = iota<A>() == typename Simd<A>::Index(lane);
+  return (Vec<A>)((IVec<A>)splat(value) & keep);
+}
+
+// --- lanes ------------------------------------------------------------------------------------
+
+template <class A>
+REVK_INLINE Vec<A> permute(Vec<A> v, IVec<A> lanes) {
+#if defined(__clang__)
+  Vec<A> out;
+  for (int l = 0; l < kLanes<A>; ++l) out[l] = v[lanes[l]];
+  return out;
+#else
+  return __builtin_shuffle(v, lanes);
+#endif
+}
+
+// Sum of all lanes, in an order fixed by the vector width.
+template <class A, int Half = kLanes<A> / 2>
+REVK_INLINE A sum_lanes(Vec<A> v) {
+  if constexpr (Half == 0) {
+    return v[0];
+  } else {
+    return sum_lanes<A, Half / 2>(v + permute<A>(v, iota<A>() ^ Half));
+  }
+}
+
+template <class A>
+REVK_INLINE Vec<A> vmin(Vec<A> a, Vec<A> b) {
+  return a < b ? a : b;
+}
+
+template <class A>
+REVK_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+REVK_INLINE Vec<A> hardswish_v(Vec<A> u) {
+  const Vec<A> clamped = vmin<A>(vmax<A>(u + A(3), Vec<A>{}), splat<A>(6));
+  return u * clamped * (A(1) / A(6));
+}
+
+template <class A>
+REVK_INLINE Vec<A> hardswish_slope_v(Vec<A> u) {
+  const Vec<A> inner = (A(2) * u + A(3)) * (A(1) / A(6));
+  const Vec<A> low = u <= A(-3) ? Vec<A>{} : inner;
+  return u >= A(3) ? splat<A>(1) : low;
+}
+
+// Evens and odds of the concatenation of a and b.
+template <class A>
+REVK_INLINE Vec<A> evens(Vec<A> a, Vec<A> b) {
+#if defined(__clang__)
+  Vec<A> out;
+  for (int l = 0; l < kLanes<A>; ++l) out[l] = 2 * l < kLanes<A> ? a[2 * l] : b[2 * l - kLanes<A>];
+  return out;
+#else
+  return __builtin_shuffle(a, b, iota<A>() * 2);
+#endif
+}
+
+template <class A>
+REVK_INLINE Vec<A> odds(Vec<A> a, Vec<A> b) {
+#if defined(__clang__)
+  Vec<A> out;
+  for (int l = 0; l < kLanes<A>; ++l) out[l] = 2 * l < kLanes<A> ? a[2 * l + 1] : b[2 * l + 1 - kLanes<A>];
+  return out;
+#else
+  return __builtin_shuffle(a, b, iota<A>() * 2 + 1);
+#endif
+}
+
+// v[F] consecutive vectors -> v[r] holds elements r, r + F, r + 2 F, ...
+template <class A, int F>
+REVK_INLINE void split(Vec<A>* v) {
+  if constexpr (F > 1) {
+    Vec<A> even[F / 2], odd[F / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < F / 2; ++i) {
+      even[i] = evens<A>(v[2 * i], v[2 * i + 1]);
+      odd[i] = odds<A>(v[2 * i], v[2 * i + 1]);
+    }
+    split<A, F / 2>(even);
+    split<A, F / 2>(odd);
+#pragma GCC unroll 8
+    for (int i = 0; i < F / 2; ++i) v[2 * i] = even[i], v[2 * i + 1] = odd[i];
+  }
+}
+
+// out[r * pitch + q] = in[F q + r] for q < n. Reads and writes whole groups of lanes past the end.
+template <class A, int F>
+REVK_INLINE void deinterleave_pow2(const A* in, A* out, int64_t pitch, int64_t n) {
+  constexpr int L = kLanes<A>;
+  for (int64_t q = 0; q < n; q += L) {
+    Vec<A> v[F];
+#pragma GCC unroll 8
+    for (int i = 0; i < F; ++i) v[i] = load(in + F * q + i * L);
+    split<A, F>(v);
+#pragma GCC unroll 8
+    for (int r = 0; r < F; ++r) store(out + r * pitch + q, v[r]);
+  }
+}
+
+template <class A>
+REVK_INLINE void deinterleave(const A* in, A* out, int64_t pitch, int64_t n, int64_t factor) {
+  if (factor == 2) {
+    deinterleave_pow2<A, 2>(in, out, pitch, n);
+  } else if (factor == 4) {
+    deinterleave_pow2<A, 4>(in, out, pitch, n);
+  } else if (factor == 8) {
+    deinterleave_pow2<A, 8>(in, out, pitch, n);
+  } else {
+    for (int64_t r = 0; r < factor; ++r) {
+      for (int64_t q = 0; q < n; ++q) out[r * pitch + q] = in[factor * q + r];
+    }
+  }
+}
