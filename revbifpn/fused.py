@@ -17,7 +17,7 @@ is written; everything else lives for a chunk of samples at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import revkernels
@@ -213,27 +213,45 @@ class FusedMBConv:
     @torch.no_grad()
     def compute(self, x: Tensor, update: bool = True) -> tuple[Term, FusedRecord, Tensor]:
         """The term, its record and d."""
-        weights = self._weights()
-        stride = self.module.dw_conv.conv.stride[0]
-        bn0, bn1, bn2 = self._norms()
+        weights, norms = self._weights(), self._norms()
+        p, record, d = self._run(x, weights, lambda k, plane: _observe(plane, norms[k], update))
+        record = replace(record, keep=self._draw_keep(x))
+        return self._term(p, record, weights), record, d
+
+    def _run(
+        self, x: Tensor, weights: Weights, observe: Callable[[int, Tensor], Norm]
+    ) -> tuple[Tensor, FusedRecord, Tensor]:
+        """``p``, the record without keep, and d; ``observe(k, plane)`` gives what ``BN_k`` applies to a plane."""
         norm0, source, affine0 = None, x, (None, None)
         if weights.expand is not None:
             source = _pointwise(weights.expand, x)
-            norm0 = _observe(source, bn0, update)
+            norm0 = observe(0, source)
             affine0 = norm0.affine(weights.gamma0, weights.beta0)
-        d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
+        d = _ops.depthwise_conv(source, weights.depthwise, *affine0, self.module.dw_conv.conv.stride[0])
         del source
-        norm1 = _observe(d, bn1, update)
+        norm1 = observe(1, d)
         affine1 = norm1.affine(weights.gamma1, weights.beta1)
         gate = hidden = None
         if weights.squeeze is not None:
             pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
             gate, hidden = _ops.se_gate(pooled, *self._squeeze_excite(weights))
         p = self._project(d, affine1, gate, weights)
-        norm2 = _observe(p, bn2, update)
-        keep = self._draw_keep(x)
-        record = FusedRecord((norm0, norm1, norm2), hidden, gate, keep)
-        return self._term(p, record, weights), record, d
+        return p, FusedRecord((norm0, norm1, observe(2, p)), hidden, gate, None), d
+
+    def _renew(self, record: FusedRecord, weights: Weights, x: Tensor) -> FusedRecord:
+        """The record with batch statistics of the recovered x: norms then cancel part of its error, as usual.
+
+        Worth its reductions in float64 alone, which is there to be exact.
+        """
+        norms = self._norms()
+
+        def observe(k: int, plane: Tensor) -> Norm:
+            if not record.norms[k].batch:
+                return record.norms[k]
+            mean, var = _ops.bn_stats(plane)
+            return Norm(mean, torch.rsqrt(var + norms[k].eps), True)
+
+        return replace(self._run(x, weights, observe)[1], keep=record.keep)
 
     def _draw_keep(self, x: Tensor) -> Tensor | None:
         drop = self.module.stochastic_depth
@@ -273,9 +291,12 @@ class FusedMBConv:
     def recompute(
         self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Term, Pullback]:
-        """The term again, without reductions, and its vector-Jacobian product; see :meth:`Branch.recompute`."""
+        """The term again (without reductions, but in float64) and its vector-Jacobian product; see :class:`Branch`."""
         (x,) = inputs
-        replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
+        weights = self.weights(parameters)
+        if x.dtype == torch.float64:
+            record = self._renew(record, weights, x)
+        replay = Replay(self, x.shape, x.__getitem__, record, weights, x)
         replay.keep(d=not self.lean)
         return self._term(replay.p, record, replay.w), self._pullback(replay)
 

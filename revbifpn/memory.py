@@ -249,6 +249,11 @@ class SampleMemory:
         return (self.large.peak_bytes - self.small.peak_bytes) / (self.large.batch - self.small.batch)
 
     @property
+    def fixed_bytes(self) -> float:
+        """What the peak has beside its batch times ``bytes_per_sample``, in bytes."""
+        return self.large.peak_bytes - self.large.batch * self.bytes_per_sample
+
+    @property
     def kept_bytes_per_sample(self) -> float:
         """The same of the bytes alive between forward and backward."""
         return (self.large.kept_bytes - self.small.kept_bytes) / (self.large.batch - self.small.batch)
@@ -335,9 +340,9 @@ def measure_sample(
 ) -> SampleMemory:
     """Meters a step at ``batch`` and one at ``2 * batch``; ``options`` as in :func:`measure_step`.
 
-    Every moment of a step needs ``fixed + batch * per_sample`` bytes, and the peak is the largest of these lines. So
-    the slope between two batches is exact where one moment is the peak of both, and too low, never too high, where it
-    is not: 8 is large enough for small models, 4 for large ones, 1 or 2 may not be.
+    Each moment of a step needs ``fixed + batch * per_sample`` bytes, once the batch exceeds the chunks of samples that
+    some of the work is done in, and the peak is the largest of these lines. From there on the slope between two batches
+    is exact where one moment is the peak of both, and too low, never too high, where it is not.
     """
     small, large = (measure_step(model, input_shape, batch=n, **options) for n in (batch, 2 * batch))
     return SampleMemory(small, large)
