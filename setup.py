@@ -1,4 +1,4 @@
-"""Builds the native modules; all metadata is in pyproject.toml, but for the extras: torchvision's version follows torch's.
+"""Builds the native modules; metadata is in pyproject.toml, but for extras: torchvision's version follows torch's.
 
 This file is the build backend too: it is setuptools' own, except that torch becomes a build requirement only where
 the target environment has none. The modules use LibTorch's stable ABI, so the torch they are built against need not

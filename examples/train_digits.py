@@ -1,7 +1,7 @@
 """Train a small RevBiFPN on scikit-learn's handwritten digits, upsampled to 64 x 64: minutes on two CPU cores.
 
-    pip install . scikit-learn
-    python examples/train_digits.py --epochs 3
+pip install . scikit-learn
+python examples/train_digits.py --epochs 3
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from revbifpn.fast import RevBiFPN
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from revbifpn.fast import RevBiFPN
 
 
 def digits(size: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 """
 
 from revbifpn.checkpoints import load_checkpoint, save_checkpoint
+from revbifpn.estimate import estimate_memory
 from revbifpn.model import (
     RevBiFPN,
     RevBiFPN_S,
@@ -16,7 +17,7 @@ from revbifpn.model import (
     revbifpn_s5,
     revbifpn_s6,
 )
-from revbifpn.reversible import ReversibleSequence, RevBlock, RevSilo, check_invertible
+from revbifpn.reversible import RevBlock, ReversibleSequence, RevSilo, check_invertible
 
 __all__ = [
     "RevBiFPN",
@@ -25,6 +26,7 @@ __all__ = [
     "RevSilo",
     "ReversibleSequence",
     "check_invertible",
+    "estimate_memory",
     "load_checkpoint",
     "revbifpn_s0",
     "revbifpn_s1",

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import revkernels
 import torch
 from torch import Tensor, nn
 
+import revkernels
 from revbifpn import model
 from revbifpn.branch import Branch, Gradient, Term
 from revbifpn.fused import FusedMBConv, why_not_fused
@@ -26,7 +26,7 @@ from revbifpn.tape import Coupler, Coupling, Lowered, Part, Stored, Tape, Upsamp
 
 
 def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
-    """``(transform, factor, mode)`` of what the kernels can upsample while they add; factor 1 leaves it in the branch."""
+    """``(transform, factor, mode)`` of what kernels can upsample while they add; factor 1 leaves it in the branch."""
     if isinstance(transform, Upsampled) and transform.factor in revkernels.functional.FACTORS:
         if not any(m._forward_hooks or m._forward_pre_hooks for m in (transform, transform[1])):
             return transform[0], transform.factor, transform.mode
@@ -34,7 +34,7 @@ def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
 
 
 def _fits(transform: nn.Module, y: Tensor) -> bool:
-    """Whether ``transform`` is a segment of MBConvs that can be fused; the merge reads what has y's dtype and device."""
+    """Whether ``transform`` is a segment of MBConvs that can be fused; merges read maps of y's dtype and device."""
     if not isinstance(transform, Segment):
         return False
     return not any(why_not_fused(m, y) for m in (transform.neck, transform.merge) if m is not None)
@@ -55,7 +55,9 @@ class FusedCoupler(Coupler):
             branches = tuple(FusedMBConv(transform, lean=lean) for transform in transforms)
         else:
             branches = tuple(map(Branch, transforms))
-        return Lowered(coupling.target, coupling.creates, sources, branches, factors, modes[factors.index(max(factors))])
+        return Lowered(
+            coupling.target, coupling.creates, sources, branches, factors, modes[factors.index(max(factors))]
+        )
 
     def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:
         revkernels.couple_(
@@ -118,7 +120,12 @@ class _StoredCoupling(torch.autograd.Function):
         forbid_double_backward()
         lowered, count = ctx.lowered, len(ctx.lowered.branches)
         saved = list(ctx.saved_tensors)
-        ds, ps, xs, parameters = saved[:count], saved[count : 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
+        ds, ps, xs, parameters = (
+            saved[:count],
+            saved[count : 2 * count],
+            saved[2 * count : 3 * count],
+            saved[3 * count :],
+        )
         terms, pullbacks = [], []
         for branch, record, x, d, p in zip(lowered.branches, ctx.records, xs, ds, ps, strict=True):
             own, parameters = parameters[: len(branch.parameters())], parameters[len(branch.parameters()) :]

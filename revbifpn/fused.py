@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import revkernels
 import torch
-from revkernels.reference import accumulate_dtype
 from torch import Tensor, nn
 
+import revkernels
 from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.mbconv import ConvNormAct, MBConv
+from revkernels.reference import accumulate_dtype
 
 _ops = torch.ops.revkernels
 

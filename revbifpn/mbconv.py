@@ -77,7 +77,7 @@ class SqueezeExcite(nn.Module):
 
 
 def stochastic_depth(x: Tensor, p: float, training: bool) -> Tensor:
-    """Drop the whole contribution of a sample with probability p: ``x * keep / (1 - p)``, ``keep ~ Bernoulli(1 - p)``."""
+    """Drop a sample's whole contribution with probability p: ``x * keep / (1 - p)``, ``keep ~ Bernoulli(1 - p)``."""
     if not training or p == 0.0:
         return x
     keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device).bernoulli_(1.0 - p)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from revkernels import reference
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -27,6 +26,7 @@ from revbifpn.configs import get_config
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
 from revbifpn.tape import Stored, Tape
+from revkernels import reference
 
 
 class Stem(nn.Module):
@@ -318,8 +318,8 @@ class RevBiFPN(nn.Module):
             )
         if not all(size and size % self.stride == 0 for size in shape[-2:]):
             raise ValueError(
-                f"x: expected height and width to be positive multiples of {self.stride}, got {shape[-2]} x {shape[-1]}; "
-                "pad or resize the image"
+                f"x: expected height and width to be positive multiples of {self.stride}, "
+                f"got {shape[-2]} x {shape[-1]}; pad or resize the image"
             )
 
     def _open(self, x: Tensor) -> Tape | Stored:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import revkernels
 import torch
 from torch import Tensor, nn
 
+import revkernels
 from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.fused import Emit, FusedMBConv, FusedRecord, Replay, _adder
 
@@ -97,7 +97,12 @@ class FusedSegment:
         return None, pullback
 
     def _pull_merge(
-        self, neck: Replay, record: FusedRecord, weights, merged: Sequence[Tensor], du: Tensor  # noqa: ANN001
+        self,
+        neck: Replay,
+        record: FusedRecord,
+        weights,
+        merged: Sequence[Tensor],
+        du: Tensor,  # noqa: ANN001
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """``do``, its sums for the neck's last norm, and the merge's parameter gradients."""
         latest: dict[str, Tensor] = {}

@@ -84,7 +84,7 @@ class Lowered:
 
 
 class Coupler:
-    """How contributions are added to a stream and taken off again; this one in plain PyTorch, upsampling in the branch."""
+    """How contributions are added to a stream and taken off again: here in plain PyTorch, upsampling in branches."""
 
     def lower(self, coupling: Coupling, inputs: Sequence[Tensor]) -> Lowered:
         """Choose the branches that run the coupling's transforms on ``inputs``."""

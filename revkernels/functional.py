@@ -81,7 +81,8 @@ def _check_contributions(y: Tensor, p: Sequence[Tensor], factors: Sequence[int],
         _check_map(f"p[{k}]", p_k, y.device)
         if h % f_k or w % f_k or tuple(p_k.shape) != (n, c, h // f_k, w // f_k):
             raise ValueError(
-                f"p[{k}]: expected shape {(n, c)} + y's {(h, w)} / {f_k} so that it upsamples to y, got {tuple(p_k.shape)}"
+                f"p[{k}]: expected shape {(n, c)} + y's {(h, w)} / {f_k} so that it upsamples to y, "
+                f"got {tuple(p_k.shape)}"
             )
 
 

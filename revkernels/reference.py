@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 HARDSIGMOID_SLOPE = 0.1666666716337204  # float32(1 / 6)
 
 

@@ -104,11 +104,13 @@ _register("space_to_depth(Tensor x, int planes, int block) -> Tensor", _space_to
 _register("depth_to_space(Tensor y, int channels, int block) -> Tensor", _depth_to_space)
 _register("space_to_depth_adjoint(Tensor dy, int channels, int block) -> Tensor", _depth_to_space)
 _register(
-    "couple_(Tensor(a!) y, Tensor[] p, Tensor?[] scale, Tensor?[] shift, int[] factors, str interpolation, bool subtract) -> ()",
+    "couple_(Tensor(a!) y, Tensor[] p, Tensor?[] scale, Tensor?[] shift, int[] factors, str interpolation, "
+    "bool subtract) -> ()",
     lambda y, p, scale, shift, factors, mode, subtract: None,
 )
 _register(
-    "couple_adjoint(Tensor dy, Tensor?[] p, Tensor?[] center, int[] factors, str interpolation) -> (Tensor[] du, Tensor[] sums)",
+    "couple_adjoint(Tensor dy, Tensor?[] p, Tensor?[] center, int[] factors, str interpolation) -> "
+    "(Tensor[] du, Tensor[] sums)",
     _couple_adjoint,
 )
 _register(

@@ -11,7 +11,7 @@ from revkernels import dispatch
 
 
 def implementations(op: str, device: str = "cpu") -> Iterator[tuple[str, Callable]]:
-    """Yield ``(name, callable)`` for every implementation of ``op`` that can run on ``device``, the reference included."""
+    """Yield ``(name, callable)`` for every implementation of ``op`` that can run on ``device``."""
     where = torch.device(device)
     for name in dispatch.IMPLEMENTATIONS:
         if dispatch.can_run(op, name, where):

@@ -1,8 +1,9 @@
 """Every registered op: PyTorch's own checks, the public functions' gradients and errors, compilation."""
 
 import pytest
-import revkernels
 import torch
+
+import revkernels
 from revkernels import dispatch, functional
 from revkernels.registry import OPS
 from revkernels.testing import implementations, relative_error
@@ -20,7 +21,8 @@ def samples(dtype=torch.float32):
 
     n, c, h, w, r = 2, 6, 8, 16, 3
     x, dz, vector, rows = half(n, c, h, w), half(n, c, h, w), rand(c), rand(n, c)
-    pyramid = [rand(n, c, h // f, w // f) for f in (1, 2, 4, 8)]
+    factors = [1, 2, 4, 8]
+    pyramid = [rand(n, c, h // f, w // f) for f in factors]
     weight, dy = rand(c, 1, 5, 5), half(n, c, h // 2, w // 2)
     gate, hidden = rows.sigmoid(), rand(n, r)
     return {
@@ -29,8 +31,8 @@ def samples(dtype=torch.float32):
         "space_to_depth": (rand(n, 3, h, w), 5, 4),
         "depth_to_space": (rand(n, 80, 3, 5), 3, 4),
         "space_to_depth_adjoint": (rand(n, 80, 3, 5), 3, 4),
-        "couple_": (x, pyramid, [vector, None, rows, None], [rows, vector, None, None], [1, 2, 4, 8], "bilinear", False),
-        "couple_adjoint": (x, [pyramid[0], None, pyramid[2], pyramid[3]], [vector, None, None, vector], [1, 2, 4, 8], "bilinear"),
+        "couple_": (x, pyramid, [vector, None, rows, None], [rows, vector, None, None], factors, "bilinear", False),
+        "couple_adjoint": (x, [pyramid[0], None, *pyramid[2:]], [vector, None, None, vector], factors, "bilinear"),
         "depthwise_conv": (x, weight, vector, rand(c), 2),
         "depthwise_conv_grad_input": (dy, weight, h, w, 2),
         "depthwise_conv_grad_weight": (x, dy, vector, rand(c), 5, 2),
@@ -150,7 +152,9 @@ Y = torch.zeros(2, 4, 8, 8)
 BAD = {
     "y: expected 4 dim": lambda: revkernels.couple_(Y[0], [Y[0]], [1]),
     "y: expected one of": lambda: revkernels.couple_(Y.long(), [Y.long()], [1]),
-    "y: expected memory without overlap": lambda: revkernels.couple_(torch.zeros(1, 4, 8, 8).expand(2, 4, 8, 8), [Y], [1]),
+    "y: expected memory without overlap": lambda: revkernels.couple_(
+        torch.zeros(1, 4, 8, 8).expand(2, 4, 8, 8), [Y], [1]
+    ),
     r"factors\[0\]: expected an upsampling factor": lambda: revkernels.couple_(Y, [Y], [3]),
     "factors: expected one per contribution": lambda: revkernels.couple_(Y, [Y], [1, 2]),
     r"p\[0\]: expected shape": lambda: revkernels.couple_(Y, [Y], [2]),
