@@ -1,7 +1,8 @@
 // Index arithmetic and per-output formulas, shared by the CPU and the CUDA kernels.
 //
-// N samples, C channels, H x W maps; f an upsampling factor, b a space-to-depth block, k a depthwise
-// kernel size (odd), P = (k - 1) / 2 its padding, s its stride. Nothing here allocates or includes torch.
+// N samples, C channels, H x W maps; f an upsampling factor, b a space-to-depth block, k a
+// depthwise kernel size (odd), P = (k - 1) / 2 its padding, s its stride. Nothing here allocates or
+// includes torch.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ struct Lerp {
   A w0, w1;
 };
 
-// Bilinear, align_corners=False: output i lies at (i + 1/2) / f - 1/2, clamped to the map of `size`.
-// At the edges i0 == i1, w0 == 1 and w1 == 0. Exact for f in {1, 2, 4, 8}.
+// Bilinear, align_corners=False: output i lies at (i + 1/2) / f - 1/2, clamped to the map of
+// `size`. At the edges i0 == i1, w0 == 1 and w1 == 0. Exact for f in {1, 2, 4, 8}.
 template <class A>
 REVK_HD Lerp<A> bilinear_source(int64_t i, int64_t f, int64_t size) {
   const int64_t q = i / f, r = i % f;
@@ -72,24 +73,27 @@ REVK_HD A adjoint_weight(int64_t i, int64_t j, int64_t f, int64_t size, Upsampli
   return (source.i0 == j ? source.w0 : A(0)) + (source.i1 == j ? source.w1 : A(0));
 }
 
-// Space-to-depth: output channel (r b + q) planes + p reads image plane p mod C at pixel (i b + r, j b + q).
+// Space-to-depth: output channel (r b + q) planes + p reads image plane p mod C at pixel (i b + r,
+// j b + q).
 struct Pixel {
   int64_t channel, row, column;
 };
 
-REVK_HD Pixel space_to_depth_source(int64_t out_channel, int64_t planes, int64_t channels, int64_t b) {
+REVK_HD Pixel space_to_depth_source(int64_t out_channel, int64_t planes, int64_t channels,
+                                    int64_t b) {
   const int64_t phase = out_channel / planes;
   return {(out_channel % planes) % channels, phase / b, phase % b};
 }
 
-REVK_HD int64_t depth_to_space_source(int64_t plane, int64_t row, int64_t column, int64_t planes, int64_t b) {
+REVK_HD int64_t depth_to_space_source(int64_t plane, int64_t row, int64_t column, int64_t planes,
+                                      int64_t b) {
   return ((row % b) * b + column % b) * planes + plane;
 }
 
 // --- depthwise convolution --------------------------------------------------------------------
 
-// Outputs that read input coordinate h: taps u = tap + s t, t = 0 .. count - 1, of outputs output - t.
-// An output may lie outside [0, ceil(size / s)) and then does not exist.
+// Outputs that read input coordinate h: taps u = tap + s t, t = 0 .. count - 1, of outputs output -
+// t. An output may lie outside [0, ceil(size / s)) and then does not exist.
 struct PhaseTaps {
   int64_t tap, output, count;
 };
@@ -173,7 +177,8 @@ REVK_HD float16 to_float16(float value) {
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and above round to infinity
+  if (magnitude >= 0x477ff000u)
+    return {uint16_t(sign | 0x7c00u)};  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {
     // Below 2^-14: adding 2^-1 leaves the subnormal's bits, correctly rounded, in the low mantissa.
     const float shifted = float_from_bits(magnitude) + 0.5f;

@@ -14,11 +14,21 @@ namespace {
 
 std::vector<std::string> ops() {
   return {
-      "upsample",       "upsample_adjoint",          "space_to_depth",
-      "depth_to_space", "space_to_depth_adjoint",    "couple_",
-      "couple_adjoint", "depthwise_conv",            "depthwise_conv_grad_input",
-      "bn_stats",       "depthwise_conv_grad_weight", "bn_act",
-      "bn_act_squeeze", "bn_act_grad_sums",          "bn_act_grad",
+      "upsample",
+      "upsample_adjoint",
+      "space_to_depth",
+      "depth_to_space",
+      "space_to_depth_adjoint",
+      "couple_",
+      "couple_adjoint",
+      "depthwise_conv",
+      "depthwise_conv_grad_input",
+      "bn_stats",
+      "depthwise_conv_grad_weight",
+      "bn_act",
+      "bn_act_squeeze",
+      "bn_act_grad_sums",
+      "bn_act_grad",
   };
 }
 

@@ -5,7 +5,8 @@
 namespace revkernels {
 namespace {
 
-NormArgs norm_args(const Tensor& x, const Tensor& scale, const Tensor& shift, const std::string& act) {
+NormArgs norm_args(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                   const std::string& act) {
   NormArgs args;
   args.x = map_of(x, "x");
   args.wide = is_wide(args.x);
@@ -15,7 +16,8 @@ NormArgs norm_args(const Tensor& x, const Tensor& scale, const Tensor& shift, co
   return args;
 }
 
-void run_planes(void (*kernel)(const NormArgs&, int64_t, int64_t), const NormArgs& args, int64_t maps) {
+void run_planes(void (*kernel)(const NormArgs&, int64_t, int64_t), const NormArgs& args,
+                int64_t maps) {
   if (numel(args.x) > 0) run(kernel, args, args.x.n * args.x.c, numel(args.x) * maps);
 }
 
@@ -64,7 +66,8 @@ Tensor bn_act(const Tensor& x, const Tensor& scale, const Tensor& shift, std::op
 
 Tensor bn_act_squeeze(const Tensor& x, const Tensor& scale, const Tensor& shift, std::string act) {
   NormArgs args = norm_args(x, scale, shift, act);
-  STD_TORCH_CHECK(args.x.h * args.x.w > 0 || args.x.n * args.x.c == 0, "x: an empty map has no mean, got ", shape_of(x));
+  STD_TORCH_CHECK(args.x.h * args.x.w > 0 || args.x.n * args.x.c == 0,
+                  "x: an empty map has no mean, got ", shape_of(x));
   Tensor pooled = new_sums(x, {args.x.n, args.x.c});
   args.sums = pooled.data_ptr();
   run_planes(kernels().bn_act_squeeze, args, 1);
@@ -84,8 +87,8 @@ Tensor bn_act_grad_sums(const Tensor& dz, const Tensor& x, const Tensor& scale, 
 }
 
 Tensor bn_act_grad(const Tensor& dz, const Tensor& x, const Tensor& scale, const Tensor& shift,
-                   std::optional<Tensor> gate, std::optional<Tensor> dpool, std::optional<Tensor> slope,
-                   std::optional<Tensor> offset, std::string act) {
+                   std::optional<Tensor> gate, std::optional<Tensor> dpool,
+                   std::optional<Tensor> slope, std::optional<Tensor> offset, std::string act) {
   NormArgs args = norm_args(x, scale, shift, act);
   args.dz = map_of(dz, "dz", args.x.n, args.x.c, args.x.h, args.x.w);
   args.gate = coefficient_of(gate, "gate", args.x.n, args.x.c, false, true);

@@ -2,6 +2,8 @@
 // Inside namespace REVK_ISA.
 #pragma once
 
+#include "rows.h"
+
 // The inputs of one plane, segment by segment, as unit-stride rows of A.
 template <class A>
 struct NormPlane {
@@ -21,8 +23,8 @@ struct NormPlane {
   }
 };
 
-// Mean and sum of squared deviations of each plane: two passes over a segment in L1, segments merged
-// by Chan's formula in double.
+// Mean and sum of squared deviations of each plane: two passes over a segment in L1, segments
+// merged by Chan's formula in double.
 template <class A>
 static void bn_moments_planes(const NormArgs& args, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
@@ -91,12 +93,14 @@ static void bn_act_squeeze_planes(const NormArgs& args, int64_t begin, int64_t e
   A* x_row = scratch.take<A>(kSegment);
   for_planes(begin, end, x.c, [&](int64_t plane, int64_t n, int64_t c) {
     const NormPlane<A> p(args, n, c);
-    Vec<A> s0{}, s1{};
+    Vec<A> total{};
     for_segments(flat(x), x.h, x.w, [&](int64_t r, int64_t column, int64_t length) {
       const A* in = p.row(x, r, column, x_row, length);
+      Vec<A> s0{}, s1{};
       int64_t i = 0;
       for (; i + 2 * L <= length; i += 2 * L) {
-        const Vec<A> u0 = load(in + i) * p.scale + p.shift, u1 = load(in + i + L) * p.scale + p.shift;
+        const Vec<A> u0 = load(in + i) * p.scale + p.shift,
+                     u1 = load(in + i + L) * p.scale + p.shift;
         s0 += Hardswish ? hardswish_v<A>(u0) : u0;
         s1 += Hardswish ? hardswish_v<A>(u1) : u1;
       }
@@ -104,8 +108,9 @@ static void bn_act_squeeze_planes(const NormArgs& args, int64_t begin, int64_t e
         const Vec<A> u = load_left(in + i, length - i) * p.scale + p.shift;
         s0 += first<A>(Hardswish ? hardswish_v<A>(u) : u, length - i);
       }
+      total += s0 + s1;  // segment by segment: many short sums round less than one long one
     });
-    static_cast<A*>(args.sums)[plane] = sum_lanes<A>(s0 + s1) / A(x.h * x.w);
+    static_cast<A*>(args.sums)[plane] = sum_lanes<A>(total) / A(x.h * x.w);
   });
 }
 
@@ -122,10 +127,11 @@ static void bn_act_grad_sums_planes(const NormArgs& args, int64_t begin, int64_t
   for_planes(begin, end, x.c, [&](int64_t plane, int64_t n, int64_t c) {
     const NormPlane<A> p(args, n, c);
     const A mean = coefficient(args.mean, n, c, A(0));
-    Vec<A> sums[5] = {};
+    Vec<A> total[5] = {};
     for_segments(is_flat, x.h, x.w, [&](int64_t r, int64_t column, int64_t length) {
       const A* in = p.row(x, r, column, x_row, length);
       const A* dz_in = p.row(args.dz, r, column, dz_row, length);
+      Vec<A> sums[5] = {};
       for (int64_t i = 0; i < length; i += L) {
         const int64_t left = length - i;
         const Vec<A> v = load_left(in + i, left), dz = load_left(dz_in + i, left);
@@ -139,8 +145,10 @@ static void bn_act_grad_sums_planes(const NormArgs& args, int64_t begin, int64_t
         sums[3] += slope;
         sums[4] += slope * centered;
       }
+      for (int s = 0; s < 5; ++s) total[s] += sums[s];
     });
-    for (int s = 0; s < 5; ++s) static_cast<A*>(args.sums)[s * planes + plane] = sum_lanes<A>(sums[s]);
+    for (int s = 0; s < 5; ++s)
+      static_cast<A*>(args.sums)[s * planes + plane] = sum_lanes<A>(total[s]);
   });
 }
 
@@ -177,16 +185,16 @@ static void bn_act_grad_planes(const NormArgs& args, int64_t begin, int64_t end)
   });
 }
 
-#define REVK_NORM(name)                                                                   \
-  static void name(const NormArgs& args, int64_t begin, int64_t end) {                    \
-    const bool hardswish = args.act == Activation::hardswish;                             \
-    if (args.wide) {                                                                      \
-      hardswish ? name##_planes<double, true>(args, begin, end)                           \
-                : name##_planes<double, false>(args, begin, end);                         \
-    } else {                                                                              \
-      hardswish ? name##_planes<float, true>(args, begin, end)                            \
-                : name##_planes<float, false>(args, begin, end);                          \
-    }                                                                                     \
+#define REVK_NORM(name)                                                \
+  static void name(const NormArgs& args, int64_t begin, int64_t end) { \
+    const bool hardswish = args.act == Activation::hardswish;          \
+    if (args.wide) {                                                   \
+      hardswish ? name##_planes<double, true>(args, begin, end)        \
+                : name##_planes<double, false>(args, begin, end);      \
+    } else {                                                           \
+      hardswish ? name##_planes<float, true>(args, begin, end)         \
+                : name##_planes<float, false>(args, begin, end);       \
+    }                                                                  \
   }
 REVK_NORM(bn_act)
 REVK_NORM(bn_act_squeeze)
@@ -195,5 +203,6 @@ REVK_NORM(bn_act_grad)
 #undef REVK_NORM
 
 static void bn_moments(const NormArgs& args, int64_t begin, int64_t end) {
-  args.wide ? bn_moments_planes<double>(args, begin, end) : bn_moments_planes<float>(args, begin, end);
+  args.wide ? bn_moments_planes<double>(args, begin, end)
+            : bn_moments_planes<float>(args, begin, end);
 }

@@ -9,7 +9,8 @@ namespace {
 
 // Distinct indices must be distinct elements: every stride exceeds the extent of the smaller ones.
 bool has_distinct_elements(const Map& m) {
-  std::array<std::pair<int64_t, int64_t>, 4> dims = {{{m.sn, m.n}, {m.sc, m.c}, {m.sh, m.h}, {m.sw, m.w}}};
+  std::array<std::pair<int64_t, int64_t>, 4> dims = {
+      {{m.sn, m.n}, {m.sc, m.c}, {m.sh, m.h}, {m.sw, m.w}}};
   std::sort(dims.begin(), dims.end());
   int64_t extent = 0;
   for (const auto& [stride, size] : dims) {
@@ -21,20 +22,22 @@ bool has_distinct_elements(const Map& m) {
 }
 
 void couple_(const Tensor& y, std::vector<Tensor> p, std::vector<std::optional<Tensor>> scale,
-             std::vector<std::optional<Tensor>> shift, std::vector<int64_t> factors, std::string mode,
-             bool subtract) {
+             std::vector<std::optional<Tensor>> shift, std::vector<int64_t> factors,
+             std::string mode, bool subtract) {
   CoupleArgs args;
   args.y = map_of(y, "y");
-  STD_TORCH_CHECK(has_distinct_elements(args.y), "y: elements overlap in memory; pass a tensor of its own");
-  STD_TORCH_CHECK(scale.size() == p.size() && shift.size() == p.size() && factors.size() == p.size(),
-                  "p, scale, shift, factors: expected equal lengths, got ", p.size(), ", ", scale.size(), ", ",
-                  shift.size(), ", ", factors.size());
+  STD_TORCH_CHECK(has_distinct_elements(args.y),
+                  "y: elements overlap in memory; pass a tensor of its own");
+  STD_TORCH_CHECK(
+      scale.size() == p.size() && shift.size() == p.size() && factors.size() == p.size(),
+      "p, scale, shift, factors: expected equal lengths, got ", p.size(), ", ", scale.size(), ", ",
+      shift.size(), ", ", factors.size());
   std::vector<Contribution> terms(p.size());
   for (size_t k = 0; k < p.size(); ++k) {
     const int64_t f = factors[k];
     check_factor(f);
-    STD_TORCH_CHECK(args.y.h % f == 0 && args.y.w % f == 0, "y: height and width must be multiples of factor ", f,
-                    ", got ", shape_of(y));
+    STD_TORCH_CHECK(args.y.h % f == 0 && args.y.w % f == 0,
+                    "y: height and width must be multiples of factor ", f, ", got ", shape_of(y));
     terms[k].p = map_of(p[k], "p", args.y.n, args.y.c, args.y.h / f, args.y.w / f);
     terms[k].scale = coefficient_of(scale[k], "scale", args.y.n, args.y.c, true, true);
     terms[k].shift = coefficient_of(shift[k], "shift", args.y.n, args.y.c, true, true);
@@ -51,22 +54,22 @@ void couple_(const Tensor& y, std::vector<Tensor> p, std::vector<std::optional<T
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> couple_adjoint(
-    const Tensor& dy, std::vector<std::optional<Tensor>> p, std::vector<std::optional<Tensor>> center,
-    std::vector<int64_t> factors, std::string mode) {
+    const Tensor& dy, std::vector<std::optional<Tensor>> p,
+    std::vector<std::optional<Tensor>> center, std::vector<int64_t> factors, std::string mode) {
   CoupleAdjointArgs args;
   args.dy = map_of(dy, "dy");
   const Map& g = args.dy;
   STD_TORCH_CHECK(center.size() == p.size() && factors.size() == p.size(),
-                  "p, center, factors: expected equal lengths, got ", p.size(), ", ", center.size(), ", ",
-                  factors.size());
+                  "p, center, factors: expected equal lengths, got ", p.size(), ", ", center.size(),
+                  ", ", factors.size());
   std::vector<Tensor> dus, sums;
   std::vector<Gather> terms(p.size());
   bool work = false;
   for (size_t k = 0; k < p.size(); ++k) {
     const int64_t f = factors[k];
     check_factor(f);
-    STD_TORCH_CHECK(g.h % f == 0 && g.w % f == 0, "dy: height and width must be multiples of factor ", f, ", got ",
-                    shape_of(dy));
+    STD_TORCH_CHECK(g.h % f == 0 && g.w % f == 0,
+                    "dy: height and width must be multiples of factor ", f, ", got ", shape_of(dy));
     terms[k].factor = f;
     if (f == 1) {
       dus.push_back(new_tensor(dy, {0}));

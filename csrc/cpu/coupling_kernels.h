@@ -2,6 +2,8 @@
 // Inside namespace REVK_ISA.
 #pragma once
 
+#include "rows.h"
+
 // Horizontal upsampling of kLanes outputs: out[l] = w0[l] x[base + i0[l]] + w1[l] x[base + i1[l]].
 template <class A>
 struct HorizontalPattern {
@@ -68,10 +70,11 @@ static inline void set_rows(Term<A>& t, int64_t i) {
   t.scale1 = t.scale * (single ? A(0.5) : source.w1);
 }
 
-// The first `ups` terms are upsampled (Ups of them if that is known at compile time), the others have f = 1.
-// Down the columns first, in registers, then across the lanes.
+// The first `ups` terms are upsampled (Ups of them if that is known at compile time), the others
+// have f = 1. Down the columns first, in registers, then across the lanes.
 template <class A, int Ups, bool Assign>
-static void couple_row(A* y, const Term<A>* terms, int64_t ups, int64_t count, A shift, A sign, int64_t w) {
+static void couple_row(A* y, const Term<A>* terms, int64_t ups, int64_t count, A shift, A sign,
+                       int64_t w) {
   constexpr int L = kLanes<A>;
   if (Ups >= 0) ups = Ups;
   for (int64_t j = 0; j < w; j += L) {
@@ -86,7 +89,8 @@ static void couple_row(A* y, const Term<A>* terms, int64_t ups, int64_t count, A
                        load_left(t.row1 + pattern.base, width) * t.scale1;
       total += pattern.w0 * permute<A>(v, pattern.i0) + pattern.w1 * permute<A>(v, pattern.i1);
     }
-    for (int64_t k = ups; k < count; ++k) total += load_left(terms[k].row0 + j, left) * terms[k].scale;
+    for (int64_t k = ups; k < count; ++k)
+      total += load_left(terms[k].row0 + j, left) * terms[k].scale;
     // sign is +1 or -1: the product is exact, so that the inverse undoes the very same sum.
     store_left(y + j, Assign ? total : load_left(y + j, left) + sign * total, left);
   }
@@ -104,8 +108,9 @@ static void couple_planes(const CoupleArgs& args, int64_t begin, int64_t end) {
     is_flat = is_flat && args.terms[k].factor == 1 && flat(args.terms[k].p);
   }
   const int64_t vectors = ceil_div(y.w, kLanes<A>);
-  Scratch scratch((1 + 2 * count) * Scratch::bytes<A>(room) + Scratch::bytes<Term<A>>(count) +
-                  ups * (Scratch::bytes<Lerp<A>>(y.h) + Scratch::bytes<HorizontalPattern<A>>(vectors)));
+  Scratch scratch(
+      (1 + 2 * count) * Scratch::bytes<A>(room) + Scratch::bytes<Term<A>>(count) +
+      ups * (Scratch::bytes<Lerp<A>>(y.h) + Scratch::bytes<HorizontalPattern<A>>(vectors)));
   A* y_scratch = scratch.take<A>(room);
   Term<A>* terms = scratch.take<Term<A>>(count);
   int64_t next_up = 0, next_flat = ups;
@@ -183,14 +188,23 @@ struct CenteredSums {
     sum += v;
     product += v * (p - center);
   }
+  // A sum of its own for every row or segment: many short sums round less than one long one.
+  void add(const CenteredSums& part) {
+    sum += part.sum;
+    product += part.product;
+  }
   void add_row(const A* v, const A* p, A center, int64_t n) {
-    for (int64_t i = 0; i < n; i += kLanes<A>) add(load_left(v + i, n - i), load_left(p + i, n - i), center);
+    CenteredSums part{};
+    for (int64_t i = 0; i < n; i += kLanes<A>)
+      part.add(load_left(v + i, n - i), load_left(p + i, n - i), center);
+    add(part);
   }
 };
 
 // One pass down the columns: out[x] = sum_i weight[i] row_i[x].
 template <class A>
-static void gather_rows(const A* first_row, int64_t pitch, const A* weight, int64_t count, A* out, int64_t w) {
+static void gather_rows(const A* first_row, int64_t pitch, const A* weight, int64_t count, A* out,
+                        int64_t w) {
   constexpr int L = kLanes<A>;
   int64_t x = 0;
   for (; x + 2 * L <= w; x += 2 * L) {
@@ -214,8 +228,9 @@ static void gather_rows(const A* first_row, int64_t pitch, const A* weight, int6
 // Along rows: du[q] = sum_t w[t] v[f q + t - reach], t < 2 f.
 // Weights clamped at the ends give the outermost pixels what their missing neighbours would get.
 template <class A, int F>
-static void gather_columns(const A* v, int64_t pitch, const Gather& term, Upsampling mode, int64_t n, int64_t c,
-                           int64_t h, int64_t w, A* du_scratch, A* p_scratch, CenteredSums<A>* total) {
+static void gather_columns(const A* v, int64_t pitch, const Gather& term, Upsampling mode,
+                           int64_t n, int64_t c, int64_t h, int64_t w, A* du_scratch, A* p_scratch,
+                           CenteredSums<A>* total) {
   constexpr int L = kLanes<A>;
   const A center = coefficient(term.center, n, c, A(0));
   const bool bilinear = mode == Upsampling::bilinear;
@@ -229,20 +244,21 @@ static void gather_columns(const A* v, int64_t pitch, const Gather& term, Upsamp
     char* data = element(term.du, n, c, j);
     A* du = row_out(term.du, data, du_scratch);
     const A* p = total ? row_as(term.p, element(term.p, n, c, j), p_scratch, w) : nullptr;
+    CenteredSums<A> part{};
     for (int64_t q = 0; q < w; q += L) {
       Vec<A> sum{};
 #pragma GCC unroll 2
       for (int side = 0; side < 2; ++side) {
         if (side == 1 && !bilinear) break;
         const int64_t x = F * (q + side) - reach;
-        Vec<A> part[F];
+        Vec<A> phase[F];
 #pragma GCC unroll 8
         for (int i = 0; i < F; ++i) {
-          part[i] = load(v + x + i * L, lanes_between<A>(-(x + i * L), width - (x + i * L)));
+          phase[i] = load(v + x + i * L, lanes_between<A>(-(x + i * L), width - (x + i * L)));
         }
-        split<A, F>(part);
+        split<A, F>(phase);
 #pragma GCC unroll 8
-        for (int r = 0; r < F; ++r) sum += part[r] * weight[side * F + r];
+        for (int r = 0; r < F; ++r) sum += phase[r] * weight[side * F + r];
       }
       if (bilinear && q == 0) {
         A missing = 0;
@@ -256,8 +272,9 @@ static void gather_columns(const A* v, int64_t pitch, const Gather& term, Upsamp
       }
       const int64_t left = w - q;
       store_left(du + q, sum, left);
-      if (total) total->add(left < L ? first<A>(sum, left) : sum, load_left(p + q, left), center);
+      if (total) part.add(left < L ? first<A>(sum, left) : sum, load_left(p + q, left), center);
     }
+    if (total) total->add(part);
     finish_row(term.du, du, data, w);
   }
 }
@@ -268,8 +285,9 @@ static void couple_adjoint_planes(const CoupleAdjointArgs& args, int64_t begin, 
   const int64_t room = (dy.w > kSegment ? dy.w : kSegment);
   const int64_t pitch = dy.w + kLanes<A>;
   const int64_t copied = direct<A>(dy) ? 0 : dy.h * dy.w;
-  Scratch scratch(Scratch::bytes<A>(copied) + Scratch::bytes<A>(dy.h / 2 * pitch) + 2 * Scratch::bytes<A>(room) +
-                  Scratch::bytes<A*>(args.count) + args.count * Scratch::bytes<A>(2 * dy.h));
+  Scratch scratch(Scratch::bytes<A>(copied) + Scratch::bytes<A>(dy.h / 2 * pitch) +
+                  2 * Scratch::bytes<A>(room) + Scratch::bytes<A*>(args.count) +
+                  args.count * Scratch::bytes<A>(2 * dy.h));
   A* dense = scratch.take<A>(copied);
   A* gathered = scratch.take<A>(dy.h / 2 * pitch);
   A* du_scratch = scratch.take<A>(room);
@@ -308,11 +326,14 @@ static void couple_adjoint_planes(const CoupleAdjointArgs& args, int64_t begin, 
                     window.end - window.begin, gathered + j * pitch, dy.w);
       }
       if (f == 2) {
-        gather_columns<A, 2>(gathered, pitch, term, args.mode, n, c, h, w, du_scratch, p_scratch, sums);
+        gather_columns<A, 2>(gathered, pitch, term, args.mode, n, c, h, w, du_scratch, p_scratch,
+                             sums);
       } else if (f == 4) {
-        gather_columns<A, 4>(gathered, pitch, term, args.mode, n, c, h, w, du_scratch, p_scratch, sums);
+        gather_columns<A, 4>(gathered, pitch, term, args.mode, n, c, h, w, du_scratch, p_scratch,
+                             sums);
       } else if (f == 8) {
-        gather_columns<A, 8>(gathered, pitch, term, args.mode, n, c, h, w, du_scratch, p_scratch, sums);
+        gather_columns<A, 8>(gathered, pitch, term, args.mode, n, c, h, w, du_scratch, p_scratch,
+                             sums);
       }
       if (sums) {
         A* out = static_cast<A*>(term.sums);

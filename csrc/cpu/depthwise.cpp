@@ -3,8 +3,8 @@
 namespace revkernels {
 namespace {
 
-// [C, 1, k, k] of any dtype and strides as [C, k, k], contiguous, in the accumulate dtype: itself if it
-// already is that, else a copy kept here.
+// [C, 1, k, k] of any dtype and strides as [C, k, k], contiguous, in the accumulate dtype: itself
+// if it already is that, else a copy kept here.
 struct DenseWeight {
   std::vector<char> copy;
   const void* data;
@@ -13,7 +13,8 @@ struct DenseWeight {
   DenseWeight(const Tensor& weight, int64_t channels, bool wide) {
     const Map w = map_of(weight, "weight");
     STD_TORCH_CHECK(w.n == channels && w.c == 1 && w.h == w.w && w.h % 2 == 1,
-                    "weight: expected [C, 1, k, k] with C = ", channels, " and k odd, got ", shape_of(weight));
+                    "weight: expected [C, 1, k, k] with C = ", channels, " and k odd, got ",
+                    shape_of(weight));
     kernel = w.h;
     data = w.data;
     if (weight.is_contiguous() && w.dtype == (wide ? DType::float64 : DType::float32)) return;
@@ -32,22 +33,29 @@ struct DenseWeight {
 
   static double at(const Map& w, int64_t i) {
     switch (w.dtype) {
-      case DType::float32: return static_cast<const float*>(w.data)[i];
-      case DType::float64: return static_cast<const double*>(w.data)[i];
-      case DType::float16: return to_float(static_cast<const float16*>(w.data)[i]);
-      case DType::bfloat16: return to_float(static_cast<const bfloat16*>(w.data)[i]);
+      case DType::float32:
+        return static_cast<const float*>(w.data)[i];
+      case DType::float64:
+        return static_cast<const double*>(w.data)[i];
+      case DType::float16:
+        return to_float(static_cast<const float16*>(w.data)[i]);
+      case DType::bfloat16:
+        return to_float(static_cast<const bfloat16*>(w.data)[i]);
     }
     return 0;
   }
 };
 
-void set_prologue(DepthwiseArgs& args, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+void set_prologue(DepthwiseArgs& args, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& shift) {
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale, shift: give both or neither");
   args.scale = coefficient_of(scale, "scale", args.in.n, args.in.c);
   args.shift = coefficient_of(shift, "shift", args.in.n, args.in.c);
 }
 
-void check_stride(int64_t stride) { STD_TORCH_CHECK(stride >= 1, "stride: expected at least 1, got ", stride); }
+void check_stride(int64_t stride) {
+  STD_TORCH_CHECK(stride >= 1, "stride: expected at least 1, got ", stride);
+}
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, std::optional<Tensor> scale,
                       std::optional<Tensor> shift, int64_t stride) {
@@ -70,13 +78,15 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, std::optional<Tenso
   return y;
 }
 
-Tensor depthwise_conv_grad_input(const Tensor& dy, const Tensor& weight, int64_t height, int64_t width,
-                                 int64_t stride) {
+Tensor depthwise_conv_grad_input(const Tensor& dy, const Tensor& weight, int64_t height,
+                                 int64_t width, int64_t stride) {
   check_stride(stride);
-  STD_TORCH_CHECK(height >= 0 && width >= 0, "height, width: expected sizes, got ", height, ", ", width);
+  STD_TORCH_CHECK(height >= 0 && width >= 0, "height, width: expected sizes, got ", height, ", ",
+                  width);
   const Map g = map_of(dy, "dy");
   DepthwiseArgs args;
-  args.in = map_of(dy, "dy", g.n, g.c, depthwise_out_size(height, stride), depthwise_out_size(width, stride));
+  args.in = map_of(dy, "dy", g.n, g.c, depthwise_out_size(height, stride),
+                   depthwise_out_size(width, stride));
   args.stride = stride;
   args.wide = is_wide(g);
   const DenseWeight dense(weight, g.c, args.wide);
@@ -98,7 +108,8 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   DepthwiseArgs args;
   args.in = map_of(x, "x");
   const Map& in = args.in;
-  args.dy = map_of(dy, "dy", in.n, in.c, depthwise_out_size(in.h, stride), depthwise_out_size(in.w, stride));
+  args.dy = map_of(dy, "dy", in.n, in.c, depthwise_out_size(in.h, stride),
+                   depthwise_out_size(in.w, stride));
   args.kernel = kernel;
   args.stride = stride;
   args.wide = is_wide(in);
@@ -123,7 +134,8 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   };
   if (groups > 1) {
     if (args.wide) {
-      add_groups(static_cast<double*>(dw.data_ptr()), static_cast<const double*>(partial.data_ptr()));
+      add_groups(static_cast<double*>(dw.data_ptr()),
+                 static_cast<const double*>(partial.data_ptr()));
     } else {
       add_groups(static_cast<float*>(dw.data_ptr()), static_cast<const float*>(partial.data_ptr()));
     }

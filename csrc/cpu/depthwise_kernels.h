@@ -1,13 +1,16 @@
 // Depthwise convolution and its two gradients. Inside namespace REVK_ISA.
 //
-// The network's kernels (k = 3, 5 with stride 1; 3, 5 with 2; 7 with 4; 15 with 8) read rows where they
-// are: masked loads supply the zero padding, a row of zeros stands for rows outside the map, and a strided
-// row is split into its column phases in registers. Any other kernel and stride goes through planes of
-// phases in memory, where output o of the flat plane is sum_t w[t] x[o + offset[t]].
+// The network's kernels (k = 3, 5 with stride 1; 3, 5 with 2; 7 with 4; 15 with 8) read rows where
+// they are: masked loads supply the zero padding, a row of zeros stands for rows outside the map,
+// and a strided row is split into its column phases in registers. Any other kernel and stride goes
+// through planes of phases in memory, where output o of the flat plane is sum_t w[t] x[o +
+// offset[t]].
 #pragma once
 
-// The input of one unit as rows of A: the map itself, or a copy that is converted, made unit-stride, or
-// transformed to hardswish(scale x + shift).
+#include "rows.h"
+
+// The input of one unit as rows of A: the map itself, or a copy that is converted, made
+// unit-stride, or transformed to hardswish(scale x + shift).
 template <class A>
 static Plane<A> input_plane(const DepthwiseArgs& args, int64_t n, int64_t c, A* dense) {
   const Map& x = args.in;
@@ -33,11 +36,13 @@ static inline int64_t copied(const Map& m, bool transformed) {
 }
 
 template <class A>
-static inline const A* row_or_zeros(const Plane<A>& plane, int64_t row, int64_t rows, const A* zeros) {
+static inline const A* row_or_zeros(const Plane<A>& plane, int64_t row, int64_t rows,
+                                    const A* zeros) {
   return row >= 0 && row < rows ? plane.data + row * plane.pitch : zeros;
 }
 
-// Row by row there are too few loads in flight to stream from memory: rows are fetched this far ahead.
+// Row by row there are too few loads in flight to stream from memory: rows are fetched this far
+// ahead.
 constexpr int64_t kRowsAhead = 8;
 
 template <class A>
@@ -48,12 +53,15 @@ REVK_INLINE void prefetch_row(const Plane<A>& plane, int64_t row, int64_t n) {
 
 // --- stride 1 ---------------------------------------------------------------------------------
 
-// Rows in a block: enough sums in flight to hide the latency of an addition, with K weights in registers.
+// Rows in a block: enough sums in flight to hide the latency of an addition, with K weights in
+// registers.
 constexpr int kRowBlock = REVK_BYTES == 64 ? 12 : 8;
 
-// R rows of outputs. Column by column of taps, every loaded vector serves all the rows that it reaches.
+// R rows of outputs. Column by column of taps, every loaded vector serves all the rows that it
+// reaches.
 template <class A, int K, int R>
-static void convolve_rows(const A* const* in, const Mask<A>* masks, const A* w, A* const* out, int64_t width) {
+static void convolve_rows(const A* const* in, const Mask<A>* masks, const A* w, A* const* out,
+                          int64_t width) {
   for (int64_t j = 0; j < width; j += kLanes<A>, masks += K) {
     Vec<A> acc[R] = {};
 #pragma GCC unroll 8
@@ -88,8 +96,8 @@ static void convolve_planes(const DepthwiseArgs& args, bool flip, int64_t begin,
   const Map& x = args.in;
   const Map& y = args.out;
   const int64_t vectors = ceil_div(x.w, L), dense_size = copied<A>(x, args.scale.data != nullptr);
-  Scratch scratch(Scratch::bytes<A>(dense_size) + Scratch::bytes<A>(R * y.w) + Scratch::bytes<A>(x.w) +
-                  Scratch::bytes<Mask<A>>(vectors * K));
+  Scratch scratch(Scratch::bytes<A>(dense_size) + Scratch::bytes<A>(R * y.w) +
+                  Scratch::bytes<A>(x.w) + Scratch::bytes<Mask<A>>(vectors * K));
   A* dense = scratch.take<A>(dense_size);
   A* out_scratch = scratch.take<A>(R * y.w);
   const A* zeros = scratch.take<A>(x.w);
@@ -124,8 +132,8 @@ static void convolve_planes(const DepthwiseArgs& args, bool flip, int64_t begin,
 
 // dw[u, v] += sum_ij dy[i, j] x[i + u - P, j + v - P]; U rows of taps stay in registers at a time.
 template <class A, int K, int U>
-static void correlate_rows(const Plane<A>& x, const Plane<A>& dy, int64_t h, int64_t w, const A* zeros,
-                           const Mask<A>* masks, int u0, Vec<A>* sums) {
+static void correlate_rows(const Plane<A>& x, const Plane<A>& dy, int64_t h, int64_t w,
+                           const A* zeros, const Mask<A>* masks, int u0, Vec<A>* sums) {
   constexpr int L = kLanes<A>;
   Vec<A> acc[U * K];
 #pragma GCC unroll 32
@@ -137,7 +145,8 @@ static void correlate_rows(const Plane<A>& x, const Plane<A>& dy, int64_t h, int
       const A* row = x.data + i * x.pitch + j - K / 2;
       Vec<A> g[U];
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) g[u] = load(row_or_zeros(dy, i + K / 2 - u0 - u, h, zeros) + j, m[K]);
+      for (int u = 0; u < U; ++u)
+        g[u] = load(row_or_zeros(dy, i + K / 2 - u0 - u, h, zeros) + j, m[K]);
 #pragma GCC unroll 8
       for (int v = 0; v < K; ++v) {
         const Vec<A> in = load(row + v, m[v]);
@@ -153,7 +162,8 @@ static void correlate_rows(const Plane<A>& x, const Plane<A>& dy, int64_t h, int
 template <class A, int K>
 static void correlate_planes(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
-  constexpr int U = REVK_BYTES == 64 || K == 3 ? K : 1;  // U K sums and U + 1 operands in 32 or 16 registers
+  constexpr int U =
+      REVK_BYTES == 64 || K == 3 ? K : 1;  // U K sums and U + 1 operands in 32 or 16 registers
   const Map& x = args.in;
   const Map& dy = args.dy;
   const int64_t vectors = ceil_div(x.w, L);
@@ -170,10 +180,12 @@ static void correlate_planes(const DepthwiseArgs& args, int64_t begin, int64_t e
   }
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t c = unit % x.c, first_sample = unit / x.c * kSamplesPerPartial;
-    const int64_t last = first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
+    const int64_t last =
+        first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
     Vec<A> sums[K * K] = {};
     for (int64_t n = first_sample; n < last; ++n) {
-      const Plane<A> x_plane = input_plane(args, n, c, x_dense), dy_plane = plane_as(dy, n, c, dy_dense);
+      const Plane<A> x_plane = input_plane(args, n, c, x_dense),
+                     dy_plane = plane_as(dy, n, c, dy_dense);
       for (int u0 = 0; u0 < K; u0 += U) {
         correlate_rows<A, K, U>(x_plane, dy_plane, x.h, x.w, zeros, masks, u0, sums);
       }
@@ -185,8 +197,8 @@ static void correlate_planes(const DepthwiseArgs& args, int64_t begin, int64_t e
 
 // --- stride S ---------------------------------------------------------------------------------
 
-// T = ceil(k / s) outputs read a column. A vector holds that many fewer outputs than lanes less one, so that
-// the taps of phase v + S are those of phase v, one lane further.
+// T = ceil(k / s) outputs read a column. A vector holds that many fewer outputs than lanes less
+// one, so that the taps of phase v + S are those of phase v, one lane further.
 template <class A, int K, int S>
 constexpr int kOutputs = kLanes<A> - (K + S - 1) / S + 1;
 
@@ -210,7 +222,8 @@ REVK_INLINE void split_row(const A* row, const Mask<A>* masks, Vec<A>* x) {
   for (int v = 0; v < K; ++v) x[v] = v < S ? phase[v] : permute<A>(phase[v % S], iota<A>() + v / S);
 }
 
-// Padded row S m + a reaches output m - t through the taps of row a + S t: T outputs are open at a time.
+// Padded row S m + a reaches output m - t through the taps of row a + S t: T outputs are open at a
+// time.
 template <class A, int K, int S>
 static void convolve_strided(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   constexpr int L = kOutputs<A, K, S>, P = K / 2, T = (K + S - 1) / S;
@@ -248,7 +261,9 @@ static void convolve_strided(const DepthwiseArgs& args, int64_t begin, int64_t e
             open[t] += sum;
           }
         }
-        if (m >= T - 1) store(out + (m - T + 1) * y.w + j, open[T - 1], first_lanes<A>(y.w - j < L ? y.w - j : L));
+        if (m >= T - 1)
+          store(out + (m - T + 1) * y.w + j, open[T - 1],
+                first_lanes<A>(y.w - j < L ? y.w - j : L));
 #pragma GCC unroll 4
         for (int t = T - 1; t > 0; --t) open[t] = open[t - 1];
         open[0] = Vec<A>{};
@@ -273,12 +288,14 @@ static void correlate_strided(const DepthwiseArgs& args, int64_t begin, int64_t 
   split_masks<A, K, S>(x.w, vectors, masks);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t c = unit % x.c, first_sample = unit / x.c * kSamplesPerPartial;
-    const int64_t last = first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
+    const int64_t last =
+        first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
     Vec<A> sums[K * K];
 #pragma GCC unroll 32
     for (int t = 0; t < K * K; ++t) sums[t] = Vec<A>{};
     for (int64_t n = first_sample; n < last; ++n) {
-      const Plane<A> x_plane = input_plane(args, n, c, x_dense), dy_plane = plane_as(dy, n, c, dy_dense);
+      const Plane<A> x_plane = input_plane(args, n, c, x_dense),
+                     dy_plane = plane_as(dy, n, c, dy_dense);
       for (int64_t j = 0; j < dy.w; j += L) {
         const Mask<A> dy_mask = first_lanes<A>(dy.w - j < L ? dy.w - j : L);
         const Mask<A>* m_x = masks + j / L * S;
@@ -312,8 +329,9 @@ static void correlate_strided(const DepthwiseArgs& args, int64_t begin, int64_t 
   }
 }
 
-// dv[h, x] = sum_{t, q} w[a + S t, b + S q] dy[m - t, (x + P) / S - q], h + P = S m + a, x + P = b mod S.
-// A vector of x takes the dy pixels of its lanes once for the S rows of the same m; weights lie per lane.
+// dv[h, x] = sum_{t, q} w[a + S t, b + S q] dy[m - t, (x + P) / S - q], h + P = S m + a, x + P = b
+// mod S. A vector of x takes the dy pixels of its lanes once for the S rows of the same m; weights
+// lie per lane.
 template <class A, int K, int S>
 static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>, P = K / 2, T = (K + S - 1) / S;
@@ -322,8 +340,9 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
   const Map& dv = args.out;
   const int64_t vectors = ceil_div(dv.w, L), dense_size = copied<A>(dy, false);
   const int64_t out_size = direct<A>(dv) ? 0 : S * dv.w;
-  Scratch scratch(Scratch::bytes<A>(dense_size) + Scratch::bytes<A>(out_size) + Scratch::bytes<A>(dy.w + L) +
-                  Scratch::bytes<A>(K * T * L) + Scratch::bytes<Mask<A>>(vectors * T));
+  Scratch scratch(Scratch::bytes<A>(dense_size) + Scratch::bytes<A>(out_size) +
+                  Scratch::bytes<A>(dy.w + L) + Scratch::bytes<A>(K * T * L) +
+                  Scratch::bytes<Mask<A>>(vectors * T));
   A* dense = scratch.take<A>(dense_size);
   A* out_scratch = scratch.take<A>(out_size);
   const A* zeros = scratch.take<A>(dy.w + L);
@@ -380,7 +399,9 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
           store_left(base + a * dv.w + x, sum, dv.w - x);
         }
       }
-      if (!out) write_row(dv, base + a_begin * dv.w, element(dv, n, c, h + a_begin), (a_end - a_begin) * dv.w);
+      if (!out)
+        write_row(dv, base + a_begin * dv.w, element(dv, n, c, h + a_begin),
+                  (a_end - a_begin) * dv.w);
     }
   }
 }
@@ -392,7 +413,8 @@ static void copy_zero_padded(const A* src, A* dst, int64_t n) {
   for (int64_t x = 0; x < n; x += kLanes<A>) store(dst + x, load_left(src + x, n - x));
 }
 
-// The padded plane x[hp, wp], hp = h + P, split into phases (hp mod s, wp mod s), each [rows, pitch].
+// The padded plane x[hp, wp], hp = h + P, split into phases (hp mod s, wp mod s), each [rows,
+// pitch].
 struct Phases {
   int64_t k, s, pad, reach, out_h, out_w, rows, pitch, size;
 
@@ -413,8 +435,8 @@ struct Phases {
   }
 };
 
-// `line` is zeros beyond what a row writes; rows come in ascending order, so that the zeros that one
-// row spills behind its end are overwritten or belong there.
+// `line` is zeros beyond what a row writes; rows come in ascending order, so that the zeros that
+// one row spills behind its end are overwritten or belong there.
 template <class A>
 static void split_plane(const Map& x, const Plane<A>& plane, const Phases& ph, A* line, A* phases) {
   const int64_t columns = (ph.out_w - 1) * ph.s + ph.k - ph.pad;  // the last that any tap reads
@@ -430,7 +452,8 @@ static void split_plane(const Map& x, const Plane<A>& plane, const Phases& ph, A
 
 // out[o .. o + B lanes) = sum_t w[t] x[o + offset[t]]
 template <class A, int B>
-static inline void filter_block(const A* x, const int64_t* offset, const A* w, int64_t taps, A* out) {
+static inline void filter_block(const A* x, const int64_t* offset, const A* w, int64_t taps,
+                                A* out) {
   constexpr int L = kLanes<A>;
   Vec<A> acc[B];
 #pragma GCC unroll 8
@@ -453,8 +476,9 @@ static void convolve_phases(const DepthwiseArgs& args, bool flip, int64_t begin,
   const int64_t k = args.kernel, s = args.stride, taps = k * k;
   const Phases ph(x.h, x.w, k, s, L);
   const int64_t length = ph.out_h * ph.pitch;
-  Scratch scratch(Scratch::bytes<A>(s * s * ph.size + ph.reach + 4 * L) + Scratch::bytes<A>(length + 4 * L) +
-                  Scratch::bytes<A>(ph.line(L)) + Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(taps) +
+  Scratch scratch(Scratch::bytes<A>(s * s * ph.size + ph.reach + 4 * L) +
+                  Scratch::bytes<A>(length + 4 * L) + Scratch::bytes<A>(ph.line(L)) +
+                  Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(taps) +
                   Scratch::bytes<int64_t>(taps));
   A* phases = scratch.take<A>(s * s * ph.size + ph.reach + 4 * L);
   A* out_rows = scratch.take<A>(length + 4 * L);
@@ -470,8 +494,10 @@ static void convolve_phases(const DepthwiseArgs& args, bool flip, int64_t begin,
     for (int64_t t = 0; t < taps; ++t) w[t] = weight[flip ? taps - 1 - t : t];
     split_plane(x, input_plane(args, n, c, dense), ph, line, phases);
     int64_t o = 0;
-    for (; o + 3 * L < length; o += 4 * L) filter_block<A, 4>(phases + o, offset, w, taps, out_rows + o);
-    for (; o + L < length; o += 2 * L) filter_block<A, 2>(phases + o, offset, w, taps, out_rows + o);
+    for (; o + 3 * L < length; o += 4 * L)
+      filter_block<A, 4>(phases + o, offset, w, taps, out_rows + o);
+    for (; o + L < length; o += 2 * L)
+      filter_block<A, 2>(phases + o, offset, w, taps, out_rows + o);
     for (; o < length; o += L) filter_block<A, 1>(phases + o, offset, w, taps, out_rows + o);
     for (int64_t i = 0; i < y.h; ++i) {
       char* data = element(y, n, c, i);
@@ -489,8 +515,9 @@ static void correlate_phases(const DepthwiseArgs& args, int64_t begin, int64_t e
   const Phases ph(x.h, x.w, k, s, L);
   const int64_t length = ph.out_h * ph.pitch;
   const int64_t padded_taps = ceil_div(taps, B) * B;
-  Scratch scratch(Scratch::bytes<A>(s * s * ph.size + ph.reach + L) + Scratch::bytes<A>(length + 2 * L) +
-                  Scratch::bytes<A>(ph.line(L)) + Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(padded_taps * L) +
+  Scratch scratch(Scratch::bytes<A>(s * s * ph.size + ph.reach + L) +
+                  Scratch::bytes<A>(length + 2 * L) + Scratch::bytes<A>(ph.line(L)) +
+                  Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(padded_taps * L) +
                   Scratch::bytes<int64_t>(padded_taps));
   A* phases = scratch.take<A>(s * s * ph.size + ph.reach + L);
   A* dy_flat = scratch.take<A>(length + 2 * L);
@@ -502,7 +529,8 @@ static void correlate_phases(const DepthwiseArgs& args, int64_t begin, int64_t e
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t c = unit % x.c, first_sample = unit / x.c * kSamplesPerPartial;
-    const int64_t last = first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
+    const int64_t last =
+        first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
     memset(sums, 0, size_t(padded_taps * L) * sizeof(A));
     for (int64_t n = first_sample; n < last; ++n) {
       split_plane(x, input_plane(args, n, c, dense), ph, line, phases);
@@ -528,7 +556,8 @@ static void correlate_phases(const DepthwiseArgs& args, int64_t begin, int64_t e
   }
 }
 
-// The same formula for any k and s, T = ceil(k / s): weights repeat every s / gcd(s, lanes) vectors.
+// The same formula for any k and s, T = ceil(k / s): weights repeat every s / gcd(s, lanes)
+// vectors.
 template <class A>
 static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
@@ -542,8 +571,9 @@ static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t 
   const int64_t rows = reach + (last_m + 1 > dy.h ? last_m + 1 : dy.h);
   const int64_t pitch = reach + (last_q + 1 > dy.w ? last_q + 1 : dy.w) + 2 * L;
   const int64_t weights = s * reach * reach * patterns * L;
-  Scratch scratch(Scratch::bytes<A>(rows * pitch) + Scratch::bytes<A>(weights) + 2 * Scratch::bytes<A>(dv.w) +
-                  Scratch::bytes<IVec<A>>(patterns) + Scratch::bytes<Vec<A>>(reach * reach) +
+  Scratch scratch(Scratch::bytes<A>(rows * pitch) + Scratch::bytes<A>(weights) +
+                  2 * Scratch::bytes<A>(dv.w) + Scratch::bytes<IVec<A>>(patterns) +
+                  Scratch::bytes<Vec<A>>(reach * reach) +
                   Scratch::bytes<int64_t>(ceil_div(dv.w, L)));
   A* padded = scratch.take<A>(rows * pitch);
   A* w = scratch.take<A>(weights);

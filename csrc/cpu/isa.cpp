@@ -22,8 +22,9 @@ std::vector<Candidate> candidates() {
 #if defined(REVK_X86_MULTIVERSION)
   // GCC 12 has no name for f16c here; every processor with AVX2 has it.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
   all.push_back({&avx512::kernels, avx512});
   all.push_back({&avx2::kernels, avx2});
 #endif
@@ -38,8 +39,9 @@ const Kernels& choose() {
       return *candidate.kernels;
     }
   }
-  throw std::runtime_error("REVKERNELS_CPU_ISA: '" + std::string(asked) +
-                           "' is not compiled in or not supported by this processor; use baseline, avx2 or avx512");
+  throw std::runtime_error(
+      "REVKERNELS_CPU_ISA: '" + std::string(asked) +
+      "' is not compiled in or not supported by this processor; use baseline, avx2 or avx512");
 }
 
 }  // namespace

@@ -59,7 +59,8 @@ struct CoupleAdjointArgs {
   bool wide = false;
 };
 
-// Pixels to channels and back; `image` is the [N, C, H, W] side, `blocks` the [N, planes b^2, H/b, W/b] side.
+// Pixels to channels and back; `image` is the [N, C, H, W] side, `blocks` the [N, planes b^2, H/b,
+// W/b] side.
 struct ShuffleArgs {
   Map image, blocks;
   int64_t planes = 0, block = 1;
@@ -68,9 +69,9 @@ struct ShuffleArgs {
 
 // `weight` is [C, k, k] in the accumulate dtype. `out` is contiguous.
 struct DepthwiseArgs {
-  Map in;                    // x, or dy for the input gradient
-  Map out;                   // y, or dv
-  Map dy;                    // weight gradient only
+  Map in;   // x, or dy for the input gradient
+  Map out;  // y, or dv
+  Map dy;   // weight gradient only
   const void* weight = nullptr;
   void* partial = nullptr;   // weight gradient only: [groups, C, k, k]
   Coefficient scale, shift;  // hardswish prologue of x, or absent
@@ -81,7 +82,7 @@ struct DepthwiseArgs {
 struct NormArgs {
   Map x, dz, out;
   Coefficient scale, shift, gate, mean, dpool, slope, offset;
-  void* sums = nullptr;  // squeeze [N, C]; gradient sums [5, N, C]
+  void* sums = nullptr;       // squeeze [N, C]; gradient sums [5, N, C]
   double* moments = nullptr;  // [N, C, 2]: mean and sum of squared deviations of each plane
   Activation act = Activation::identity;
   bool wide = false;
@@ -93,14 +94,14 @@ constexpr int64_t kSamplesPerPartial = 8;
 // Each kernel works on the half-open range [begin, end) of its units, independently of the others.
 struct Kernels {
   const char* name;
-  void (*couple)(const CoupleArgs&, int64_t begin, int64_t end);                  // planes n C + c
-  void (*couple_adjoint)(const CoupleAdjointArgs&, int64_t begin, int64_t end);   // planes n C + c
-  void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);         // (n C + c) b + r
-  void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);         // planes n C + c
-  void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);            // planes n C + c
-  void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);   // planes c N + n
+  void (*couple)(const CoupleArgs&, int64_t begin, int64_t end);                 // planes n C + c
+  void (*couple_adjoint)(const CoupleAdjointArgs&, int64_t begin, int64_t end);  // planes n C + c
+  void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);        // (n C + c) b + r
+  void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);        // planes n C + c
+  void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);           // planes n C + c
+  void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);  // planes c N + n
   void (*depthwise_grad_weight)(const DepthwiseArgs&, int64_t begin, int64_t end);  // group C + c
-  void (*bn_moments)(const NormArgs&, int64_t begin, int64_t end);                // planes n C + c
+  void (*bn_moments)(const NormArgs&, int64_t begin, int64_t end);  // planes n C + c
   void (*bn_act)(const NormArgs&, int64_t begin, int64_t end);
   void (*bn_act_squeeze)(const NormArgs&, int64_t begin, int64_t end);
   void (*bn_act_grad_sums)(const NormArgs&, int64_t begin, int64_t end);

@@ -23,8 +23,8 @@ Tensor upsample(const Tensor& x, int64_t factor, std::string mode) {
 Tensor upsample_adjoint(const Tensor& dy, int64_t factor, std::string mode) {
   check_factor(factor);
   const Map g = map_of(dy, "dy");
-  STD_TORCH_CHECK(g.h % factor == 0 && g.w % factor == 0, "dy: height and width must be multiples of ", factor,
-                  ", got ", shape_of(dy));
+  STD_TORCH_CHECK(g.h % factor == 0 && g.w % factor == 0,
+                  "dy: height and width must be multiples of ", factor, ", got ", shape_of(dy));
   if (factor == 1) return upsample(dy, 1, mode);
   Tensor dx = new_tensor(dy, {g.n, g.c, g.h / factor, g.w / factor});
   Gather term;
@@ -43,13 +43,16 @@ Tensor upsample_adjoint(const Tensor& dy, int64_t factor, std::string mode) {
 Tensor space_to_depth(const Tensor& x, int64_t planes, int64_t block) {
   ShuffleArgs args;
   args.image = map_of(x, "x");
-  STD_TORCH_CHECK(block >= 1 && args.image.h % block == 0 && args.image.w % block == 0, "x: height and width must be "
-                  "multiples of block = ", block, ", got ", shape_of(x));
-  STD_TORCH_CHECK(planes >= args.image.c && args.image.c > 0, "planes: expected at least C = ", args.image.c,
-                  " and C > 0, got ", planes);
+  STD_TORCH_CHECK(block >= 1 && args.image.h % block == 0 && args.image.w % block == 0,
+                  "x: height and width must be "
+                  "multiples of block = ",
+                  block, ", got ", shape_of(x));
+  STD_TORCH_CHECK(planes >= args.image.c && args.image.c > 0,
+                  "planes: expected at least C = ", args.image.c, " and C > 0, got ", planes);
   args.planes = planes;
   args.block = block;
-  Tensor y = new_tensor(x, {args.image.n, planes * block * block, args.image.h / block, args.image.w / block});
+  Tensor y = new_tensor(
+      x, {args.image.n, planes * block * block, args.image.h / block, args.image.w / block});
   args.blocks = map_of(y, "y");
   if (numel(args.blocks) > 0) {
     run(kernels().space_to_depth, args, args.image.n * args.image.c * block, numel(args.blocks));
@@ -57,14 +60,17 @@ Tensor space_to_depth(const Tensor& x, int64_t planes, int64_t block) {
   return y;
 }
 
-Tensor to_image(const Tensor& y, int64_t channels, int64_t block, bool sum_copies, const char* name) {
+Tensor to_image(const Tensor& y, int64_t channels, int64_t block, bool sum_copies,
+                const char* name) {
   ShuffleArgs args;
   args.blocks = map_of(y, name);
-  STD_TORCH_CHECK(block >= 1 && args.blocks.c % (block * block) == 0, name, ": channels must be a multiple of "
-                  "block^2 = ", block * block, ", got ", shape_of(y));
+  STD_TORCH_CHECK(block >= 1 && args.blocks.c % (block * block) == 0, name,
+                  ": channels must be a multiple of "
+                  "block^2 = ",
+                  block * block, ", got ", shape_of(y));
   args.planes = args.blocks.c / (block * block);
-  STD_TORCH_CHECK(channels >= 1 && channels <= args.planes, "channels: expected 1 to ", args.planes, ", got ",
-                  channels);
+  STD_TORCH_CHECK(channels >= 1 && channels <= args.planes, "channels: expected 1 to ", args.planes,
+                  ", got ", channels);
   args.block = block;
   args.sum_copies = sum_copies;
   Tensor x = new_tensor(y, {args.blocks.n, channels, args.blocks.h * block, args.blocks.w * block});

@@ -1,13 +1,17 @@
-// Rows of any dtype and stride as unit-stride rows of the accumulate type A, converted only when they
-// have to be: kernels below this line know one arithmetic type and stride 1. Inside namespace REVK_ISA.
+// Rows of any dtype and stride as unit-stride rows of the accumulate type A, converted only when
+// they have to be: kernels below this line know one arithmetic type and stride 1. Inside namespace
+// REVK_ISA.
 #pragma once
+
+#include "simd.h"
 
 // Elements handled at a time when a plane is walked as one flat row: a few of these fit in L1.
 constexpr int64_t kSegment = 1024;
 
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : start_(static_cast<char*>(allocate_scratch(bytes))), next_(start_) {}
+  explicit Scratch(int64_t bytes)
+      : start_(static_cast<char*>(allocate_scratch(bytes))), next_(start_) {}
   ~Scratch() { free_scratch(start_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -34,7 +38,8 @@ static inline int64_t size_of(DType dtype) {
 }
 
 static inline char* element(const Map& m, int64_t n, int64_t c, int64_t h = 0, int64_t w = 0) {
-  return static_cast<char*>(m.data) + (n * m.sn + c * m.sc + h * m.sh + w * m.sw) * size_of(m.dtype);
+  return static_cast<char*>(m.data) +
+         (n * m.sn + c * m.sc + h * m.sh + w * m.sw) * size_of(m.dtype);
 }
 
 static inline bool flat(const Map& m) {
@@ -95,7 +100,8 @@ static inline void convert(const T* in, A* out, int64_t n) {
 }
 
 template <class T, class A>
-static inline void convert_strided(const T* in, int64_t in_stride, A* out, int64_t out_stride, int64_t n) {
+static inline void convert_strided(const T* in, int64_t in_stride, A* out, int64_t out_stride,
+                                   int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i * out_stride] = cast<A>(in[i * in_stride]);
 }
 
@@ -132,10 +138,14 @@ template <class A>
 static inline void read_row(const Map& m, const char* data, A* out, int64_t n) {
   const int64_t stride = m.w <= 1 ? 1 : m.sw;
   switch (m.dtype) {
-    case DType::float32: return read_as<A, float>(data, stride, out, n);
-    case DType::float64: return read_as<A, double>(data, stride, out, n);
-    case DType::float16: return read_as<A, float16>(data, stride, out, n);
-    case DType::bfloat16: return read_as<A, bfloat16>(data, stride, out, n);
+    case DType::float32:
+      return read_as<A, float>(data, stride, out, n);
+    case DType::float64:
+      return read_as<A, double>(data, stride, out, n);
+    case DType::float16:
+      return read_as<A, float16>(data, stride, out, n);
+    case DType::bfloat16:
+      return read_as<A, bfloat16>(data, stride, out, n);
   }
 }
 
@@ -143,10 +153,14 @@ template <class A>
 static inline void write_row(const Map& m, const A* in, char* data, int64_t n) {
   const int64_t stride = m.w <= 1 ? 1 : m.sw;
   switch (m.dtype) {
-    case DType::float32: return write_as<A, float>(in, data, stride, n);
-    case DType::float64: return write_as<A, double>(in, data, stride, n);
-    case DType::float16: return write_as<A, float16>(in, data, stride, n);
-    case DType::bfloat16: return write_as<A, bfloat16>(in, data, stride, n);
+    case DType::float32:
+      return write_as<A, float>(in, data, stride, n);
+    case DType::float64:
+      return write_as<A, double>(in, data, stride, n);
+    case DType::float16:
+      return write_as<A, float16>(in, data, stride, n);
+    case DType::bfloat16:
+      return write_as<A, bfloat16>(in, data, stride, n);
   }
 }
 
@@ -158,7 +172,8 @@ static inline const A* row_as(const Map& m, const char* data, A* scratch, int64_
   return scratch;
 }
 
-// Where to write a row: in place if it is unit-stride A, else into scratch, for write_row to finish.
+// Where to write a row: in place if it is unit-stride A, else into scratch, for write_row to
+// finish.
 template <class A>
 static inline A* row_out(const Map& m, char* data, A* scratch) {
   return direct<A>(m) ? reinterpret_cast<A*>(data) : scratch;
@@ -175,10 +190,14 @@ static inline A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent
   const int64_t i = n * v.sn + c * v.sc;
   if (v.dtype == kDType<A>) return static_cast<const A*>(v.data)[i];
   switch (v.dtype) {
-    case DType::float32: return A(static_cast<const float*>(v.data)[i]);
-    case DType::float64: return A(static_cast<const double*>(v.data)[i]);
-    case DType::float16: return A(to_float(static_cast<const float16*>(v.data)[i]));
-    case DType::bfloat16: return A(to_float(static_cast<const bfloat16*>(v.data)[i]));
+    case DType::float32:
+      return A(static_cast<const float*>(v.data)[i]);
+    case DType::float64:
+      return A(static_cast<const double*>(v.data)[i]);
+    case DType::float16:
+      return A(to_float(static_cast<const float16*>(v.data)[i]));
+    case DType::bfloat16:
+      return A(to_float(static_cast<const bfloat16*>(v.data)[i]));
   }
   return absent;
 }
@@ -205,7 +224,8 @@ static inline void for_segments(bool is_flat, int64_t h, int64_t w, const Body& 
   }
 }
 
-// A plane as rows of unit-stride A, `pitch` apart: the map itself where it is that, else a dense copy.
+// A plane as rows of unit-stride A, `pitch` apart: the map itself where it is that, else a dense
+// copy.
 template <class A>
 struct Plane {
   const A* data;

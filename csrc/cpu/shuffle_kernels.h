@@ -2,6 +2,8 @@
 // Inside namespace REVK_ISA.
 #pragma once
 
+#include "rows.h"
+
 // Unit: one row phase r of one image plane. Every copy of the plane gets the same b column phases.
 template <class E>
 static void space_to_depth_units(const ShuffleArgs& args, int64_t begin, int64_t end) {
@@ -30,9 +32,12 @@ static void space_to_depth_units(const ShuffleArgs& args, int64_t begin, int64_t
 
 static void space_to_depth(const ShuffleArgs& args, int64_t begin, int64_t end) {
   switch (size_of(args.image.dtype)) {
-    case 2: return space_to_depth_units<uint16_t>(args, begin, end);
-    case 4: return space_to_depth_units<uint32_t>(args, begin, end);
-    default: return space_to_depth_units<uint64_t>(args, begin, end);
+    case 2:
+      return space_to_depth_units<uint16_t>(args, begin, end);
+    case 4:
+      return space_to_depth_units<uint32_t>(args, begin, end);
+    default:
+      return space_to_depth_units<uint64_t>(args, begin, end);
   }
 }
 
@@ -90,8 +95,11 @@ static void depth_to_space(const ShuffleArgs& args, int64_t begin, int64_t end) 
     return;
   }
   switch (size_of(args.image.dtype)) {
-    case 2: return depth_to_space_planes<uint16_t>(args, begin, end);
-    case 4: return depth_to_space_planes<uint32_t>(args, begin, end);
-    default: return depth_to_space_planes<uint64_t>(args, begin, end);
+    case 2:
+      return depth_to_space_planes<uint16_t>(args, begin, end);
+    case 4:
+      return depth_to_space_planes<uint32_t>(args, begin, end);
+    default:
+      return depth_to_space_planes<uint64_t>(args, begin, end);
   }
 }

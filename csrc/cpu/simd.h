@@ -226,7 +226,8 @@ template <class A>
 REVK_INLINE Vec<A> odds(Vec<A> a, Vec<A> b) {
 #if defined(__clang__)
   Vec<A> out;
-  for (int l = 0; l < kLanes<A>; ++l) out[l] = 2 * l < kLanes<A> ? a[2 * l + 1] : b[2 * l + 1 - kLanes<A>];
+  for (int l = 0; l < kLanes<A>; ++l)
+    out[l] = 2 * l < kLanes<A> ? a[2 * l + 1] : b[2 * l + 1 - kLanes<A>];
   return out;
 #else
   return __builtin_shuffle(a, b, iota<A>() * 2 + 1);

@@ -24,11 +24,16 @@ inline std::string shape_of(const Tensor& t) {
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: break;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, ": dtype ", torch::headeronly::toString(t.scalar_type()),
                   " is not supported; use float32, float64, float16 or bfloat16");
@@ -47,8 +52,8 @@ inline Map map_of(const Tensor& t, const char* name) {
 
 inline Map map_of(const Tensor& t, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
   const Map m = map_of(t, name);
-  STD_TORCH_CHECK(m.n == n && m.c == c && m.h == h && m.w == w, name, ": expected [", n, ", ", c, ", ", h,
-                  ", ", w, "], got ", shape_of(t));
+  STD_TORCH_CHECK(m.n == n && m.c == c && m.h == h && m.w == w, name, ": expected [", n, ", ", c,
+                  ", ", h, ", ", w, "], got ", shape_of(t));
   return m;
 }
 
@@ -56,15 +61,16 @@ inline bool is_wide(const Map& m) { return m.dtype == DType::float64; }
 inline int64_t numel(const Map& m) { return m.n * m.c * m.h * m.w; }
 
 // [C] or, if `per_sample`, [N, C]; an absent one has null data.
-inline Coefficient coefficient_of(const std::optional<Tensor>& t, const char* name, int64_t n, int64_t c,
-                                  bool per_channel = true, bool per_sample = false) {
+inline Coefficient coefficient_of(const std::optional<Tensor>& t, const char* name, int64_t n,
+                                  int64_t c, bool per_channel = true, bool per_sample = false) {
   Coefficient v;
   if (!t.has_value()) return v;
   const int64_t dim = t->dim();
   const bool channel = per_channel && dim == 1 && t->size(0) == c;
   const bool sample = per_sample && dim == 2 && t->size(0) == n && t->size(1) == c;
-  STD_TORCH_CHECK(channel || sample, name, ": expected ", per_channel ? "[C]" : "", per_channel && per_sample ? " or " : "",
-                  per_sample ? "[N, C]" : "", " with N = ", n, ", C = ", c, ", got ", shape_of(*t));
+  STD_TORCH_CHECK(channel || sample, name, ": expected ", per_channel ? "[C]" : "",
+                  per_channel && per_sample ? " or " : "", per_sample ? "[N, C]" : "",
+                  " with N = ", n, ", C = ", c, ", got ", shape_of(*t));
   STD_TORCH_CHECK(t->is_cpu(), name, ": expected a CPU tensor");
   v.data = t->data_ptr();
   v.dtype = dtype_of(*t, name);
@@ -99,13 +105,16 @@ inline void check_factor(int64_t f) {
   STD_TORCH_CHECK(f == 1 || f == 2 || f == 4 || f == 8, "factor: expected 1, 2, 4 or 8, got ", f);
 }
 
-// Runs kernel(args, begin, end) over `units` that touch `elements` in all: a thread gets at least 16K.
+// Runs kernel(args, begin, end) over `units` that touch `elements` in all: a thread gets at least
+// 16K.
 template <class Args>
-void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t units, int64_t elements) {
+void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t units,
+         int64_t elements) {
   if (units == 0) return;
   const int64_t per_unit = elements / units + 1;
   const int64_t grain = ceil_div(int64_t(1) << 14, per_unit);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace revkernels
