@@ -1,0 +1,162 @@
+import pytest
+import torch
+from torch import nn
+
+import revbifpn
+import revbifpn.fast
+from revbifpn import estimate, fused
+from revbifpn.estimate import MemoryEstimate, StepEstimator, estimate_memory, largest_batch
+from revbifpn.memory import measure_step
+
+TINY = {
+    "channels": [48, 32],
+    "dwk": [3, 5],
+    "dwkp": [0, 0],
+    "expand_ratios": [1, 2],
+    "se_ratios": [0.25, 0.0],
+    "head_channels": [48, 32],
+    "head_dwk": [3, 3],
+    "head_dwkp": [2, 2],
+    "head_expand_ratios": [1, 2],
+    "head_se_ratios": [0.25, 0.125],
+    "fc_features": 32,
+    "num_ext_layers": 0,
+    "inv_blk_rep": 1,
+    "classes": 10,
+}
+PACKAGES = {"plain": revbifpn, "fast": revbifpn.fast}
+
+
+def tiny(package="fast", **overrides):
+    return PACKAGES[package].RevBiFPN(**{**TINY, **overrides})
+
+
+def measured(model, batch, resolution, **options):
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return measure_step(model, (3, height, width), batch=batch, **options)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks so small that the limit is 8: larger batches are estimated from smaller ones."""
+    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1 << 14)
+
+
+@pytest.mark.parametrize("package", ["plain", "fast"])
+@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
+def test_small_batches_are_what_a_real_step_takes(package, reversible):
+    model = tiny(package, reversible=reversible, stochastic_depth=0.2)
+    step = measured(model, 3, 64)
+    found = estimate_memory(model, 3, 64, optimizer_states=2)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert found == MemoryEstimate(
+        activations=step.peak_bytes,
+        images=3 * 3 * 64 * 64 * 4,
+        parameters=weights + sum(b.nbytes for b in model.buffers()),
+        gradients=step.gradient_bytes,
+        optimizer=2 * weights,
+    )
+    assert found.total == step.peak_bytes + step.gradient_bytes + found.images + found.parameters + 2 * weights
+    assert weights <= found.gradients < 1.1 * weights
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resolution", "batch"),
+    [
+        ({}, 64, 32),
+        ({"reversible": False}, 64, 32),
+        ({"classes": None}, (64, 96), 24),
+        ({"classes": None, "head_channels": None}, (32, 64), 40),
+        ({"channels": [64, 48], "num_ext_layers": 1}, 32, 100),
+    ],
+    ids=["fast", "stored", "pyramid", "streams", "wide"],
+)
+def test_large_batches_are_within_a_tenth_of_a_metered_step(small_chunks, overrides, resolution, batch):
+    model = tiny(**overrides)
+    estimator = StepEstimator(model, resolution)
+    found = estimator.estimate(batch)
+    assert max(estimator._steps) == 8, "a batch beyond the limit was simulated"
+    assert found.activations == pytest.approx(measured(model, batch, resolution, fake=True).peak_bytes, rel=0.1)
+    assert found.images == batch * 3 * 4 * torch.Size(estimator.shape[1:]).numel()
+
+
+def test_autocast_is_simulated():
+    model = tiny("plain", reversible=False)
+    full, half = (estimate_memory(model, 4, 64, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.activations == measured(model, 4, 64, dtype=torch.bfloat16, fake=True).peak_bytes < full.activations
+    assert half.parameters == full.parameters
+
+
+def test_chunks_are_those_of_the_device_to_train_on():
+    model = tiny()
+    before = dict(fused.CHUNK_BYTES)
+    cpu, cuda = (estimate_memory(model, 8, 224, device=device).activations for device in ("cpu", "cuda"))
+    assert cuda > 1.1 * cpu, "a GPU's larger chunks hold more samples"
+    assert fused.CHUNK_BYTES == before
+    assert cpu == estimate_memory(model, 8, 224).activations
+
+
+def test_frozen_parameters_have_neither_gradient_nor_state():
+    model = tiny()
+    model.freeze_norms()
+    found = estimate_memory(model, 2, 32, optimizer_states=1)
+    wanted = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert found.optimizer == wanted < sum(p.nbytes for p in model.parameters())
+    assert wanted <= found.gradients < 1.1 * wanted
+
+
+def test_model_may_be_on_meta_and_is_left_alone():
+    with torch.device("meta"):
+        abstract = tiny(reversible=False).eval()
+    found = estimate_memory(abstract, 2, 64, device="cpu")
+    assert not abstract.training and all(t.is_meta for t in abstract.state_dict().values())
+
+    model = tiny(reversible=False).eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert estimate_memory(model, 2, 64) == found
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("memory_mib", [1, 3, 9, 40])
+def test_largest_batch_fits_and_one_more_does_not(small_chunks, memory_mib):
+    estimator = StepEstimator(tiny(), 64, optimizer_states=1)
+    budget = memory_mib * 2**20
+    batch = estimator.largest_batch(budget)
+    assert estimator.estimate(batch + 1).total > budget
+    assert batch == 0 or estimator.estimate(batch).total <= budget
+    assert (batch == 0) == (memory_mib == 1)
+
+
+def test_largest_batch_below_the_limit_is_found_among_simulated_steps(small_chunks):
+    model = tiny()
+    budget = estimate_memory(model, 5, 64).total
+    assert largest_batch(model, 64, torch.float32, budget) == 5
+    assert largest_batch(model, 64, torch.float32, budget - 1) == 4
+    assert largest_batch(model, 64, torch.float32, 10) == 0
+
+
+def test_any_module_can_be_estimated():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(10))
+    model(torch.zeros(1, 3, 16, 16))
+    assert estimate_memory(model, 6, 16).activations == measured(model, 6, 16).peak_bytes
+
+
+def test_is_exported():
+    assert revbifpn.estimate_memory is estimate.estimate_memory and "estimate_memory" in revbifpn.__all__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"batch": 0}, "batch: got 0"),
+        ({"resolution": 0}, "resolution: got 0"),
+        ({"resolution": (64, 64, 64)}, r"resolution: got \(64, 64, 64\)"),
+        ({"resolution": 100}, "multiples of 8"),
+        ({"dtype": torch.int8}, "dtype: got torch.int8"),
+        ({"optimizer_states": -1}, "optimizer_states: got -1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        estimate_memory(tiny(), **{"batch": 1, "resolution": 64, **arguments})
