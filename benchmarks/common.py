@@ -80,9 +80,6 @@ def pick_output(path: str) -> Path:
     return directory
 
 
-# Record ---------------------------------------------------------------------------------------------
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Date, commit, versions, machine, threads and loaded kernels: what a number needs to be read later."""
     from revkernels import dispatch
@@ -119,9 +116,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-# Result files ---------------------------------------------------------------------------------------
-
-
 def write_json(path: Path, environment: dict[str, Any], settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """``{"environment", "settings", "rows"}``; everything printed or plotted can be made again from it."""
     path.write_text(json.dumps({"environment": environment, "settings": settings, "rows": rows}, indent=1) + "\n")
@@ -139,9 +133,6 @@ def write_long_csv(
             for metric, unit in units.items():
                 if row.get(metric) is not None:
                     writer.writerow([*(row[key] for key in keys), metric, row[metric], unit, *record.values()])
-
-
-# Terminal -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

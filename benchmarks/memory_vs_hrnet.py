@@ -204,9 +204,6 @@ def add_ratios(rows: Sequence[Row]) -> None:
             row.ratio, row.ratio_to = row.bytes_per_sample / base.bytes_per_sample, base.label
 
 
-# Table and plot ---------------------------------------------------------------------------------------
-
-
 def show(rows: Sequence[Row], environment: dict[str, Any]) -> None:
     """Prints one table per setting."""
     columns = (
@@ -334,9 +331,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=160)
     plt.close(figure)
-
-
-# Command line -----------------------------------------------------------------------------------------
 
 
 def _parser() -> common.ArgumentParser:
