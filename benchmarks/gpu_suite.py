@@ -117,9 +117,9 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={folder}/junit.xml", *arguments)
 
 
-def _native(machine: Machine) -> dict[str, str]:
-    """Falling back to the reference is an error on a GPU."""
-    return {} if machine.dry else {"REVKERNELS_REQUIRE": "cpp,cuda,triton"}
+def _environment(machine: Machine) -> dict[str, str]:
+    """Falling back to the reference is an error on a GPU; a dry run's tiny maps are not worth a second thread."""
+    return {"OMP_NUM_THREADS": "1"} if machine.dry else {"REVKERNELS_REQUIRE": "cpp,cuda,triton"}
 
 
 def _build(machine: Machine) -> Iterator[Part]:
@@ -134,7 +134,7 @@ def _build(machine: Machine) -> Iterator[Part]:
 
 
 def _tests(machine: Machine) -> Iterator[Part]:
-    environment = _native(machine) | {"REVBIFPN_TEST_DEVICE": machine.device}
+    environment = _environment(machine) | {"REVBIFPN_TEST_DEVICE": machine.device}
     gpu = str(ROOT / "tests" / "test_gpu.py")
     # A dry run leaves out what takes a CPU minutes: the published values in float64.
     model = ("-k", "TestModel and not published") if machine.dry else ("-k", "TestModel")
@@ -154,8 +154,10 @@ def _sanitizers(machine: Machine) -> Iterator[Part]:
     """Small maps in a layout with gaps; without the caching allocator, beyond a tensor is beyond its block."""
     tool = _find_sanitizer()
     skip = "needs a GPU" if machine.dry else "" if tool else "compute-sanitizer was not found"
-    tests = _pytest(str(ROOT / "tests" / "test_gpu.py"), "-k", "equals_the_reference and half and float32")
-    environment = _native(machine) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tests = _pytest(
+        str(ROOT / "tests" / "test_gpu.py"), "-k", "equals_the_reference and half and (float32 or bfloat16)"
+    )
+    environment = _environment(machine) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck"):
         command = (tool or "compute-sanitizer", f"--tool={check}", "--error-exitcode=86", *tests)
         yield Part(f"sanitize-{check}", (command,), environment=environment, skip=skip)
@@ -171,13 +173,15 @@ def _kernels(machine: Machine) -> Iterator[Part]:
     for scale in ("s0",) if machine.dry else ("s0", "s3", "s6"):
         for dtype in ("float32",) if machine.dry else ("float32", "bfloat16"):
             options = ("--scales", scale, "--dtype", dtype, "--device", machine.device, *quick, "--output", "{folder}")
-            yield Part(f"kernels-{scale}-{dtype}", (_python("kernels.py", *options),), environment=_native(machine))
+            yield Part(
+                f"kernels-{scale}-{dtype}", (_python("kernels.py", *options),), environment=_environment(machine)
+            )
 
 
 def _memory(machine: Machine) -> Iterator[Part]:
     def part(name: str, models: str, dtype: str, *more: str) -> Part:
         options = ("--device", machine.device, "--models", models, "--dtype", dtype, *more, "--output", "{folder}")
-        return Part(f"memory-{name}", (_python("memory_vs_hrnet.py", *options),), environment=_native(machine))
+        return Part(f"memory-{name}", (_python("memory_vs_hrnet.py", *options),), environment=_environment(machine))
 
     if machine.dry:
         yield part("quick", "revbifpn_s0/fast", "float32", "--quick", "--resolution", "64", "--fake")
@@ -193,10 +197,10 @@ def _throughput(machine: Machine) -> Iterator[Part]:
     def part(name: str, models: str, batch: str, resolution: int, dtype: str, *more: str) -> Part:
         options = ("--device", machine.device, "--models", models, "--batch", batch, "--dtype", dtype)
         command = _python("throughput.py", *options, "--resolution", str(resolution), *more, "--output", "{folder}")
-        return Part(f"throughput-{name}", (command,), environment=_native(machine))
+        return Part(f"throughput-{name}", (command,), environment=_environment(machine))
 
     if machine.dry:
-        yield part("quick", "revbifpn_s0/fast,revbifpn_s0/reversible", "2", 64, "float32", "--quick", "--rounds", "2")
+        yield part("quick", "revbifpn_s0/fast,revbifpn_s0/stored", "2", 64, "float32", "--quick", "--rounds", "2")
         return
     sizes = {"s0": ("8,256", 224, "15"), "s3": ("8,64", 288, "9"), "s6": ("8,32", 352, "5")}
     for dtype in ("float32", "bfloat16"):
@@ -216,7 +220,9 @@ def _profiles(machine: Machine) -> Iterator[Part]:
         batch, resolution = (2, 64) if machine.dry else SCALES[scale]
         settings = {"device": machine.device, "scale": scale, "batch": batch, "resolution": resolution}
         dtypes = ["float32"] if machine.dry else ["float32", "bfloat16"]
-        yield Part(f"profile-{scale}", (_worker("profile", **settings, dtypes=dtypes),), environment=_native(machine))
+        yield Part(
+            f"profile-{scale}", (_worker("profile", **settings, dtypes=dtypes),), environment=_environment(machine)
+        )
 
 
 # Running --------------------------------------------------------------------------------------------

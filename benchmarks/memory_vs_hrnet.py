@@ -65,7 +65,7 @@ class Candidate:
         """1 where memory is linear from there on; more where work goes by chunks of samples and the peak may move."""
         if self.variant not in (FAST, REVERSIBLE):
             return 1
-        return 8 if self.gmacs < 2 else 4
+        return 8 if self.gmacs < 2 else 4 if self.gmacs < 8 else 2
 
     def step_gmacs(self, resolution: int, batch: int) -> float:
         """Of the two steps at ``batch`` and ``2 * batch``: forward, its recomputation, and twice that for gradients."""

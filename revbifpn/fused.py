@@ -297,7 +297,7 @@ class FusedMBConv:
         if x.dtype == torch.float64:
             record = self._renew(record, weights, x)
         replay = Replay(self, x.shape, x.__getitem__, record, weights, x)
-        replay.keep(d=not self.lean)
+        replay.keep(d=not self.lean, e=not self.lean)
         return self._term(replay.p, record, replay.w), self._pullback(replay)
 
     def restore(
@@ -387,15 +387,15 @@ class Replay:
             return self.p[chunk]
         return _pointwise(self.w.project, self._z(self._d(chunk), chunk) if z is None else z)
 
-    def keep(self, *, d: bool) -> None:
-        """Compute and keep p for all samples, and with ``d`` what comes before it too."""
+    def keep(self, *, d: bool = False, e: bool = False) -> None:
+        """Compute and keep p for all samples, and d and e if asked for."""
         p = self._plane(self.channels)
         for chunk in self.chunks:
             source = self._source(chunk)
             chunk_d = self._d(chunk, source)
             if d:
                 self.d[chunk.start] = chunk_d
-            if d and self.w.expand is not None:
+            if e and self.w.expand is not None:
                 self.e[chunk.start] = source
             _pointwise(self.w.project, self._z(chunk_d, chunk), p[chunk])
         self.p = p

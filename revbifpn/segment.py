@@ -76,8 +76,8 @@ class FusedSegment:
         y, *merged = inputs
         count = len(self.neck.parameters())
         neck = Replay(self.neck, y.shape, y.__getitem__, records[0], self.neck.weights(parameters[:count]), y)
-        if merged:  # below the highest level planes are small and kept, rather than computed in every pass
-            neck.keep(d=True)
+        if merged:  # below the highest level p is small and kept, rather than computed in every pass
+            neck.keep()
 
         def pullback(du: Tensor, _: None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if self.merge is None:
