@@ -50,8 +50,7 @@ class FusedCoupler(Coupler):
             return super().lower(coupling, inputs)
         fits = not any(map(why_not_fused, transforms, inputs))
         if fits:
-            # A half of level 0 to its other half: every pixel of the highest resolution is read and written.
-            lean = coupling.target.half is not None and coupling.target.level == 0
+            lean = coupling.target.level == 0  # memory peaks there
             branches = tuple(FusedMBConv(transform, lean=lean) for transform in transforms)
         else:
             branches = tuple(map(Branch, transforms))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -131,6 +132,9 @@ class PeakMemory:
         self._before = 0
 
     def __enter__(self) -> PeakMemory:
+        if not self._cuda:
+            # The mode's first op imports this, and exceptions caught on the way would hold on to the caller's frames.
+            importlib.import_module("torch._dynamo")
         gc.collect()
         self._gc_was_on = gc.isenabled()
         gc.disable()

@@ -129,11 +129,10 @@ def test_largest_batch_fits_and_one_more_does_not(small_chunks):
     assert estimator.largest_batch(estimator.estimate(1).total - 1) == 0
 
 
-def test_largest_batch_of_a_model_is_that_of_its_estimator():
+def test_largest_batch_of_a_model_is_that_of_its_estimator(small_chunks):
     model = tiny(reversible=False)
-    options = {"optimizer_states": 2, "device": "cuda"}
-    expected = StepEstimator(model, (32, 64), torch.bfloat16, **options).largest_batch(2**28)
-    assert largest_batch(model, (32, 64), torch.bfloat16, 2**28, **options) == expected > 50
+    expected = StepEstimator(model, (32, 64), torch.bfloat16, optimizer_states=2).largest_batch(2**28)
+    assert largest_batch(model, (32, 64), torch.bfloat16, 2**28, optimizer_states=2) == expected > 50
 
 
 def test_any_module_can_be_estimated():

@@ -4,27 +4,57 @@
 
 #include "rows.h"
 
+// out[q pitch + j] = in[j b + q] for q < b, j < n; B is b where it is known at compile time, else
+// 0.
+template <class E, int B>
+static void scatter_row(const E* in, int64_t step, E* out, int64_t pitch, int64_t b, int64_t n) {
+  if (B > 0) b = B;
+  if (step == 1 && B > 0) {
+    for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 8
+      for (int64_t q = 0; q < B; ++q) out[q * pitch + j] = in[j * B + q];
+    }
+    return;
+  }
+  for (int64_t q = 0; q < b; ++q) {
+    for (int64_t j = 0; j < n; ++j) out[q * pitch + j] = in[(j * b + q) * step];
+  }
+}
+
+// out[j b + q] = in_q[j], in_q = in + q pitch.
+template <class E, int B>
+static void gather_row(const E* in, int64_t pitch, int64_t step, E* out, int64_t b, int64_t n) {
+  if (B > 0) b = B;
+  if (step == 1 && B > 0) {
+    for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 8
+      for (int64_t q = 0; q < B; ++q) out[j * B + q] = in[q * pitch + j];
+    }
+    return;
+  }
+  for (int64_t q = 0; q < b; ++q) {
+    for (int64_t j = 0; j < n; ++j) out[j * b + q] = in[q * pitch + j * step];
+  }
+}
+
 // Unit: one row phase r of one image plane. Every copy of the plane gets the same b column phases.
 template <class E>
 static void space_to_depth_units(const ShuffleArgs& args, int64_t begin, int64_t end) {
   const Map& x = args.image;
   const Map& y = args.blocks;
-  const int64_t b = args.block;
+  const int64_t b = args.block, area = y.h * y.w;
+  const auto scatter = b == 2 ? scatter_row<E, 2> : b == 4 ? scatter_row<E, 4> : scatter_row<E, 0>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t r = unit % b, c = unit / b % x.c, n = unit / b / x.c;
+    E* out = reinterpret_cast<E*>(element(y, n, r * b * args.planes + c));
+    for (int64_t i = 0; i < y.h; ++i) {
+      const E* in = reinterpret_cast<const E*>(element(x, n, c, i * b + r));
+      scatter(in, x.sw, out + i * y.w, args.planes * area, b, y.w);
+    }
     for (int64_t q = 0; q < b; ++q) {
-      for (int64_t p = c; p < args.planes; p += x.c) {
-        const int64_t channel = (r * b + q) * args.planes + p;
-        E* out = reinterpret_cast<E*>(element(y, n, channel));
-        if (p != c) {
-          memcpy(out, element(y, n, channel - p + c), size_t(y.h * y.w) * sizeof(E));
-          continue;
-        }
-        for (int64_t i = 0; i < y.h; ++i) {
-          const E* in = reinterpret_cast<const E*>(element(x, n, c, i * b + r, q));
-          const int64_t step = b * x.sw;
-          for (int64_t j = 0; j < y.w; ++j) out[i * y.w + j] = in[j * step];
-        }
+      E* first = out + q * args.planes * area;
+      for (int64_t p = c + x.c; p < args.planes; p += x.c) {
+        memcpy(first + (p - c) * area, first, size_t(area) * sizeof(E));
       }
     }
   }
@@ -47,15 +77,14 @@ static void depth_to_space_planes(const ShuffleArgs& args, int64_t begin, int64_
   const Map& x = args.image;
   const Map& y = args.blocks;
   const int64_t b = args.block;
+  const auto gather = b == 2 ? gather_row<E, 2> : b == 4 ? gather_row<E, 4> : gather_row<E, 0>;
   for (int64_t plane = begin; plane < end; ++plane) {
     const int64_t n = plane / x.c, c = plane % x.c;
     for (int64_t row = 0; row < x.h; ++row) {
       E* out = reinterpret_cast<E*>(element(x, n, c, row));
-      for (int64_t q = 0; q < b; ++q) {
-        const int64_t channel = depth_to_space_source(c, row, q, args.planes, b);
-        const E* in = reinterpret_cast<const E*>(element(y, n, channel, row / b));
-        for (int64_t j = 0; j < y.w; ++j) out[j * b + q] = in[j * y.sw];
-      }
+      const int64_t channel = depth_to_space_source(c, row, 0, args.planes, b);
+      const E* in = reinterpret_cast<const E*>(element(y, n, channel, row / b));
+      gather(in, args.planes * y.sc, y.w <= 1 ? 1 : y.sw, out, b, y.w);
     }
   }
 }
