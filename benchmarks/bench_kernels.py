@@ -1,0 +1,35 @@
+"""The cases of ``benchmarks/kernels.py`` under pytest-benchmark, S0 by default.
+
+pytest benchmarks/bench_kernels.py --benchmark-only
+pytest benchmarks/bench_kernels.py --benchmark-only -k 'depthwise_conv and cpp' --benchmark-compare
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = {
+    f"{case.op}-{name}-{case.label}": (case, name)
+    for case in kernels.cases("s0", DEVICE)
+    for name in kernels.contestants(case.op, DEVICE)
+}
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_kernel(benchmark, key):
+    case, name = CASES[key]
+    runs = kernels.contestants(case.op, DEVICE)
+    assert not kernels.disagreement(case, runs, DEVICE)
+    arguments = case.make(DEVICE)
+
+    def call():
+        runs[name](*arguments)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{case.op} {case.label}"
+    benchmark(call)
