@@ -239,8 +239,8 @@ def run_part(part: Part, machine: Machine, output: Path, limit: float) -> Result
     if not part.skip:
         result.commands = [shlex.join(command) for command in commands]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
-        # The checkout that is built and tested comes before an installed package.
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if machine.device == "cuda":  # the checkout is built in place there, and comes before an installed package
+            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with (folder / "log.txt").open("w") as log:
             for command in commands:
                 print(f"$ {shlex.join(command)}", file=log, flush=True)

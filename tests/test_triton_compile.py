@@ -11,9 +11,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+import revkernels  # noqa: E402
 from revkernels.triton import INTERPRETED, LAUNCHERS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = Path(revkernels.__file__).parents[1]  # of the package under test, installed or not
 ELEMENTWISE = {"couple_identity_kernel", "couple_upsampled_kernel", "bn_act_kernel", "bn_act_grad_kernel"}
 REDUCTIONS = {"couple_adjoint_identity_kernel", "couple_adjoint_upsampled_kernel", "bn_stats_kernel"}
 REDUCTIONS |= {"bn_act_squeeze_kernel", "bn_act_grad_sums_kernel"}
@@ -31,8 +33,9 @@ print(json.dumps([asdict(row) for row in report(wanted=wanted)]))
 def rows(tmp_path_factory):
     """The largest level of the smallest network, and its squeeze-excite; in a process that really compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(PACKAGES)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, cwd=PACKAGES, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
