@@ -549,7 +549,7 @@ def report(scale: str, rows: Sequence[Row], quick: bool, caption: str) -> None:
     common.print_table(f"{scale.upper()}, batch {SCALES[scale]}, {rows[0].dtype}", COLUMNS, groups, caption)
 
 
-def parse(argv: Sequence[str] | None) -> Any:
+def _parser() -> common.ArgumentParser:
     parser = common.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", default="*", help="comma list of ops or wildcards: couple_, 'depthwise*'")
     parser.add_argument("--scales", help=f"comma list of {', '.join(SCALES)} (default all; with --quick s0)")
@@ -561,7 +561,11 @@ def parse(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--rounds", type=int, help=f"turns that everybody takes (default {ROUNDS})")
     parser.add_argument("--quick", action="store_true", help="the two heaviest shapes of each op, few rounds")
     parser.add_argument("--output", default=str(common.RESULTS), help="directory for the CSV")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> Any:
+    arguments = _parser().parse_args(argv)
     arguments.scales = (arguments.scales or ("s0" if arguments.quick else ",".join(SCALES))).lower().split(",")
     unknown = [s for s in arguments.scales if s not in SCALES]
     if unknown:

@@ -34,8 +34,7 @@ from revbifpn.memory import MIB, measure_sample
 # has a higher limit: its chunks are so many small ops that computing them takes less time than pretending to.
 REAL_GMACS, REAL_GMACS_FAST = 60, 500
 
-QUICK = ("revbifpn_s0", "revbifpn_s2/fast", "revbifpn_s3/fast", "hrnet_w18", "hrnet_w48", "tf_efficientnet_b0")
-QUICK_BATCH = 2
+QUICK = ("revbifpn_s0", "revbifpn_s2/fast", "hrnet_w18", "tf_efficientnet_b0")
 
 EQUAL, NATIVE = "equal", "native"  # all at one resolution, or each at the one that it was trained at
 FAST, REVERSIBLE, STORED, CHECKPOINTED = "fast", "reversible", "stored", "checkpointed"
@@ -65,7 +64,7 @@ class Candidate:
         """1 where memory is linear from there on; more where work goes by chunks of samples and the peak may move."""
         if self.variant not in (FAST, REVERSIBLE):
             return 1
-        return 8 if self.gmacs < 2 else 4 if self.gmacs < 8 else 2
+        return 8 if self.gmacs < 2 else 4
 
     def step_gmacs(self, resolution: int, batch: int) -> float:
         """Of the two steps at ``batch`` and ``2 * batch``: forward, its recomputation, and twice that for gradients."""
@@ -340,7 +339,7 @@ def _parser() -> common.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=224, help="pixels, of the first table (default 224)")
     parser.add_argument("--batch", type=int, help="b of (peak(2b) - peak(b)) / b (default: see docs/memory.md)")
     parser.add_argument("--dtype", choices=tuple(common.DTYPES), default="float32", help="16 bits: under autocast")
-    parser.add_argument("--quick", action="store_true", help=f"a few models at batch {QUICK_BATCH}, under a minute")
+    parser.add_argument("--quick", action="store_true", help="a few models, under a minute")
     parser.add_argument(
         "--fake",
         action="store_const",
@@ -364,8 +363,6 @@ def _checked(argv: Sequence[str] | None) -> Any:
         raise UsageError("--fake: the CUDA allocator is metered on real tensors only; add --device cpu")
     patterns = arguments.models.split(",") if arguments.models else QUICK if arguments.quick else ["*"]
     arguments.candidates = select([pattern.strip() for pattern in patterns])
-    if arguments.quick and arguments.batch is None:
-        arguments.batch = QUICK_BATCH
     arguments.output = common.pick_output(arguments.output)
     common.require("matplotlib")
     if any(c.family != REVBIFPN for c in arguments.candidates):

@@ -135,9 +135,9 @@ def test_part_that_cannot_run_is_skipped_with_the_reason(run):
 
 
 def test_environment_of_a_part(run):
-    show = "import os; print(os.environ['OF_THE_PART'], os.environ['PYTHONPATH'].split(os.pathsep)[0])"
+    show = "import os; print(os.environ['OF_THE_PART'])"
     _, _, found = run([Part("shows", (python(show),), environment={"OF_THE_PART": "7"})])
-    assert found["shows"]["headline"] == f"7 {suite.ROOT}"
+    assert found["shows"]["headline"] == "7"
 
 
 def test_archive_holds_the_folder(run, tmp_path):
