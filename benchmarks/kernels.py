@@ -48,6 +48,8 @@ SCALES = {"s0": 8, "s3": 4, "s6": 2}  # batch of the training step
 ROUNDS, QUICK_ROUNDS = 15, 5
 SAMPLE_SECONDS = 2e-4  # calls shorter than this are repeated within one reading
 ULP = {torch.float32: 2**-23, torch.float64: 2**-52, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+LARGEST_INTEGER = 4096  # in an integer argument
+ULP |= {torch.int16: 1 / LARGEST_INTEGER}
 
 
 # Cases --------------------------------------------------------------------------------------------
@@ -67,8 +69,11 @@ class Spec:
 
     def make(self, device: torch.device, generator: torch.Generator) -> Tensor:
         span = 1 + sum(s * (n - 1) for s, n in zip(self.stride, self.shape, strict=True)) if self.bytes else 0
-        values = torch.randn(span, generator=generator).to(device, self.dtype)
-        return values.as_strided(self.shape, self.stride)
+        if self.dtype.is_floating_point:
+            values = torch.randn(span, generator=generator)
+        else:
+            values = torch.randint(-LARGEST_INTEGER, LARGEST_INTEGER + 1, (span,), generator=generator)
+        return values.to(device, self.dtype).as_strided(self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,10 @@ class Case:
             words += [f"k{kernel} s{self.arguments[-1]}"] + ["+act"] * isinstance(scale, Spec)
         elif self.op in ("couple_", "couple_adjoint"):
             words += ["f" + ",".join(map(str, self.arguments[4 if self.op == "couple_" else 3]))]
-            words += ["minus"] * (self.op == "couple_" and self.arguments[-1])
+            if self.op == "couple_":
+                subtract, *fixed_point = (a for a in self.arguments[6:] if a is not None)
+                words += ["minus"] * subtract + [f"g{bits}" for bits in fixed_point[:1]]
+                words += ["counted"] * (len(fixed_point) == 2)
         elif self.op.startswith("upsample"):
             words += [f"f{self.arguments[1]}"]
         elif self.op in ("bn_act", "bn_act_grad"):
@@ -190,7 +198,7 @@ def _public_ops(found: Sequence[Case]) -> Iterator[Case]:
 
     for case in found:
         if case.op == "couple_":
-            _, maps, _, _, factors, mode, _ = case.arguments
+            _, maps, _, _, factors, mode, *_ = case.arguments
             for p, f in zip(maps, factors, strict=True):
                 n, c, h, w = p.shape
                 if f > 1:
@@ -236,14 +244,26 @@ def _interpolate_backward(dy: Tensor, factor: int, mode: str) -> Tensor:
     return torch.ops.aten.upsample_bilinear2d_backward(dy, [h, w], size, False, None, None)
 
 
-def _couple_(y, p, scale, shift, factors, mode, subtract):  # noqa: ANN001, ANN202
+def _couple_(y, p, scale, shift, factors, mode, subtract, fraction_bits=None, overflow=None):  # noqa: ANN001, ANN202
+    total = y if fraction_bits is None else torch.zeros_like(y, dtype=reference.accumulate_dtype(y.dtype))
     for p_k, a_k, b_k, f_k in zip(p, scale, shift, factors, strict=True):
         if a_k is not None and b_k is not None:
             p_k = torch.addcmul(b_k[..., None, None].to(p_k.dtype), p_k, a_k[..., None, None].to(p_k.dtype))
         elif a_k is not None or b_k is not None:
             p_k = p_k * a_k[..., None, None] if b_k is None else p_k + b_k[..., None, None]
         term = _interpolate(p_k, f_k, mode)
-        y.sub_(term) if subtract else y.add_(term)
+        total.sub_(term) if subtract else total.add_(term)
+    if fraction_bits is None:
+        return
+    q = torch.round(total.mul_(2.0**fraction_bits))
+    if y.dtype == torch.int16:
+        exact = y + q.to(torch.int32)
+        outside = y.copy_(exact) != exact
+    else:
+        digits = 53 if y.dtype == torch.float64 else 24
+        outside = y.add_(q, alpha=2.0**-fraction_bits).abs() >= 2.0 ** (digits - fraction_bits)
+    if overflow is not None:
+        overflow += outside.sum()
 
 
 def _couple_adjoint(dy, p, center, factors, mode):  # noqa: ANN001, ANN202
@@ -365,13 +385,15 @@ def _outcome(run: Callable, arguments: list[Any]) -> list[Tensor]:
 def disagreement(case: Case, runs: dict[str, Callable], device: torch.device) -> str:
     """Who is further from the reference in float64 than rounding explains; empty when nobody is."""
     arguments = case.make(device)
-    wide = _map(arguments, Tensor, lambda t: t.double())
+    wide = _map(arguments, Tensor, lambda t: t.double() if t.is_floating_point() else t)
     want = _outcome(getattr(reference, case.op), wide)
+    is_fixed_point = case.op == "couple_" and len(arguments) > 7 and arguments[7] is not None
+    step = 2.0 ** -arguments[7] if is_fixed_point else 0.0
     errors = {}
     for name, run in runs.items():
         got = _outcome(run, arguments)
-        errors[name] = [(relative_error(a, b), ULP[a.dtype]) for a, b in zip(got, want, strict=True)]
-    coarsest = max(ULP[t.dtype] for t in _tensors(arguments))
+        errors[name] = [(relative_error(a, b), max(ULP[a.dtype], step)) for a, b in zip(got, want, strict=True)]
+    coarsest = max(step, *(ULP[t.dtype] for t in _tensors(arguments) if t.dtype in ULP))
     for name, pairs in errors.items():
         for k, (error, ulp) in enumerate(pairs):
             # Sums of many terms of either sign lose digits to cancellation, PyTorch's as much as ours.

@@ -17,6 +17,8 @@ from revkernels.reference import accumulate_dtype
 FACTORS = (1, 2, 4, 8)
 MODES = ("bilinear", "nearest")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FIXED_POINT_DTYPES = (torch.float32, torch.float64, torch.int16)
+FRACTION_BITS = range(-8, 25)
 
 _ops = torch.ops.revkernels
 
@@ -27,13 +29,15 @@ def forbid_double_backward(name: str) -> None:
         raise RuntimeError(f"{name} is differentiable once: double backward (create_graph=True) is not supported")
 
 
-def _check_map(name: str, x: Tensor, device: torch.device | None = None) -> None:
+def _check_map(
+    name: str, x: Tensor, device: torch.device | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected one of {[str(d) for d in DTYPES]}, got {x.dtype}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected one of {[str(d) for d in dtypes]}, got {x.dtype}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
 
@@ -86,6 +90,33 @@ def _check_contributions(y: Tensor, p: Sequence[Tensor], factors: Sequence[int],
             )
 
 
+def _check_fixed_point(y: Tensor, fraction_bits: int | None, overflow: Tensor | None) -> None:
+    if fraction_bits is None:
+        if y.dtype == torch.int16:
+            raise TypeError("fraction_bits: expected an int, as y is int16 and holds y * 2^fraction_bits, got None")
+        if overflow is not None:
+            raise ValueError("overflow: expected None without fraction_bits, as only fixed-point streams have a range")
+        return
+    if not isinstance(fraction_bits, int) or isinstance(fraction_bits, bool):
+        raise TypeError(f"fraction_bits: expected an int or None, got {type(fraction_bits).__name__}")
+    if fraction_bits not in FRACTION_BITS:
+        wanted = f"{FRACTION_BITS.start} to {FRACTION_BITS.stop - 1}"
+        raise ValueError(f"fraction_bits: expected {wanted}, got {fraction_bits}")
+    if y.dtype not in FIXED_POINT_DTYPES:
+        wanted = [str(d) for d in FIXED_POINT_DTYPES]
+        raise TypeError(f"y: expected one of {wanted}, as fraction_bits is given, got {y.dtype}")
+    if overflow is None:
+        return
+    if not isinstance(overflow, Tensor):
+        raise TypeError(f"overflow: expected a Tensor or None, got {type(overflow).__name__}")
+    if overflow.dtype != torch.int64:
+        raise TypeError(f"overflow: expected torch.int64, got {overflow.dtype}")
+    if overflow.numel() != 1:
+        raise ValueError(f"overflow: expected one element, got shape {tuple(overflow.shape)}")
+    if overflow.device != y.device:
+        raise ValueError(f"overflow: expected a tensor on {y.device}, got one on {overflow.device}")
+
+
 def couple_(
     y: Tensor,
     p: Sequence[Tensor],
@@ -95,19 +126,30 @@ def couple_(
     shift: Sequence[Tensor | None] | None = None,
     mode: str = "bilinear",
     subtract: bool = False,
+    fraction_bits: int | None = None,
+    overflow: Tensor | None = None,
 ) -> Tensor:
-    """Additive coupling in place: ``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``, in one pass over y.
+    """Additive coupling in place: ``y <- y +/- t, t = sum_k up_{f_k}(a_k p_k + b_k)``, in one pass over y.
 
     The sum is kept in float32 (float64 for float64) and rounded to y once, the same way for both signs.
 
+    With ``fraction_bits = g`` the stream is fixed-point, and the inverse exact: t becomes ``q 2^-g`` with
+    ``q = rint(t 2^g)``, half to even. A float y on the grid of multiples of ``2^-g`` becomes ``y +/- q 2^-g``, without
+    rounding while it is below ``2^(24 - g)`` (``2^(53 - g)`` in float64). An int16 y holds ``y 2^g`` and becomes
+    ``wrap16(y +/- q)``, which inverts bit for bit whatever t is: q saturates at ``2^31``, and NaN counts as 0.
+
     Args:
-        y: ``[N, C, H, W]``, float, updated in place; any strides without overlap.
+        y: ``[N, C, H, W]``, float, updated in place; any strides without overlap. With ``fraction_bits`` int16, float32
+            or float64.
         p: contributions ``p_k [N, C, H / f_k, W / f_k]``, float, any strides, not necessarily y's dtype.
         factors: ``f_k`` in {1, 2, 4, 8}, one per contribution.
         scale: ``a_k``, ``[C]`` or ``[N, C]`` each, or None for 1.
         shift: ``b_k``, likewise, or None for 0.
         mode: ``"bilinear"`` (``align_corners=False``) or ``"nearest"``.
         subtract: the inverse operation.
+        fraction_bits: g, in -8 .. 24; None for a floating-point stream.
+        overflow: int64, one element on y's device, updated in place: grows by the number of elements whose result left
+            the range of its exactness, or whose t is not finite. None: they are not counted.
 
     Returns:
         y.
@@ -115,7 +157,8 @@ def couple_(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
     """
-    _check_map("y", y)
+    _check_map("y", y, dtypes=(*DTYPES, torch.int16))
+    _check_fixed_point(y, fraction_bits, overflow)
     if _is_overlapping(y):
         raise ValueError(f"y: expected memory without overlap for an in-place update, got strides {y.stride()}")
     _check_contributions(y, p, factors, mode)
@@ -124,7 +167,7 @@ def couple_(
     for k in range(len(p)):
         _check_vector(f"scale[{k}]", scale[k], y.shape[0], y.shape[1], y.device)
         _check_vector(f"shift[{k}]", shift[k], y.shape[0], y.shape[1], y.device)
-    _ops.couple_(y, list(p), scale, shift, list(factors), mode, subtract)
+    _ops.couple_(y, list(p), scale, shift, list(factors), mode, subtract, fraction_bits, overflow)
     return y
 
 

@@ -101,8 +101,18 @@ def couple_(
     factors: list[int],
     mode: str,
     subtract: bool,
+    fraction_bits: int | None = None,
+    overflow: Tensor | None = None,  # int64, one element, updated in place
 ) -> None:
-    """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``, summed in ``accumulate_dtype`` and rounded to y once."""
+    """``y <- y +/- t, t = sum_k up_{f_k}(a_k p_k + b_k)``, summed in ``accumulate_dtype`` and rounded to y once.
+
+    With ``fraction_bits = g``, t is first rounded to ``q 2^-g, q = rint(t 2^g)``, half to even; y lies on that grid.
+    A float y becomes ``y +/- q 2^-g``. An int16 y holds ``y 2^g`` and becomes ``wrap16(y +/- q)``; q saturates at
+    ``2^31``, which is 0 modulo ``2^16``, and NaN counts as 0 too. ``overflow`` grows by the number of elements whose
+    result is not below ``2^(24 - g)`` (``2^(53 - g)`` in float64), or no int16, or whose t is not finite.
+    """
+    if not p:
+        return
     acc = accumulate_dtype(y.dtype)
     total = y.new_zeros(y.shape, dtype=acc)
     for p_k, a_k, b_k, f_k in zip(p, scale, shift, factors, strict=True):
@@ -112,7 +122,21 @@ def couple_(
         if b_k is not None:
             term = term + _per_channel(b_k).to(acc)
         total += upsample(term, f_k, mode)
-    y.copy_(y.to(acc) - total if subtract else y.to(acc) + total)
+    if fraction_bits is None:
+        y.copy_(y.to(acc) - total if subtract else y.to(acc) + total)
+        return
+    q = torch.round(total * 2.0**fraction_bits)
+    if y.dtype == torch.int16:
+        q = q.nan_to_num(0.0).clamp(-(2.0**31), 2.0**31).to(torch.int64)
+        exact = y - q if subtract else y + q
+        outside = (exact < -(2**15)) | (exact >= 2**15) | total.isnan()
+        y.copy_((exact + 2**15) % 2**16 - 2**15)
+    else:
+        step, digits = 2.0**-fraction_bits, 53 if acc == torch.float64 else 24
+        y.copy_(y - q * step if subtract else y + q * step)
+        outside = ~(y.abs() < 2.0**digits * step)
+    if overflow is not None:
+        overflow += outside.sum()
 
 
 def couple_adjoint(

@@ -105,8 +105,8 @@ _register("depth_to_space(Tensor y, int channels, int block) -> Tensor", _depth_
 _register("space_to_depth_adjoint(Tensor dy, int channels, int block) -> Tensor", _depth_to_space)
 _register(
     "couple_(Tensor(a!) y, Tensor[] p, Tensor?[] scale, Tensor?[] shift, int[] factors, str interpolation, "
-    "bool subtract) -> ()",
-    lambda y, p, scale, shift, factors, mode, subtract: None,
+    "bool subtract, int? fraction_bits=None, Tensor(b!)? overflow=None) -> ()",
+    lambda y, p, scale, shift, factors, mode, subtract, fraction_bits=None, overflow=None: None,
 )
 _register(
     "couple_adjoint(Tensor dy, Tensor?[] p, Tensor?[] center, int[] factors, str interpolation) -> "

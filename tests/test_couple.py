@@ -6,6 +6,8 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from revkernels import reference
 from revkernels.testing import implementations, poison, relative_error
@@ -175,6 +177,249 @@ def test_subtracting_undoes_adding_within_rounding(couple):
     run(out, p, scale, shift, [2, 4], "bilinear", True)
     assert (out - y).abs().max().item() <= ULP[torch.float32] * largest
 
+
+# --- fixed-point streams ------------------------------------------------------------------------
+
+BITS = 8
+STREAMS = {"int16": torch.int16, "fp32 grid": torch.float32, "fp64 grid": torch.float64}
+RANGE = {torch.int16: 2.0**15, torch.float32: 2.0**24, torch.float64: 2.0**53}  # in grid steps
+MAPS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+streams = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+
+
+def draw_stream(shape, stream, device="cpu", seed=0, largest=30000):
+    """y on the grid of multiples of ``2^-BITS``, as ``stream`` holds it."""
+    g = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-largest, largest + 1, shape, generator=g)
+    return steps.to(device, stream) if stream == torch.int16 else (steps.to(stream) * 2.0**-BITS).to(device)
+
+
+def draw_exact(shape, factors, dtype, device="cpu", seed=0):
+    """p, scale, shift, such that every t is exact in float32 and many lie half-way between two grid points."""
+    g = torch.Generator().manual_seed(seed)
+    n, c, h, w = shape
+    p = [torch.randint(-60, 61, (n, c, h // f, w // f), generator=g).to(device, dtype) / 8 for f in factors]
+    scale, shift = ([torch.randint(-3, 4, (c,), generator=g).to(device).float() for _ in factors] for _ in range(2))
+    return p, scale, [b / 512 for b in shift]
+
+
+def counter(device):
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def both(run, y, p, scale, shift, factors, mode, subtract=False, bits=BITS):
+    """``(result, overflow)`` of an implementation and of the reference."""
+    results = []
+    for couple in (run, reference.couple_):
+        out, overflow = y.clone(), counter(y.device)
+        assert couple(out, p, scale, shift, list(factors), mode, subtract, bits, overflow) is None
+        results.append((out, overflow))
+    return results
+
+
+@couples
+@modes
+@streams
+@pytest.mark.parametrize("dtype", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize(
+    "shape, factors",
+    [((2, 3, 8, 24), (1, 2, 4, 8)), ((2, 3, 7, 7), (1,)), ((1, 2, 6, 70), (1, 2)), ((1, 1, 1, 1), (1,)),
+     ((1, 2, 2, 2), (2,)), ((2, 5, 3, 1), (1, 1)), ((0, 3, 8, 8), (2, 1)), ((1, 1, 8, 8), (8,) * 5)],
+    ids=str,
+)  # fmt: skip
+def test_fixed_point_stream_equals_the_reference_and_inverts_exactly(couple, mode, stream, dtype, shape, factors):
+    run, device = COUPLE[couple]
+    y = draw_stream(shape, stream, device, largest=20000)
+    terms = (*draw_exact(shape, factors, dtype, device), factors, mode)
+    for subtract in (False, True):
+        (out, overflow), (want, count) = both(run, y, *terms, subtract)
+        assert torch.equal(out, want) and torch.equal(overflow, count)
+        assert y.numel() < 8 or not torch.equal(out, y)
+        run(out, *terms[:3], list(factors), mode, not subtract, BITS)
+        assert torch.equal(out, y)
+
+
+@couples
+@streams
+@pytest.mark.parametrize("bits", [-8, 0, 11, 24])
+def test_fixed_point_stream_is_within_one_step_of_the_reference_for_any_contribution(couple, stream, bits):
+    run, device = COUPLE[couple]
+    factors = (1, 2, 4)
+    _, p, scale, shift = draw(2, 3, 8, 24, factors, affine=("sample", None, "channel"), device=device)
+    p, shift = ([None if v is None else v * 2.0 ** (8 - bits) for v in values] for values in (p, shift))
+    y = torch.arange(2.0 * 3 * 8 * 24, device=device).view(2, 3, 8, 24)
+    y = y.to(stream) if stream == torch.int16 else y.to(stream) * 2.0**-bits
+    step = 1 if stream == torch.int16 else 2.0**-bits
+    (out, _), (want, _) = both(run, y, p, scale, shift, factors, "bilinear", bits=bits)
+    assert (out.double() - want.double()).abs().max() <= step
+    run(out, p, scale, shift, list(factors), "bilinear", True, bits)
+    assert torch.equal(out, y)
+
+
+@couples
+@streams
+def test_fixed_point_rounding_takes_half_to_even(couple, stream):
+    run, device = COUPLE[couple]
+    p = torch.tensor([-2.5, -1.5, -0.5, 0.49999997, 0.5, 1.5, 2.5, 2.0**22 + 0.5, 2.0**23 + 1], device=device)
+    out = torch.zeros(1, 1, 1, p.numel(), dtype=stream, device=device)
+    run(out, [p.view_as(out)], [None], [None], [1], "bilinear", False, 0)
+    want = torch.tensor([-2, -2, 0, 0, 0, 2, 2, 2**22, 2**23 + 1], device=device)
+    assert torch.equal(out.flatten(), want.to(stream))
+
+
+@couples
+@streams
+@pytest.mark.parametrize("layout", [half, spaced, channels_last, transposed])
+@pytest.mark.parametrize("factors", [(1,), (1, 2, 4)], ids=str)
+def test_fixed_point_stream_takes_any_strides_and_writes_nothing_else(couple, stream, layout, factors):
+    run, device = COUPLE[couple]
+    y = draw_stream((2, 2, 4, 12), stream, device)
+    terms = (*draw_exact(y.shape, factors, torch.float32, device), factors, "bilinear")
+    _, (want, count) = both(run, y, *terms)
+    out, overflow = layout(y.shape, dtype=stream, device=device).copy_(y), counter(device)
+    around = out._base.clone() if out._base is not None else None
+    run(out, *terms[:3], list(factors), "bilinear", False, BITS, overflow)
+    assert torch.equal(out, want) and torch.equal(overflow, count)
+    if around is not None:
+        torch.as_strided(around, out.shape, out.stride(), out.storage_offset()).copy_(out)
+        assert torch.equal(out._base, around)
+
+
+@couples
+@streams
+@pytest.mark.parametrize("shape, factors", [((2, 3, 5, 7), (1,)), ((2, 3, 8, 40), (1, 2))], ids=str)
+def test_results_beyond_the_range_are_counted_and_int16_wraps_around_and_inverts(couple, stream, shape, factors):
+    run, device = COUPLE[couple]
+    y = draw_stream(shape, stream, device, largest=32767)
+    p, scale, shift = draw_exact(shape, factors, torch.float32, device)
+    p = [p_k * RANGE[stream] * 2.0 ** -(BITS + 3) for p_k in p]
+    shift = [b * 0 for b in shift]
+    for subtract in (False, True):
+        (out, overflow), (want, count) = both(run, y, p, scale, shift, factors, "nearest", subtract)
+        assert torch.equal(out, want)
+        assert torch.equal(overflow, count) and 0 < count < y.numel()
+        if stream == torch.int16:
+            run(out, p, scale, shift, list(factors), "nearest", not subtract, BITS)
+            assert torch.equal(out, y)
+
+
+EXTREMES = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31, -(2.0**31), 2.0**31 - 128, 2.0**33, 1e-40]
+
+
+@couples
+@streams
+@pytest.mark.parametrize("subtract", [False, True])
+def test_extreme_contributions_are_counted_and_int16_inverts(couple, stream, subtract):
+    run, device = COUPLE[couple]
+    p = torch.tensor(EXTREMES * 4, device=device).view(1, 2, 1, -1)
+    y = draw_stream(p.shape, stream, device)
+    (out, overflow), (want, count) = both(run, y, [p], [None], [None], (1,), "bilinear", subtract, bits=0)
+    assert torch.equal(out.nan_to_num(7), want.nan_to_num(7))
+    assert torch.equal(overflow, count)
+    assert count == 4 * (5 if stream == torch.float64 else 9)
+    if stream == torch.int16:
+        run(out, [p], [None], [None], [1], "bilinear", not subtract, 0)
+        assert torch.equal(out, y)
+
+
+@couples
+def test_overflow_is_added_to_what_was_counted_before(couple):
+    run, device = COUPLE[couple]
+    y = torch.full((2, 2, 64, 96), 32767, dtype=torch.int16, device=device)
+    p, overflow = torch.ones(y.shape, device=device), torch.full((1,), 5, device=device)
+    run(y, [p], [None], [None], [1], "bilinear", False, 0, overflow)
+    assert overflow.item() == 5 + y.numel() and (y == -32768).all()
+
+
+@couples
+@streams
+def test_without_contributions_a_fixed_point_stream_stays_and_nothing_is_counted(couple, stream):
+    run, device = COUPLE[couple]
+    y, overflow = torch.full((1, 2, 3, 4), 2.0**14, device=device).to(stream) * 2, counter(device)
+    out = y.clone()
+    run(out, [], [], [], [], "bilinear", False, 24, overflow)
+    assert torch.equal(out, y) and overflow.item() == 0
+
+
+@couples
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # from the interpreter's numpy
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_sequence_of_couplings_of_an_int16_stream_inverts_bit_for_bit(couple, data):
+    run, device = COUPLE[couple]
+    seed = data.draw(st.integers(0, 2**31))
+    y = draw_stream((1, 2, 8, 8), torch.int16, device, seed, largest=32768)
+    y = y.clamp(max=32767)
+    calls = []
+    for i in range(data.draw(st.integers(1, 4))):
+        factors = data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=3))
+        dtypes = (torch.float32, data.draw(st.sampled_from(list(MAPS.values()))))
+        _, p, scale, shift = draw(1, 2, 8, 8, factors, dtypes, ("sample", None), device, seed + i)
+        for p_k in p:
+            p_k *= data.draw(st.sampled_from([1e-3, 1.0, 1e4, 1e30]))
+            p_k[..., 0, 0] = data.draw(st.floats(width=32))
+        mode = data.draw(st.sampled_from(["bilinear", "nearest"]))
+        sign, bits = data.draw(st.booleans()), data.draw(st.integers(-8, 24))
+        calls.append((p, scale, shift, factors, mode, sign, bits))
+    out = y.clone()
+    for call in calls:
+        run(out, *call)
+    for *terms, sign, bits in reversed(calls):
+        run(out, *terms, not sign, bits)
+    assert torch.equal(out, y)
+
+
+@couples
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_sequence_of_couplings_on_a_grid_inverts_exactly_within_the_range(couple, data):
+    run, device = COUPLE[couple]
+    stream = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    seed, bits = data.draw(st.integers(0, 2**31)), data.draw(st.integers(-8, 14))
+    steps = torch.randint(-1000, 1001, (1, 2, 8, 8), generator=torch.Generator().manual_seed(seed))
+    y = (steps.to(stream) * 2.0**-bits).to(device)
+    calls = []
+    for i in range(data.draw(st.integers(1, 4))):
+        factors = data.draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=3))
+        terms = draw(1, 2, 8, 8, factors, affine=("sample", None), device=device, seed=seed + i)[1:]
+        calls.append((*terms, factors, "bilinear", data.draw(st.booleans())))
+    out, overflow = y.clone(), counter(device)
+    for call in calls:
+        run(out, *call, bits, overflow)
+    assert overflow.item() == 0
+    for *terms, sign in reversed(calls):
+        run(out, *terms, not sign, bits)
+    assert torch.equal(out, y)
+
+
+def test_native_fixed_point_streams_refuse_what_they_cannot_hold():
+    if "cpp-cpu" not in COUPLE:
+        pytest.skip("no native code")
+    run, y = COUPLE["cpp-cpu"][0], torch.zeros(1, 2, 4, 4)
+
+    def couple(y, *arguments):
+        run(y, [y.float()], [None], [None], [1], "bilinear", False, *arguments)
+
+    for message, arguments in {
+        "fraction_bits: expected an int": (y.short(),),
+        "fraction_bits: expected -8 to 24, got 25": (y, 25),
+        "fraction_bits: expected -8 to 24, got -9": (y, -9),
+        "y: expected int16, float32 or float64": (y.half(), 8),
+        "y: dtype Int is not supported": (y.int(), 8),
+        "overflow: expected None": (y, None, counter("cpu")),
+        "overflow: expected one int64": (y, 8, counter("cpu").int()),
+        "overflow: expected one int64 .* of shape": (y, 8, counter("cpu").repeat(2)),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            couple(*arguments)
+    with pytest.raises(RuntimeError, match="p: dtype Short is not supported"):
+        run(y, [y.short()], [None], [None], [1], "bilinear", False, 8)
+    with pytest.raises(RuntimeError, match="dy: dtype Short is not supported"):
+        ADJOINT["cpp-cpu"][0](y.short(), [None], [None], [2], "bilinear")
+
+
+# --- adjoint ------------------------------------------------------------------------------------
 
 ADJOINT_CASES = [
     *(((1, 2, 8, 24), factors) for factors in ALL_FACTORS),

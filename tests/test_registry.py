@@ -46,6 +46,18 @@ def samples(dtype=torch.float32):
     }
 
 
+def fixed_point_samples():
+    """Arguments of ``couple_`` on fixed-point streams, without and with a count of overflows."""
+    y, *terms = samples()["couple_"]
+    steps = (y * 256).round()
+    return {
+        "int16": (steps.short(), *terms, 8),
+        "int16, counted": (steps.short(), *terms, 8, torch.zeros(1, dtype=torch.int64)),
+        "grid": (steps / 256, *terms, 8),
+        "grid, counted": (steps / 256, *terms, 8, torch.zeros(1, dtype=torch.int64)),
+    }
+
+
 def flat(result):
     if isinstance(result, torch.Tensor):
         return [result]
@@ -68,6 +80,11 @@ def test_every_op_has_a_sample():
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     torch.library.opcheck(OPS[op].overload, samples()[op])
+
+
+@pytest.mark.parametrize("name", fixed_point_samples())
+def test_opcheck_of_fixed_point_streams(name):
+    torch.library.opcheck(OPS["couple_"].overload, fixed_point_samples()[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -148,7 +165,30 @@ def test_compiles_without_a_graph_break(op):
         torch.testing.assert_close(out, ref)
 
 
+@pytest.mark.parametrize("stream", [torch.int16, torch.float32], ids=str)
+def test_fixed_point_coupling_compiles_without_a_graph_break(stream):
+    torch._dynamo.reset()
+    p, overflow = torch.full((2, 4, 8, 8), 100.0), torch.zeros(1, dtype=torch.int64)
+
+    def call(y, p, overflow):
+        y, overflow = y + 0, overflow + 0
+        return revkernels.couple_(y, [p], [1], fraction_bits=12, overflow=overflow), overflow
+
+    y = torch.ones(2, 4, 8, 8, dtype=stream)
+    out, count = torch.compile(call, fullgraph=True, backend="aot_eager")(y, p, overflow)
+    want, wanted_count = call(y, p, overflow)
+    assert torch.equal(out, want) and torch.equal(count, wanted_count)
+    assert count.item() == (y.numel() if stream == torch.int16 else 0)
+
+
 Y = torch.zeros(2, 4, 8, 8)
+COUNT = torch.zeros(1, dtype=torch.int64)
+
+
+def couple_fixed(y=Y, fraction_bits=8, overflow=None):
+    return revkernels.couple_(y, [Y], [1], fraction_bits=fraction_bits, overflow=overflow)
+
+
 BAD = {
     "y: expected 4 dim": lambda: revkernels.couple_(Y[0], [Y[0]], [1]),
     "y: expected one of": lambda: revkernels.couple_(Y.long(), [Y.long()], [1]),
@@ -163,6 +203,20 @@ BAD = {
     "shift: expected one entry": lambda: revkernels.couple_(Y, [Y], [1], shift=[]),
     "mode: expected one of": lambda: revkernels.couple_(Y, [Y], [1], mode="cubic"),
     r"p\[0\]: expected a tensor on cpu": lambda: revkernels.couple_(Y, [Y.to("meta")], [1]),
+    "fraction_bits: expected an int, as y is int16": lambda: couple_fixed(Y.short(), None),
+    "fraction_bits: expected an int or None, got float": lambda: couple_fixed(fraction_bits=8.0),
+    "fraction_bits: expected an int or None, got bool": lambda: couple_fixed(fraction_bits=True),
+    "fraction_bits: expected -8 to 24, got 25": lambda: couple_fixed(fraction_bits=25),
+    "fraction_bits: expected -8 to 24, got -9": lambda: couple_fixed(fraction_bits=-9),
+    "y: expected one of .* as fraction_bits is given, got torch.float16": lambda: couple_fixed(Y.half()),
+    "y: expected one of .* as fraction_bits is given, got torch.bfloat16": lambda: couple_fixed(Y.bfloat16()),
+    r"p\[0\]: expected one of .* got torch.int16": lambda: revkernels.couple_(Y, [Y.short()], [1]),
+    "dy: expected one of .* got torch.int16": lambda: revkernels.couple_adjoint(Y.short(), [2]),
+    "overflow: expected None without fraction_bits": lambda: couple_fixed(Y, None, COUNT),
+    "overflow: expected a Tensor or None, got int": lambda: couple_fixed(overflow=0),
+    "overflow: expected torch.int64, got torch.int32": lambda: couple_fixed(overflow=COUNT.int()),
+    r"overflow: expected one element, got shape \(2,\)": lambda: couple_fixed(overflow=COUNT.repeat(2)),
+    "overflow: expected a tensor on cpu": lambda: couple_fixed(overflow=COUNT.to("meta")),
     r"factors\[0\]: expected a divisor": lambda: revkernels.couple_adjoint(Y[..., :7], [2]),
     "planes: expected at least": lambda: revkernels.space_to_depth(Y, 3, 2),
     "block: expected a divisor": lambda: revkernels.space_to_depth(Y, 4, 3),

@@ -45,6 +45,11 @@ def test_every_op_compiles_for_both_architectures(rows):
     assert {r["kernel"] for r in rows} <= ELEMENTWISE | REDUCTIONS | SMALL
 
 
+def test_couplings_compile_for_int16_streams(rows):
+    kernels = {"couple_identity_kernel", "couple_upsampled_kernel"}
+    assert {r["kernel"] for r in rows if r["configuration"].startswith("int16 stream")} == kernels
+
+
 def test_nothing_spills(rows):
     assert [r for r in rows if r["spill_bytes"] or r["registers"] > 128] == []
 

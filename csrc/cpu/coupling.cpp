@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <tuple>
 
 #include "tensors.h"
@@ -21,11 +22,37 @@ bool has_distinct_elements(const Map& m) {
   return true;
 }
 
+// A stream: int16 with fraction bits only, 16-bit float without them only.
+Map stream_of(const Tensor& y, std::optional<int64_t> fraction_bits) {
+  const bool integer = y.scalar_type() == ScalarType::Short;
+  const DType dtype = integer ? DType::int16 : dtype_of(y, "y");
+  STD_TORCH_CHECK(!integer || fraction_bits.has_value(),
+                  "fraction_bits: expected an int, as y is int16, got None");
+  STD_TORCH_CHECK(!fraction_bits.has_value() || (*fraction_bits >= -8 && *fraction_bits <= 24),
+                  "fraction_bits: expected -8 to 24, got ", fraction_bits.value_or(0));
+  STD_TORCH_CHECK(
+      !fraction_bits.has_value() || (dtype != DType::float16 && dtype != DType::bfloat16),
+      "y: expected int16, float32 or float64, as fraction_bits is given, got ",
+      torch::headeronly::toString(y.scalar_type()));
+  return map_of(y, "y", dtype);
+}
+
+int64_t* counter_of(const Tensor& t, std::optional<int64_t> fraction_bits) {
+  STD_TORCH_CHECK(fraction_bits.has_value(), "overflow: expected None without fraction_bits");
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.numel() == 1,
+                  "overflow: expected one int64 on the CPU, got ",
+                  torch::headeronly::toString(t.scalar_type()), " of shape ", shape_of(t));
+  return static_cast<int64_t*>(t.data_ptr());
+}
+
 void couple_(const Tensor& y, std::vector<Tensor> p, std::vector<std::optional<Tensor>> scale,
              std::vector<std::optional<Tensor>> shift, std::vector<int64_t> factors,
-             std::string mode, bool subtract) {
+             std::string mode, bool subtract, std::optional<int64_t> fraction_bits,
+             std::optional<Tensor> overflow) {
   CoupleArgs args;
-  args.y = map_of(y, "y");
+  args.y = stream_of(y, fraction_bits);
+  if (fraction_bits.has_value()) args.steps = std::ldexp(1.0, int(*fraction_bits));
+  if (overflow.has_value()) args.overflow = counter_of(*overflow, fraction_bits);
   STD_TORCH_CHECK(has_distinct_elements(args.y),
                   "y: elements overlap in memory; pass a tensor of its own");
   STD_TORCH_CHECK(

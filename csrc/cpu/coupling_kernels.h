@@ -70,12 +70,84 @@ static inline void set_rows(Term<A>& t, int64_t i) {
   t.scale1 = t.scale * (single ? A(0.5) : source.w1);
 }
 
+// How a stream takes the sum t. `Value` is an element of y, `Sum` the type of t; `take` updates up
+// to `left` of y's elements, and the lanes that it returns are -1 where a result left the range, if
+// `kCounts`. Signs are +1 or -1, steps powers of 2: products with them are exact, so that the
+// inverse undoes the very same sum.
+
+// y <- t.
+template <class A>
+struct Assigned {
+  using Value = A;
+  using Sum = A;
+  static constexpr bool kReads = false, kCounts = false;
+
+  explicit Assigned(const CoupleArgs&) {}
+  IVec<A> take(A* y, Vec<A> t, int64_t left) const {
+    store_left(y, t, left);
+    return IVec<A>{};
+  }
+};
+
+// y <- y + sign t.
+template <class A>
+struct Added {
+  using Value = A;
+  using Sum = A;
+  static constexpr bool kReads = true, kCounts = false;
+  A sign;
+
+  explicit Added(const CoupleArgs& args) : sign(A(args.sign)) {}
+  IVec<A> take(A* y, Vec<A> t, int64_t left) const {
+    store_left(y, load_left(y, left) + sign * t, left);
+    return IVec<A>{};
+  }
+};
+
+// y <- y + sign q / steps, q = rint(t steps).
+template <class A, bool Counts>
+struct OnGrid {
+  using Value = A;
+  using Sum = A;
+  static constexpr bool kReads = true, kCounts = Counts;
+  A steps, step, limit;
+
+  explicit OnGrid(const CoupleArgs& args)
+      : steps(A(args.steps)), step(A(args.sign / args.steps)), limit(kPrecision<A> / steps) {}
+  IVec<A> take(A* y, Vec<A> t, int64_t left) const {
+    const Vec<A> z = load_left(y, left) + nearest(t * steps) * step;
+    store_left(y, z, left);
+    return magnitude_bits(z) >= magnitude_bits(splat(limit));  // infinity and NaN are above
+  }
+};
+
+// y <- wrap16(y + sign q), q = rint(t steps); beyond int32 and for NaN q is -2^31, which is 0
+// modulo 2^16 and far outside.
+template <bool Counts>
+struct Wrapped {
+  using Value = int16_t;
+  using Sum = float;
+  static constexpr bool kReads = true, kCounts = Counts;
+  float steps;
+
+  explicit Wrapped(const CoupleArgs& args) : steps(float(args.sign * args.steps)) {}
+  IVec<float> take(int16_t* y, Vec<float> t, int64_t left) const {
+    const IVec<float> z = add_wrapped(load_left(y, left), nearest_int32(t * steps));
+    store_left(y, z, left);
+    return z << 16 >> 16 != z;
+  }
+};
+
 // The first `ups` terms are upsampled (Ups of them if that is known at compile time), the others
-// have f = 1. Down the columns first, in registers, then across the lanes.
-template <class A, int Ups, bool Assign>
-static void couple_row(A* y, const Term<A>* terms, int64_t ups, int64_t count, A shift, A sign,
-                       int64_t w) {
+// have f = 1. Down the columns first, in registers, then across the lanes. Returns how many results
+// left the range.
+template <class Stream, int Ups>
+static int64_t couple_row(Stream stream, typename Stream::Value* y,
+                          const Term<typename Stream::Sum>* terms, int64_t ups, int64_t count,
+                          typename Stream::Sum shift, int64_t w) {
+  using A = typename Stream::Sum;
   constexpr int L = kLanes<A>;
+  IVec<A> outside{};
   if (Ups >= 0) ups = Ups;
   for (int64_t j = 0; j < w; j += L) {
     const int64_t left = w - j;
@@ -91,13 +163,19 @@ static void couple_row(A* y, const Term<A>* terms, int64_t ups, int64_t count, A
     }
     for (int64_t k = ups; k < count; ++k)
       total += load_left(terms[k].row0 + j, left) * terms[k].scale;
-    // sign is +1 or -1: the product is exact, so that the inverse undoes the very same sum.
-    store_left(y + j, Assign ? total : load_left(y + j, left) + sign * total, left);
+    const IVec<A> beyond = stream.take(y + j, total, left);
+    if (Stream::kCounts) outside -= left < L ? beyond & first_ones<A>(left) : beyond;
   }
+  int64_t sum = 0;
+  for (int l = 0; Stream::kCounts && l < L; ++l) sum += outside[l];
+  return sum;
 }
 
-template <class A, bool Assign>
+template <class Stream>
 static void couple_planes(const CoupleArgs& args, int64_t begin, int64_t end) {
+  using A = typename Stream::Sum;
+  using Value = typename Stream::Value;
+  const Stream stream(args);
   const Map& y = args.y;
   const int64_t count = args.count;
   bool is_flat = flat(y);
@@ -109,9 +187,10 @@ static void couple_planes(const CoupleArgs& args, int64_t begin, int64_t end) {
   }
   const int64_t vectors = ceil_div(y.w, kLanes<A>);
   Scratch scratch(
-      (1 + 2 * count) * Scratch::bytes<A>(room) + Scratch::bytes<Term<A>>(count) +
+      Scratch::bytes<Value>(room) + 2 * count * Scratch::bytes<A>(room) +
+      Scratch::bytes<Term<A>>(count) +
       ups * (Scratch::bytes<Lerp<A>>(y.h) + Scratch::bytes<HorizontalPattern<A>>(vectors)));
-  A* y_scratch = scratch.take<A>(room);
+  Value* y_scratch = scratch.take<Value>(room);
   Term<A>* terms = scratch.take<Term<A>>(count);
   int64_t next_up = 0, next_flat = ups;
   for (int64_t k = 0; k < count; ++k) {
@@ -130,12 +209,13 @@ static void couple_planes(const CoupleArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < y.h; ++i) sources[i] = upsample_source<A>(i, f, t.args->p.h, args.mode);
     t.sources = sources;
   }
-  const auto row_kernel = ups == 0   ? couple_row<A, 0, Assign>
-                          : ups == 1 ? couple_row<A, 1, Assign>
-                          : ups == 2 ? couple_row<A, 2, Assign>
-                          : ups == 3 ? couple_row<A, 3, Assign>
-                                     : couple_row<A, -1, Assign>;
+  const auto row_kernel = ups == 0   ? couple_row<Stream, 0>
+                          : ups == 1 ? couple_row<Stream, 1>
+                          : ups == 2 ? couple_row<Stream, 2>
+                          : ups == 3 ? couple_row<Stream, 3>
+                                     : couple_row<Stream, -1>;
 
+  int64_t outside = 0;
   for (int64_t plane = begin; plane < end; ++plane) {
     const int64_t n = plane / y.c, c = plane % y.c;
     A shift = 0;
@@ -148,15 +228,15 @@ static void couple_planes(const CoupleArgs& args, int64_t begin, int64_t end) {
     }
     const auto couple_segment = [&](int64_t row, int64_t column, int64_t length) {
       char* data = element(y, n, c, row, column);
-      A* out = row_out(y, data, y_scratch);
-      if (!Assign && out == y_scratch) read_row(y, data, out, length);
+      Value* out = row_out(y, data, y_scratch);
+      if (Stream::kReads && out == y_scratch) read_row(y, data, out, length);
       for (int64_t k = 0; k < ups; ++k) set_rows(terms[k], row);
       for (int64_t k = ups; k < count; ++k) {
         Term<A>& t = terms[k];
         const Map& p = t.args->p;
         t.row0 = row_as(p, element(p, n, c, row, column), t.slots[0], length);
       }
-      row_kernel(out, terms, ups, count, shift, A(args.sign), length);
+      outside += row_kernel(stream, out, terms, ups, count, shift, length);
       finish_row(y, out, data, length);
     };
     if (ups > 0) {
@@ -165,15 +245,23 @@ static void couple_planes(const CoupleArgs& args, int64_t begin, int64_t end) {
       for_segments(is_flat, y.h, y.w, couple_segment);
     }
   }
+  if (Stream::kCounts) __atomic_fetch_add(args.overflow, outside, __ATOMIC_RELAXED);
+}
+
+template <class A>
+static void couple_float(const CoupleArgs& args, int64_t begin, int64_t end) {
+  args.assign       ? couple_planes<Assigned<A>>(args, begin, end)
+  : args.steps == 0 ? couple_planes<Added<A>>(args, begin, end)
+  : args.overflow   ? couple_planes<OnGrid<A, true>>(args, begin, end)
+                    : couple_planes<OnGrid<A, false>>(args, begin, end);
 }
 
 static void couple(const CoupleArgs& args, int64_t begin, int64_t end) {
-  if (args.wide) {
-    args.assign ? couple_planes<double, true>(args, begin, end)
-                : couple_planes<double, false>(args, begin, end);
+  if (args.y.dtype == DType::int16) {
+    args.overflow ? couple_planes<Wrapped<true>>(args, begin, end)
+                  : couple_planes<Wrapped<false>>(args, begin, end);
   } else {
-    args.assign ? couple_planes<float, true>(args, begin, end)
-                : couple_planes<float, false>(args, begin, end);
+    args.wide ? couple_float<double>(args, begin, end) : couple_float<float>(args, begin, end);
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace revkernels {
 
-enum class DType : int { float32, float64, float16, bfloat16 };
+enum class DType : int { float32, float64, float16, bfloat16, int16 };  // int16: streams only
 
 // A [N, C, H, W] map of any strides, counted in elements.
 struct Map {
@@ -26,6 +26,7 @@ struct Coefficient {
 };
 
 // y <- y + sign sum_k up_{f_k}(a_k p_k + b_k); with `assign`, y <- sum_k (...).
+// With `steps` = 2^g, the sum t becomes q / steps, q = rint(t steps); an int16 y holds y steps.
 struct Contribution {
   Map p;
   Coefficient scale, shift;
@@ -38,6 +39,8 @@ struct CoupleArgs {
   int64_t count = 0;
   Upsampling mode = Upsampling::bilinear;
   double sign = 1;
+  double steps = 0;             // grid steps per unit; 0 for no grid
+  int64_t* overflow = nullptr;  // grows by the results that left the range; null: not counted
   bool assign = false;
   bool wide = false;  // accumulate in float64
 };

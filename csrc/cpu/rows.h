@@ -87,7 +87,9 @@ static inline void convert(const float* in, float16* out, int64_t n) {
 
 template <class To, class From>
 static inline To cast(From value) {
-  if constexpr (std::is_same_v<To, bfloat16> || std::is_same_v<To, float16>) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, bfloat16> || std::is_same_v<To, float16>) {
     return from_float<To>(float(value));
   } else {
     return To(to_float(value));
@@ -126,7 +128,9 @@ static void write_as(const A* in, void* data, int64_t stride, int64_t n) {
 }
 
 template <class A>
-constexpr DType kDType = std::is_same_v<A, double> ? DType::float64 : DType::float32;
+constexpr DType kDType = std::is_same_v<A, int16_t>  ? DType::int16
+                         : std::is_same_v<A, double> ? DType::float64
+                                                     : DType::float32;
 
 template <class A>
 static inline bool direct(const Map& m) {
@@ -146,6 +150,8 @@ static inline void read_row(const Map& m, const char* data, A* out, int64_t n) {
       return read_as<A, float16>(data, stride, out, n);
     case DType::bfloat16:
       return read_as<A, bfloat16>(data, stride, out, n);
+    case DType::int16:
+      break;
   }
 }
 
@@ -161,7 +167,18 @@ static inline void write_row(const Map& m, const A* in, char* data, int64_t n) {
       return write_as<A, float16>(in, data, stride, n);
     case DType::bfloat16:
       return write_as<A, bfloat16>(in, data, stride, n);
+    case DType::int16:
+      break;
   }
+}
+
+// An int16 stream is read and written as it is.
+static inline void read_row(const Map& m, const char* data, int16_t* out, int64_t n) {
+  read_as<int16_t, int16_t>(data, m.sw, out, n);
+}
+
+static inline void write_row(const Map& m, const int16_t* in, char* data, int64_t n) {
+  write_as<int16_t, int16_t>(in, data, m.sw, n);
 }
 
 // The row itself if it already is unit-stride A, else its copy in scratch.
@@ -198,6 +215,8 @@ static inline A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent
       return A(to_float(static_cast<const float16*>(v.data)[i]));
     case DType::bfloat16:
       return A(to_float(static_cast<const bfloat16*>(v.data)[i]));
+    case DType::int16:
+      break;
   }
   return absent;
 }

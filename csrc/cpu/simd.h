@@ -28,6 +28,10 @@ using IVec = typename Simd<A>::I;
 template <class A>
 constexpr int kLanes = REVK_BYTES / sizeof(A);
 
+// Integers of a smaller magnitude are exact: 2^24, 2^53.
+template <class A>
+constexpr A kPrecision = std::is_same_v<A, double> ? A(int64_t(1) << 53) : A(1 << 24);
+
 template <class A>
 REVK_INLINE Vec<A> splat(A value) {
   return value - Vec<A>{};
@@ -150,11 +154,64 @@ REVK_INLINE void store_left(A* p, Vec<A> v, int64_t left) {
   left < kLanes<A> ? store(p, v, first_lanes<A>(left)) : store(p, v);
 }
 
+// int16 in memory, int32 in registers; its low half is stored.
+typedef int16_t Int16s __attribute__((vector_size(REVK_BYTES / 2)));
+
+REVK_INLINE IVec<float> widen(Int16s v) {
+#if defined(REVK_AVX512)
+  return (IVec<float>)_mm512_cvtepi16_epi32((__m256i)v);
+#elif defined(REVK_AVX2)
+  return (IVec<float>)_mm256_cvtepi16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, IVec<float>);
+#endif
+}
+
+REVK_INLINE Int16s low_halves(IVec<float> v) {
+#if defined(REVK_AVX512)
+  return (Int16s)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, Int16s);
+#endif
+}
+
+REVK_INLINE IVec<float> load_left(const int16_t* p, int64_t left) {
+  Int16s v{};
+  if (left >= kLanes<float>) {
+    memcpy(&v, p, sizeof(v));
+  } else {
+#if defined(REVK_AVX512)
+    v = (Int16s)_mm256_maskz_loadu_epi16(__mmask16(first_lanes<float>(left).bits), p);
+#else
+    for (int64_t l = 0; l < left; ++l) v[l] = p[l];
+#endif
+  }
+  return widen(v);
+}
+
+REVK_INLINE void store_left(int16_t* p, IVec<float> wide, int64_t left) {
+  const Int16s v = low_halves(wide);
+  if (left >= kLanes<float>) {
+    memcpy(p, &v, sizeof(v));
+  } else {
+#if defined(REVK_AVX512)
+    _mm256_mask_storeu_epi16(p, __mmask16(first_lanes<float>(left).bits), (__m256i)v);
+#else
+    for (int64_t l = 0; l < left; ++l) p[l] = v[l];
+#endif
+  }
+}
+
+// -1 in the first n lanes, 0 in the others.
+template <class A>
+REVK_INLINE IVec<A> first_ones(int64_t n) {
+  return iota<A>() < typename Simd<A>::Index(n);
+}
+
 // Zeroes lanes n and above.
 template <class A>
 REVK_INLINE Vec<A> first(Vec<A> v, int64_t n) {
-  const IVec<A> keep = iota<A>() < typename Simd<A>::Index(n);
-  return (Vec<A>)((IVec<A>)v & keep);
+  return (Vec<A>)((IVec<A>)v & first_ones<A>(n));
 }
 
 // value in one lane, zero elsewhere.
@@ -195,6 +252,57 @@ REVK_INLINE Vec<A> vmin(Vec<A> a, Vec<A> b) {
 template <class A>
 REVK_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
+}
+
+// The bits of |v|: ordered as its values are, infinity and NaN last.
+template <class V>
+REVK_INLINE auto magnitude_bits(V v) {
+  using A = std::decay_t<decltype(v[0])>;
+  return (IVec<A>)v & ~(IVec<A>)splat(-A(0));
+}
+
+// nearest: the nearest integer, ties to even. nearest_int32: likewise; -2^31 if beyond, or NaN.
+#if defined(REVK_AVX512)
+REVK_INLINE Vec<float> nearest(Vec<float> v) {
+  return (Vec<float>)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
+REVK_INLINE Vec<double> nearest(Vec<double> v) {
+  return (Vec<double>)_mm512_roundscale_pd((__m512d)v, _MM_FROUND_TO_NEAREST_INT);
+}
+REVK_INLINE IVec<float> nearest_int32(Vec<float> v) {
+  return (IVec<float>)_mm512_cvtps_epi32((__m512)v);
+}
+#elif defined(REVK_AVX2)
+REVK_INLINE Vec<float> nearest(Vec<float> v) {
+  return (Vec<float>)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+REVK_INLINE Vec<double> nearest(Vec<double> v) {
+  return (Vec<double>)_mm256_round_pd((__m256d)v, _MM_FROUND_TO_NEAREST_INT);
+}
+REVK_INLINE IVec<float> nearest_int32(Vec<float> v) {
+  return (IVec<float>)_mm256_cvtps_epi32((__m256)v);
+}
+#else
+// Adding 2^23 (2^52) leaves no bits for a fraction; from there on there is none.
+template <class V>
+REVK_INLINE V nearest(V v) {
+  using A = std::decay_t<decltype(v[0])>;
+  constexpr A whole = kPrecision<A> / 2;
+  const IVec<A> magnitude = magnitude_bits(v), sign = (IVec<A>)v ^ magnitude;
+  const IVec<A> rounded = (IVec<A>)((V)magnitude + whole - whole);
+  const IVec<A> has_fraction = (V)magnitude < whole;
+  return (V)((rounded & has_fraction) | (magnitude & ~has_fraction) | sign);
+}
+REVK_INLINE IVec<float> nearest_int32(Vec<float> v) {
+  const IVec<float> fits = (Vec<float>)magnitude_bits(v) < 2147483648.f;
+  const Vec<float> bounded = (Vec<float>)((IVec<float>)nearest(v) & fits);
+  return __builtin_convertvector(bounded, IVec<float>) | (~fits & INT32_MIN);
+}
+#endif
+
+REVK_INLINE IVec<float> add_wrapped(IVec<float> a, IVec<float> b) {
+  typedef uint32_t Unsigned __attribute__((vector_size(REVK_BYTES)));
+  return (IVec<float>)((Unsigned)a + (Unsigned)b);
 }
 
 template <class A>

@@ -39,16 +39,18 @@ inline DType dtype_of(const Tensor& t, const char* name) {
                   " is not supported; use float32, float64, float16 or bfloat16");
 }
 
-inline Map map_of(const Tensor& t, const char* name) {
+inline Map map_of(const Tensor& t, const char* name, DType dtype) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
   Map m;
   m.data = t.data_ptr();
-  m.dtype = dtype_of(t, name);
+  m.dtype = dtype;
   m.n = t.size(0), m.c = t.size(1), m.h = t.size(2), m.w = t.size(3);
   m.sn = t.stride(0), m.sc = t.stride(1), m.sh = t.stride(2), m.sw = t.stride(3);
   return m;
 }
+
+inline Map map_of(const Tensor& t, const char* name) { return map_of(t, name, dtype_of(t, name)); }
 
 inline Map map_of(const Tensor& t, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
   const Map m = map_of(t, name);

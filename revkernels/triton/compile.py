@@ -34,7 +34,9 @@ from revkernels.triton import INTERPRETED, LAUNCHERS
 ARCHITECTURES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS |= {torch.int16: "*i16", torch.int64: "*i64"}
 SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+SHORT |= {torch.int16: "int16"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _map(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _couplings(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
     c = 48
-    vector = _map((c,), torch.float32)
+    vector, overflow = _map((c,), torch.float32), _map((1,), torch.int64)
     for dtype in (torch.float32, torch.bfloat16):
         for factors, size in (
             ((1,), 56), ((1, 1), 28), ((1, 1, 1), 7), ((2,), 14), ((2, 4), 28), ((2, 4, 8), 56), ((2, 4, 8), 88),
@@ -149,9 +151,11 @@ def _couplings(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
             p = [_map((n, c, size // f, size // f), dtype) for f in factors]
             vectors = [vector] * len(p)
             name = f"{SHORT[dtype]} f={'+'.join(map(str, factors))} {size}x{size}"
-            for stream in dict.fromkeys((torch.float32, dtype)):
+            for stream in dict.fromkeys((torch.float32, dtype, torch.int16)):
                 y = _map((n, c, size, size), stream)
-                call = partial(LAUNCHERS["couple_"], y, p, vectors, vectors, list(factors), "bilinear", False)
+                fixed_point = (8, overflow) if stream == torch.int16 else ()
+                args = (y, p, vectors, vectors, list(factors), "bilinear", False, *fixed_point)
+                call = partial(LAUNCHERS["couple_"], *args)
                 yield "couple_", f"{SHORT[stream]} stream {name}", call
             dy = _map((n, c, size, size), dtype)
             yield "couple_adjoint", name, partial(LAUNCHERS["couple_adjoint"], dy, p, vectors, factors, "bilinear")

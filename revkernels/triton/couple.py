@@ -109,11 +109,45 @@ def _add_scaled(b_total, b_p, scale, scale_row, n, c, m, ACC: tl.constexpr):
 
 
 @triton.jit
+def _rint(x, ACC: tl.constexpr):
+    """To the nearest integer, ties to even: a sum from ``2^23`` (``2^52``) on has no bits for a fraction."""
+    WHOLE: tl.constexpr = 2.0**52 if ACC == tl.float64 else 2.0**23
+    size = tl.abs(x)
+    size = tl.where(size < WHOLE, (size + WHOLE) - WHOLE, size)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _coupled(b_y, b_total, m, overflow, SUBTRACT: tl.constexpr, FRACTION_BITS: tl.constexpr, ACC: tl.constexpr):
+    """``y +/- total``; on a grid ``y +/- q 2^-g`` or ``wrap16(y +/- q)``, ``q = rint(2^g total)``; counts overflows."""
+    if FRACTION_BITS is None:
+        b_y = b_y.to(ACC)
+        out = b_y - b_total if SUBTRACT else b_y + b_total
+    else:
+        STEPS: tl.constexpr = 2.0**FRACTION_BITS
+        b_q = _rint(b_total * (-STEPS if SUBTRACT else STEPS), ACC)
+        if b_y.dtype == tl.int16:
+            m_fits = tl.abs(b_q) < 2.0**31
+            b_q = tl.where(m_fits, b_q, 0.0).to(tl.int32)  # saturated at 2^31, that is at 0 modulo 2^16
+            b_y = b_y.to(tl.int32)
+            out = b_y + (b_q & 0xFFFF)  # its low half is stored
+            m_outside = (b_q > 32767 - b_y) | (b_q < -32768 - b_y) | (m_fits == 0)
+        else:
+            LIMIT: tl.constexpr = (2.0**53 if ACC == tl.float64 else 2.0**24) / STEPS
+            out = b_y + b_q * (1.0 / STEPS)
+            m_outside = (tl.abs(out) < LIMIT) == 0
+        if overflow is not None:
+            count = tl.sum((m_outside & m).to(tl.int32))
+            tl.atomic_add(overflow, count.to(tl.int64), mask=count > 0, sem="relaxed")
+    return out
+
+
+@triton.jit
 def _couple_identity_kernel(
-    y, p, scale, shift, y_strides, p_strides, scale_row, shift_row, rows, C, H, W,
-    SUBTRACT: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, rows, C, H, W, SUBTRACT: tl.constexpr,
+    FRACTION_BITS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """``y <- y +/- sum_k (a_k p_k + b_k)``, the total rounded to ACC before it meets y.
+    """``y <- y +/- sum_k (a_k p_k + b_k)``, the total rounded to ACC, and to the grid, before it meets y.
 
     Per element: read y, write y, read each p_k; ``1 + 2 K`` FLOPs. Bound: memory bandwidth.
     """
@@ -123,20 +157,20 @@ def _couple_identity_kernel(
     m = m_r & (o_w < W // VEC * VEC)
     o_x = o_w.to(tl.int64)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
-    b_y = tl.load(p_y, m, 0.0).to(ACC)
+    b_y = tl.load(p_y, m, 0)
     b_total = _shifts(shift, shift_row, n, c, m_r, ACC, BLOCK_R, BLOCK_W)
     for k in tl.static_range(len(p)):
         b_p = tl.load(p[k] + offset(n, c, h, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
         b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, m_r, ACC)
-    b_y = b_y - b_total if SUBTRACT else b_y + b_total
+    b_y = _coupled(b_y, b_total, m, overflow, SUBTRACT, FRACTION_BITS, ACC)
     tl.store(p_y, b_y.to(y.dtype.element_ty), m)
 
 
 @triton.jit
 def _couple_upsampled_kernel(
-    y, p, scale, shift, y_strides, p_strides, scale_row, shift_row, C, H, W,
-    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, SUBTRACT: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, C, H, W,
+    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, SUBTRACT: tl.constexpr, FRACTION_BITS: tl.constexpr,
+    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``y <- y +/- sum_k (a_k up_{f_k}(p_k) + b_k)``, equal to ``up(a p + b)`` as the weights of a pixel sum to 1.
 
@@ -154,7 +188,7 @@ def _couple_upsampled_kernel(
     m = (h < H) & (o_w < W // VEC * VEC)
     o_x = o_w.to(tl.int64)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
-    b_y = tl.load(p_y, m, 0.0).to(ACC)
+    b_y = tl.load(p_y, m, 0)
     b_total = _shifts(shift, shift_row, n, c, None, ACC, BLOCK_H, BLOCK_W)
     for k in tl.static_range(len(FACTORS)):
         if FACTORS[k] == 1:
@@ -165,7 +199,7 @@ def _couple_upsampled_kernel(
                 p_k, p_strides[k], h, i_w, H // FACTORS[k], W // FACTORS[k], FACTORS[k], BILINEAR, ACC, BLOCK_W
             )  # fmt: skip
         b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, None, ACC)
-    b_y = b_y - b_total if SUBTRACT else b_y + b_total
+    b_y = _coupled(b_y, b_total, m, overflow, SUBTRACT, FRACTION_BITS, ACC)
     tl.store(p_y, b_y.to(y.dtype.element_ty), m)
 
 
@@ -177,6 +211,8 @@ def couple_(
     factors: list[int],
     mode: str,
     subtract: bool,
+    fraction_bits: int | None = None,
+    overflow: Tensor | None = None,
 ) -> None:
     """One launch, any number of contributions; see :func:`revkernels.reference.couple_`."""
     if y.numel() == 0 or not p:
@@ -189,9 +225,11 @@ def couple_(
     for k, strides in zip(same, walk.strides[1:], strict=True):
         p_strides[k] = strides
     scale, shift = tuple(map(contiguous, scale)), tuple(map(contiguous, shift))
-    tensors = (y, tuple(p), scale, shift)
+    tensors = (y, tuple(p), scale, shift, overflow)
     strides = (walk.strides[0], tuple(p_strides), tuple(map(vector_row, scale)), tuple(map(vector_row, shift)))
-    shared = dict(SUBTRACT=subtract, ACC=accumulator(y), VEC=walk.vec, enable_fp_fusion=False)
+    shared = dict(
+        SUBTRACT=subtract, FRACTION_BITS=fraction_bits, ACC=accumulator(y), VEC=walk.vec, enable_fp_fusion=False
+    )
     with torch.cuda.device_of(y):
         if identity:
             rows = n * c * walk.height
