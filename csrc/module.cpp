@@ -55,11 +55,6 @@ py::dict build_info() {
 #if defined(REVKERNELS_TORCH_VERSION)
   info["built_against_torch"] = REVKERNELS_TORCH_VERSION;
 #endif
-#if defined(_OPENMP)
-  info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = py::none();
-#endif
   return info;
 }
 

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <tuple>
 
 #include "tensors.h"
@@ -26,7 +27,6 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   args.x = map_of(x, "x");
   args.wide = is_wide(args.x);
   const int64_t n = args.x.n, c = args.x.c, area = args.x.h * args.x.w;
-  STD_TORCH_CHECK(n * area > 0 || c == 0, "x: no values to take statistics of, got ", shape_of(x));
   Tensor mean = new_sums(x, {c}), var = new_sums(x, {c});
   std::vector<double> moments(size_t(2 * n * c));
   args.moments = moments.data();
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   // Chan's formula over the samples, in order; every plane has the same number of values.
   const auto store = [&](auto* mean_out, auto* var_out) {
     for (int64_t ch = 0; ch < c; ++ch) {
-      double m = 0, m2 = 0;
+      double m = n * area > 0 ? 0 : NAN, m2 = m;  // of no values, as in PyTorch
       for (int64_t i = 0; i < n; ++i) {
         const double* plane = &moments[size_t(2 * (i * c + ch))];
         const double delta = plane[0] - m;
