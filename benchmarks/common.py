@@ -8,11 +8,13 @@ import datetime
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -181,23 +183,37 @@ def _print_plain(title: str, columns: Sequence[Column], groups: list, caption: s
     print(rule, caption, "", sep="\n")
 
 
-def track(items: Sequence[Any], label: Callable[[Any], str], title: str) -> Iterator[Any]:
-    """Iterate with a progress bar on a terminal's stderr; elsewhere one line per item."""
+def track(items: Iterable[Any], label: Callable[[Any], str], title: str, total: int | None = None) -> Iterator[Any]:
+    """Iterate with a progress bar on a terminal's stderr; elsewhere one line per item. ``total``: their number."""
+    total = len(items) if total is None else total
     if sys.stderr.isatty() and _has_rich():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(title, total=len(items))
+            task = progress.add_task(title, total=total)
             for item in items:
                 progress.update(task, description=f"{title}: {label(item)}")
                 yield item
                 progress.advance(task)
     else:
         for i, item in enumerate(items, 1):
-            print(f"{title} [{i}/{len(items)}] {label(item)}", file=sys.stderr, flush=True)
+            print(f"{title} [{i}/{total}] {label(item)}", file=sys.stderr, flush=True)
             yield item
+
+
+def in_processes(function: Callable[[Any], Any], items: Sequence[Any], jobs: int) -> Iterator[tuple[Any, Any]]:
+    """``(item, function(item))`` in the order in which ``jobs`` processes, of one thread each, are done."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(function, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _has_rich() -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from revbifpn.memory import MIB, measure_sample
 
 # Without a GPU, models whose two steps take more multiply-accumulates are metered on fake tensors. The fast RevBiFPN
 # has a higher limit: its chunks are so many small ops that computing them takes less time than pretending to.
-REAL_GMACS, REAL_GMACS_FAST = 60, 500
+REAL_GMACS, REAL_GMACS_FAST = 30, 500
+
+MAX_JOBS = 8  # processes; the largest real steps take about 2 GiB each
 
 QUICK = ("revbifpn_s0", "revbifpn_s2/fast", "hrnet_w18", "tf_efficientnet_b0")
 
@@ -161,23 +163,38 @@ def select(patterns: Sequence[str]) -> list[Candidate]:
     return [c for c in everything if c.key in chosen]
 
 
-def measure(
-    candidate: Candidate, model: nn.Module, resolution: int, setting: str, batch: int, dtype: str, **options: Any
-) -> Row:
-    """Two real steps of the candidate's ``model``, or two on fake tensors."""
-    shape = (3, resolution, resolution)
-    memory = measure_sample(model, shape, batch=batch, dtype=common.DTYPES[dtype], **options)
+@dataclass(frozen=True)
+class Task:
+    """One row to measure, as a process can be told it; ``settings``: the tables that it stands in."""
+
+    key: str
+    resolution: int
+    settings: tuple[str, ...]
+    batch: int
+    dtype: str
+    device: str
+    fake: bool
+    gmacs: float  # of its two steps
+
+
+def measure(task: Task) -> Row:
+    """Two real steps of the task's model, or two on fake tensors."""
+    (candidate,) = select([task.key])
+    torch.manual_seed(0)
+    shape, dtype = (3, task.resolution, task.resolution), common.DTYPES[task.dtype]
+    options = {"batch": task.batch, "dtype": dtype, "device": task.device, "fake": task.fake}
+    memory = measure_sample(candidate.build(), shape, **options)
     return Row(
-        setting=setting,
+        setting=task.settings[0],
         model=candidate.name,
         variant=candidate.variant,
         family=candidate.family,
         label=candidate.label,
-        resolution=resolution,
+        resolution=task.resolution,
         top1=candidate.top1,
         parameters=candidate.parameters,
-        batch=batch,
-        dtype=dtype,
+        batch=task.batch,
+        dtype=task.dtype,
         meter=memory.small.meter,
         bytes_per_sample=memory.bytes_per_sample,
         kept_bytes_per_sample=memory.kept_bytes_per_sample,
@@ -348,6 +365,7 @@ def _parser() -> common.ArgumentParser:
         help="meter every model on fake tensors (default without a GPU: the large ones)",
     )
     parser.add_argument("--no-fake", dest="fake", action="store_const", const="never", help="run every step for real")
+    parser.add_argument("--jobs", type=int, help="processes, of one thread each, on the CPU (default: one per core)")
     parser.add_argument("--output", default=str(common.RESULTS), help="directory for JSON, CSV and PNG")
     return parser
 
@@ -358,7 +376,13 @@ def _checked(argv: Sequence[str] | None) -> Any:
         raise UsageError(f"--resolution: got {arguments.resolution}, RevBiFPN needs a positive multiple of 32")
     if arguments.batch is not None and arguments.batch < 1:
         raise UsageError(f"--batch: got {arguments.batch}, needs at least 1")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UsageError(f"--jobs: got {arguments.jobs}, needs at least 1")
     arguments.device = common.pick_device(arguments.device)
+    if arguments.device.type == "cuda":
+        arguments.jobs = 1
+    elif arguments.jobs is None:
+        arguments.jobs = 1 if arguments.quick else min(MAX_JOBS, torch.get_num_threads())
     if arguments.fake == "always" and arguments.device.type == "cuda":
         raise UsageError("--fake: the CUDA allocator is metered on real tensors only; add --device cpu")
     patterns = arguments.models.split(",") if arguments.models else QUICK if arguments.quick else ["*"]
@@ -370,24 +394,39 @@ def _checked(argv: Sequence[str] | None) -> Any:
     return arguments
 
 
-def _measure_all(arguments: Any) -> list[Row]:
-    rows = []
-    for candidate in common.track(arguments.candidates, lambda c: c.key, "memory"):
-        model = candidate.build()
-        measured: dict[int, Row] = {}
-        for setting, resolution in ((EQUAL, arguments.resolution), (NATIVE, candidate.resolution)):
-            if resolution in measured:
-                rows.append(Row(**{**asdict(measured[resolution]), "setting": setting}))
-                continue
+def _tasks(arguments: Any) -> list[Task]:
+    tasks = []
+    for candidate in arguments.candidates:
+        if arguments.resolution == candidate.resolution:
+            wanted = {candidate.resolution: (EQUAL, NATIVE)}
+        else:
+            wanted = {arguments.resolution: (EQUAL,), candidate.resolution: (NATIVE,)}
+        for resolution, settings in wanted.items():
             batch = arguments.batch or candidate.batch
-            limit = REAL_GMACS_FAST if candidate.variant == FAST else REAL_GMACS
-            large = arguments.device.type != "cuda" and candidate.step_gmacs(resolution, batch) > limit
-            fake = arguments.fake == "always" or (arguments.fake == "large" and large)
-            torch.manual_seed(0)
-            options = {"device": arguments.device, "fake": fake}
-            measured[resolution] = measure(candidate, model, resolution, setting, batch, arguments.dtype, **options)
-            rows.append(measured[resolution])
-    return rows
+            gmacs = candidate.step_gmacs(resolution, batch)
+            large = gmacs > (REAL_GMACS_FAST if candidate.variant == FAST else REAL_GMACS)
+            fake = arguments.fake == "always" or (
+                arguments.fake == "large" and large and arguments.device.type != "cuda"
+            )
+            device = str(arguments.device)
+            tasks.append(Task(candidate.key, resolution, settings, batch, arguments.dtype, device, fake, gmacs))
+    return tasks
+
+
+def _measure_all(arguments: Any) -> list[Row]:
+    """The rows in the order of the catalogue, one for each table that a task stands in."""
+    tasks = _tasks(arguments)
+
+    def label(task: Task) -> str:
+        return f"{task.key} at {task.resolution}"
+
+    if arguments.jobs == 1:
+        rows = {task: measure(task) for task in common.track(tasks, label, "memory")}
+    else:
+        longest_first = sorted(tasks, key=lambda task: -task.gmacs)
+        done = common.in_processes(measure, longest_first, arguments.jobs)
+        rows = dict(common.track(done, lambda pair: label(pair[0]), "memory", total=len(tasks)))
+    return [replace(rows[task], setting=setting) for task in tasks for setting in task.settings]
 
 
 def _main(argv: Sequence[str] | None) -> None:
