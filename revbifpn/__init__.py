@@ -17,7 +17,9 @@ from revbifpn.model import (
     revbifpn_s5,
     revbifpn_s6,
 )
+from revbifpn.monitor import monitor_drift, range_report
 from revbifpn.reversible import RevBlock, ReversibleSequence, RevSilo, check_invertible
+from revbifpn.streams import StreamFormat, StreamOverflowWarning
 
 __all__ = [
     "RevBiFPN",
@@ -25,9 +27,13 @@ __all__ = [
     "RevBlock",
     "RevSilo",
     "ReversibleSequence",
+    "StreamFormat",
+    "StreamOverflowWarning",
     "check_invertible",
     "estimate_memory",
     "load_checkpoint",
+    "monitor_drift",
+    "range_report",
     "revbifpn_s0",
     "revbifpn_s1",
     "revbifpn_s2",

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from revbifpn.streams import values
+
 _state = threading.local()
 
 
@@ -219,11 +221,11 @@ class Branch:
 
     def __call__(self, *inputs: Tensor) -> Term:
         """Call the module as it is; nothing is recorded."""
-        return Term(self.module(*inputs))
+        return Term(self.module(*map(values, inputs)))
 
     def forward(self, *inputs: Tensor) -> tuple[Term, Record]:
         """Call the module without a graph and record what it depended on."""
-        module = self.module
+        module, inputs = self.module, [*map(values, inputs)]
         kept_out = {id(b) for m in module.modules() if _updates_statistics(m) for b in m.buffers(recurse=False)}
         buffers = {name: b for name, b in module.named_buffers() if id(b) not in kept_out}
         before = {name: (b.clone(), _version(b)) for name, b in buffers.items()}
@@ -254,7 +256,7 @@ class Branch:
         training = [m.training for m in module.modules()]
         buffers = {name: b.clone() for name, b in module.named_buffers()}
         with torch.no_grad(), _recomputing(), _flags(module, training):
-            return Term(torch.func.functional_call(module, buffers, inputs))
+            return Term(torch.func.functional_call(module, buffers, tuple(map(values, inputs))))
 
     def recompute(
         self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
@@ -271,10 +273,9 @@ class Branch:
             The term, and the function from its gradient to those of inputs and parameters (None for "not needed").
         """
         # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
-        inputs = [x.data.requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        parameters = [q.detach().requires_grad_(q.requires_grad) for q in parameters]
-        names = [name for name, _ in self.module.named_parameters()]
-        state = dict(zip(names, parameters, strict=True)) | record.buffers.restore()
+        inputs = [values(x).data.requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        parameters = _leaves(parameters)
+        state = self._named(parameters) | record.buffers.restore()
         replay = contextlib.nullcontext() if record.generators is None else record.generators.restore()
         with (
             torch.enable_grad(),
@@ -284,6 +285,20 @@ class Branch:
             replay,
         ):
             p = torch.func.functional_call(self.module, state, tuple(inputs))
+        return Term(p.detach()), self._pullback(p, inputs, parameters)
+
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Term, Pullback]:
+        """Call the module with a graph, which the pullback keeps: as :meth:`recompute`, without a second call."""
+        inputs = [values(x).detach().clone().requires_grad_() for x in inputs]
+        parameters = _leaves(parameters)
+        with torch.enable_grad(), Autocast.current(inputs[0].device).restore():
+            p = torch.func.functional_call(self.module, self._named(parameters), tuple(inputs))
+        return Term(p.detach()), self._pullback(p, inputs, parameters)
+
+    def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((name for name, _ in self.module.named_parameters()), parameters, strict=True))
+
+    def _pullback(self, p: Tensor, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Pullback:
         _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
 
         def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
@@ -298,4 +313,8 @@ class Branch:
                     total.tensor().add_(dx)
             return [next(gradients) if q.requires_grad else None for q in parameters]
 
-        return Term(p.detach()), pullback
+        return pullback
+
+
+def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [q.detach().requires_grad_(q.requires_grad) for q in parameters]

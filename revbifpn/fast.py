@@ -11,6 +11,7 @@ level by level from the highest resolution, so that the end of the forward pass 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ from torch import Tensor, nn
 import revkernels
 from revbifpn import model
 from revbifpn.branch import Branch, Gradient, Term
-from revbifpn.fused import FusedMBConv, why_not_fused
+from revbifpn.fused import FusedMBConv, compute_dtype, has_hooks, why_not_fused
 from revbifpn.model import ByArch, factory
 from revbifpn.segment import FusedSegment, Segment
-from revbifpn.tape import Coupler, Coupling, Lowered, Part, Stored, Tape, Upsampled, forbid_double_backward
+from revbifpn.tape import Coupler, Coupling, Lowered, Part, Upsampled, forbid_double_backward
 
 
 def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
     """``(transform, factor, mode)`` of what kernels can upsample while they add; factor 1 leaves it in the branch."""
     if isinstance(transform, Upsampled) and transform.factor in revkernels.functional.FACTORS:
-        if not any(m._forward_hooks or m._forward_pre_hooks for m in (transform, transform[1])):
+        if not has_hooks([transform, transform[1]]):
             return transform[0], transform.factor, transform.mode
     return transform, 1, "bilinear"
 
@@ -51,22 +52,43 @@ class FusedCoupler(Coupler):
         fits = not any(map(why_not_fused, transforms, inputs))
         if fits:
             lean = coupling.target.level == 0  # memory peaks there
-            branches = tuple(FusedMBConv(transform, lean=lean) for transform in transforms)
+            branches = tuple(
+                FusedMBConv(transform, compute_dtype(x), lean=lean)
+                for transform, x in zip(transforms, inputs, strict=True)
+            )
         else:
             branches = tuple(map(Branch, transforms))
         return Lowered(
             coupling.target, coupling.creates, sources, branches, factors, modes[factors.index(max(factors))]
         )
 
-    def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:
-        revkernels.couple_(
+    def update_(
+        self,
+        lowered: Lowered,
+        y: Tensor,
+        terms: Sequence[Term],
+        *,
+        subtract: bool,
+        fraction_bits: int | None = None,
+        overflow: Tensor | None = None,
+    ) -> None:
+        n, c, h, w = y.shape
+        for term, f in zip(terms, lowered.factors, strict=True):
+            if term.p.shape != (n, c, h // f, w // f):
+                raise ValueError(
+                    f"transform: expected a result of shape {(n, c, h // f, w // f)} for a target of shape "
+                    f"{tuple(y.shape)}, got {tuple(term.p.shape)}"
+                )
+        torch.ops.revkernels.couple_(
             y,
             [term.p for term in terms],
+            [term.scale for term in terms],
+            [term.shift for term in terms],
             lowered.factors,
-            scale=[term.scale for term in terms],
-            shift=[term.shift for term in terms],
-            mode=lowered.mode,
-            subtract=subtract,
+            lowered.mode,
+            subtract,
+            fraction_bits,
+            overflow,
         )
 
     def adjoint(self, lowered: Lowered, dy: Tensor, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor | None]]:
@@ -76,7 +98,7 @@ class FusedCoupler(Coupler):
         return list(zip(du, sums, strict=True))
 
     def branch(self, transform: nn.Module, *inputs: Tensor) -> Branch | FusedSegment:
-        return FusedSegment(transform) if _fits(transform, inputs[0]) else Branch(transform)
+        return FusedSegment(transform, compute_dtype(inputs[0])) if _fits(transform, inputs[0]) else Branch(transform)
 
     def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
         if not _fits(transform, inputs[0]):
@@ -89,7 +111,7 @@ class FusedCoupler(Coupler):
 
     def _alone(self, mbconv: nn.Module, x: Tensor) -> Tensor:
         """``mbconv(x)`` as a coupling that makes a new tensor."""
-        lowered = Lowered(Part(0), True, (Part(0),), (FusedMBConv(mbconv),), (1,))
+        lowered = Lowered(Part(0), True, (Part(0),), (FusedMBConv(mbconv, compute_dtype(x)),), (1,))
         return self.stored(lowered, None, [x])
 
     def stored(self, lowered: Lowered, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
@@ -109,7 +131,7 @@ class _StoredCoupling(torch.autograd.Function):
         inputs = tensors[: len(lowered.branches)]
         ctx.coupler, ctx.lowered = coupler, lowered
         terms, ctx.records, ds = zip(*map(FusedMBConv.compute, lowered.branches, inputs), strict=True)
-        z = inputs[0].new_zeros(terms[0].p.shape) if y is None else y.clone()
+        z = torch.zeros_like(terms[0].p) if y is None else y.clone()
         coupler.update_(lowered, z, terms, subtract=False)
         ctx.save_for_backward(*ds, *(term.p for term in terms), *tensors)
         return z
@@ -160,10 +182,10 @@ class RevBiFPN(model.RevBiFPN):
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if self.neck is None or not (self.head is None or _is_plain(self.head)):
+        if not (_is_plain(self.neck, model.Neck) and (self.head is None or _is_plain(self.head, model.Head))):
             return super()._forward(x)
         tape = self._open(x)
-        read = _Apart(tape).read if self.disable_recomp else tape.read
+        read = partial(tape.read, stored=self.disable_recomp)
         necks = list(self.neck.children())
         if self.head is None:
             return [read(level, Segment(neck)) for level, neck in enumerate(necks)]
@@ -173,19 +195,9 @@ class RevBiFPN(model.RevBiFPN):
         return self.head.classify(*merged)
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether the head's parts may be called instead of the head."""
-    return type(head) is model.Head and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
-
-
-class _Apart:
-    """Streams that left their tape, read with activations stored."""
-
-    def __init__(self, tape: Tape | Stored) -> None:
-        self.coupler, self.streams = tape.coupler, tape.leave()
-
-    def read(self, level: int, segment: Segment, *others: Tensor) -> Tensor:
-        return self.coupler.apply(segment, self.streams[level], *others)
+def _is_plain(module: nn.Module | None, cls: type) -> bool:
+    """Whether the parts of ``module`` may be called instead of it."""
+    return type(module) is cls and not has_hooks([module])
 
 
 class RevBiFPN_S(ByArch, RevBiFPN):  # noqa: N801 (published name)

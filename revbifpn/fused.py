@@ -12,13 +12,17 @@ The forward saves the norms' mean and rstd, the gate and the keep factors, nothi
 reductions and draws no random numbers: it is computed sample by sample, as is the backward up to the per-channel sums
 that batch statistics need. Only one full plane per branch exists, p, over which the gradient of the projection's input
 is written; everything else lives for a chunk of samples at a time.
+
+Under autocast the planes e, d, p and their gradients are of its dtype; statistics, gates and sums are float32. Forward
+and recompute call the same kernels on the same chunks, so that p comes out the same bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 import revkernels
 from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.mbconv import ConvNormAct, MBConv
+from revbifpn.streams import Encoded
 from revkernels.reference import accumulate_dtype
 
 _ops = torch.ops.revkernels
@@ -93,21 +98,41 @@ class FusedRecord:
 def _pointwise(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """1x1 convolution as a batched GEMM: ``[O, I, 1, 1], [N, I, H, W] -> [N, O, H, W]``, into ``out`` where given."""
     n, _, h, w = x.shape
-    weight = weight.flatten(1)
+    weight = weight.flatten(1).to(x.dtype)
     if out is None:
         out = x.new_empty((n, weight.shape[0], h, w))
     torch.bmm(weight.expand(n, *weight.shape), x.flatten(2), out=out.flatten(2))
     return out
 
 
-def _pointwise_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """``sum_n dy_n x_n^T``: ``[N, O, H, W], [N, I, H, W] -> [O, I, 1, 1]``."""
-    return torch.bmm(dy.flatten(2), x.flatten(2).transpose(1, 2)).sum(0)[..., None, None]
+def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
+    """What a branch computes an input's planes in: autocast's dtype, or the input's."""
+    device = x.device.type
+    reduced = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if reduced else x.dtype
 
 
-def _chunks(n: int, bytes_per_sample: int, device: torch.device) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES.get(device.type, 1 << 28) // max(1, bytes_per_sample))
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+def explicit(method: Callable) -> Callable:
+    """Without autograd and autocast: every gradient and every cast is written out."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            if not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+                return method(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return method(*args, **kwargs)
+
+    return run
+
+
+def _add_grad_weight(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """``total += sum_n dy_n x_n^T``: ``[O, I, 1, 1] += [N, O, H, W], [N, I, H, W]``."""
+    dy, x = dy.flatten(2), x.flatten(2).transpose(1, 2)
+    if dy.is_cpu and dy.dtype == total.dtype:
+        total.flatten(1).addbmm_(dy, x)  # one sample after another, without their N matrices
+    else:
+        total += torch.bmm(dy, x).sum(0, dtype=total.dtype)[..., None, None]
 
 
 def _rows(v: Tensor | None, chunk: slice) -> Tensor | None:
@@ -130,6 +155,10 @@ def _observe(x: Tensor, norm: nn.BatchNorm2d, update: bool) -> Norm:
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
             norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), momentum)
         return Norm(mean, torch.rsqrt(var + norm.eps), True)
+    return _running(norm)
+
+
+def _running(norm: nn.BatchNorm2d) -> Norm:
     return Norm(norm.running_mean.clone(), torch.rsqrt(norm.running_var + norm.eps), False)
 
 
@@ -138,11 +167,12 @@ class FusedMBConv:
 
     Args:
         module: the MBConv.
+        dtype: of the planes.
         lean: its planes are the network's largest: compute d again in every pass of the backward instead of keeping it.
     """
 
-    def __init__(self, module: MBConv, *, lean: bool = False) -> None:
-        self.module, self.lean = module, lean
+    def __init__(self, module: MBConv, dtype: torch.dtype, *, lean: bool = False) -> None:
+        self.module, self.dtype, self.lean = module, dtype, lean
 
     def parameters(self) -> list[Tensor]:
         return [w for w in self._weights() if w is not None]
@@ -160,6 +190,13 @@ class FusedMBConv:
             *se,
             *(project.conv.weight, project.norm.weight, project.norm.bias),
         )
+
+    def chunks(self, shape: Sequence[int], device: torch.device) -> list[slice]:
+        """The chunks of samples of an input that everything is computed in, the same in forward and backward."""
+        n, _, h, w = shape
+        plane = self.module.dw_conv.conv.out_channels * h * w * self.dtype.itemsize
+        size = max(1, CHUNK_BYTES.get(device.type, 1 << 28) // max(1, plane))
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     def weights(self, parameters: Sequence[Tensor]) -> Weights:
         """:meth:`parameters` by name, for other values of them."""
@@ -185,18 +222,20 @@ class FusedMBConv:
         random = m.training and m.stochastic_depth > 0
         return not random and not any(n.training or n.running_mean is None for n in self._norms() if n is not None)
 
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Term:
+    @explicit
+    def infer(self, x: Tensor | Encoded) -> Term:
         """The term from running statistics, a chunk of samples at a time: planes stay in cache, norms are folded."""
         weights = self._weights()
         stride = self.module.dw_conv.conv.stride[0]
-        norm0, norm1, norm2 = (None if n is None else _observe(x, n, False) for n in self._norms())
+        norm0, norm1, norm2 = (None if n is None else _running(n) for n in self._norms())
         affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
         affine1 = norm1.affine(weights.gamma1, weights.beta1)
         n, _, h, w = x.shape
-        p = x.new_empty((n, weights.project.shape[0], -(-h // stride), -(-w // stride)))
-        for chunk in _chunks(n, weights.depthwise.shape[0] * h * w * x.element_size(), x.device):
-            source = x[chunk] if weights.expand is None else _pointwise(weights.expand, x[chunk])
+        p = self._plane(x, weights.project.shape[0], -(-h // stride), -(-w // stride))
+        for chunk in self.chunks(x.shape, x.device):
+            source = x[chunk].to(self.dtype)
+            if weights.expand is not None:
+                source = _pointwise(weights.expand, source)
             d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
             gate = None
             if weights.squeeze is not None:
@@ -210,8 +249,8 @@ class FusedMBConv:
         term, record, _ = self.compute(x)
         return term, record
 
-    @torch.no_grad()
-    def compute(self, x: Tensor, update: bool = True) -> tuple[Term, FusedRecord, Tensor]:
+    @explicit
+    def compute(self, x: Tensor | Encoded, update: bool = True) -> tuple[Term, FusedRecord, Tensor]:
         """The term, its record and d."""
         weights, norms = self._weights(), self._norms()
         p, record, d = self._run(x, weights, lambda k, plane: _observe(plane, norms[k], update))
@@ -222,9 +261,17 @@ class FusedMBConv:
         self, x: Tensor, weights: Weights, observe: Callable[[int, Tensor], Norm]
     ) -> tuple[Tensor, FusedRecord, Tensor]:
         """``p``, the record without keep, and d; ``observe(k, plane)`` gives what ``BN_k`` applies to a plane."""
-        norm0, source, affine0 = None, x, (None, None)
+        chunks, norm0, affine0 = self.chunks(x.shape, x.device), None, (None, None)
+        if weights.expand is None and isinstance(x, Tensor) and x.dtype == self.dtype:
+            source = x
+        else:
+            source = self._plane(x, weights.depthwise.shape[0], *x.shape[2:])
+        for chunk in chunks:
+            if weights.expand is not None:
+                _pointwise(weights.expand, x[chunk].to(self.dtype), source[chunk])
+            elif source is not x:
+                source[chunk] = x[chunk].to(self.dtype)
         if weights.expand is not None:
-            source = _pointwise(weights.expand, x)
             norm0 = observe(0, source)
             affine0 = norm0.affine(weights.gamma0, weights.beta0)
         d = _ops.depthwise_conv(source, weights.depthwise, *affine0, self.module.dw_conv.conv.stride[0])
@@ -235,8 +282,14 @@ class FusedMBConv:
         if weights.squeeze is not None:
             pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
             gate, hidden = _ops.se_gate(pooled, *self._squeeze_excite(weights))
-        p = self._project(d, affine1, gate, weights)
+        p = self._plane(x, weights.project.shape[0], *d.shape[2:])
+        for chunk in chunks:
+            z = _ops.bn_act(d[chunk], *affine1, _rows(gate, chunk), "hardswish")
+            _pointwise(weights.project, z, p[chunk])
         return p, FusedRecord((norm0, norm1, observe(2, p)), hidden, gate, None), d
+
+    def _plane(self, x: Tensor | Encoded, *size: int) -> Tensor:
+        return torch.empty((x.shape[0], *size), dtype=self.dtype, device=x.device)
 
     def _renew(self, record: FusedRecord, weights: Weights, x: Tensor) -> FusedRecord:
         """The record with batch statistics of the recovered x: norms then cancel part of its error, as usual.
@@ -257,25 +310,12 @@ class FusedMBConv:
         drop = self.module.stochastic_depth
         if not self.module.training or drop == 0.0:
             return None
-        return (
-            torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
-            .bernoulli_(1 - drop)
-            .div_(1 - drop)[:, 0, 0, 0]
-        )
+        keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
+        return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
 
     @staticmethod
     def _squeeze_excite(weights: Weights) -> tuple[Tensor, ...]:
         return (weights.squeeze.flatten(1), weights.squeeze_bias, weights.excite.flatten(1), weights.excite_bias)
-
-    @staticmethod
-    def _project(d: Tensor, affine1: tuple[Tensor, Tensor], gate: Tensor | None, weights: Weights) -> Tensor:
-        """``p = W_p (gate h(BN_1(d)))``, a chunk of samples at a time."""
-        n, _, h, w = d.shape
-        p = d.new_empty((n, weights.project.shape[0], h, w))
-        for chunk in _chunks(n, d[0].numel() * d.element_size(), d.device):
-            z = _ops.bn_act(d[chunk], *affine1, _rows(gate, chunk), "hardswish")
-            _pointwise(weights.project, z, p[chunk])
-        return p
 
     @staticmethod
     def _term(p: Tensor, record: FusedRecord, weights: Weights) -> Term:
@@ -288,6 +328,7 @@ class FusedMBConv:
 
     # Backward -----------------------------------------------------------------------------------
 
+    @explicit
     def recompute(
         self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Term, Pullback]:
@@ -296,17 +337,28 @@ class FusedMBConv:
         weights = self.weights(parameters)
         if x.dtype == torch.float64:
             record = self._renew(record, weights, x)
-        replay = Replay(self, x.shape, x.__getitem__, record, weights, x)
+        replay = self.replay(x, record, weights)
         replay.keep(d=not self.lean, e=not self.lean)
         return self._term(replay.p, record, replay.w), self._pullback(replay)
 
+    def replay(self, x: Tensor | Encoded, record: FusedRecord, weights: Weights) -> Replay:
+        """The backward on a given input."""
+        return Replay(self, x.shape, x.device, lambda chunk: x[chunk].to(self.dtype), record, weights)
+
+    @explicit
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Term, Pullback]:
+        """As :meth:`recompute`, on what the forward computes, which is kept."""
+        x = inputs[0].clone()
+        term, record, d = self.compute(x)
+        return self.restore(record, parameters, x, d, term.p)
+
+    @explicit
     def restore(
         self, record: FusedRecord, parameters: Sequence[Tensor], x: Tensor, d: Tensor, p: Tensor
     ) -> tuple[Term, Pullback]:
         """As :meth:`recompute`, from a stored d and p; p is overwritten."""
-        replay = Replay(self, x.shape, x.__getitem__, record, self.weights(parameters), x)
-        replay.d = {chunk.start: d[chunk] for chunk in replay.chunks}
-        replay.p = p
+        replay = self.replay(x, record, self.weights(parameters))
+        replay.put(d, p)
         return self._term(p, record, replay.w), self._pullback(replay)
 
     @staticmethod
@@ -331,10 +383,9 @@ class Replay:
     """The backward of one MBConv, in passes over chunks of samples.
 
     Args:
-        shape: of the input x, ``[N, C, H, W]``.
-        source: gives a chunk of x; it may compute it.
+        shape, device: of the input x, ``[N, C, H, W]``.
+        source: gives a chunk of the input x; it may compute it.
         record, weights: of the forward.
-        like: any tensor of the right dtype and device.
 
     Attributes:
         e, d: chunks of the expanded map and of the depthwise output, by their first sample, where they are kept.
@@ -345,12 +396,13 @@ class Replay:
         self,
         branch: FusedMBConv,
         shape: Sequence[int],
+        device: torch.device,
         source: Callable[[slice], Tensor],
         record: FusedRecord,
         weights: Weights,
-        like: Tensor,
     ) -> None:
-        self.x, self.record, self.w, self.like = source, record, weights, like
+        self.x, self.record, self.w = source, record, weights
+        self.dtype, self.device, self.chunks = branch.dtype, device, branch.chunks(shape, device)
         self.n, _, self.height, self.width = shape
         self.stride = branch.module.dw_conv.conv.stride[0]
         self.out_size = (-(-self.height // self.stride), -(-self.width // self.stride))
@@ -359,8 +411,6 @@ class Replay:
         self.affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
         self.affine1 = norm1.affine(weights.gamma1, weights.beta1)
         self.affine2 = norm2.affine(weights.gamma2, weights.beta2)
-        plane = self.expanded * self.height * self.width * like.element_size()
-        self.chunks = list(_chunks(self.n, plane, like.device))
         self.e: dict[int, Tensor] = {}
         self.d: dict[int, Tensor] = {}
         self.p: Tensor | None = None
@@ -387,6 +437,11 @@ class Replay:
             return self.p[chunk]
         return _pointwise(self.w.project, self._z(self._d(chunk), chunk) if z is None else z)
 
+    def put(self, d: Tensor, p: Tensor) -> None:
+        """Keep d and p of the forward; p will be overwritten."""
+        self.d = {chunk.start: d[chunk] for chunk in self.chunks}
+        self.p = p
+
     def keep(self, *, d: bool = False, e: bool = False) -> None:
         """Compute and keep p for all samples, and d and e if asked for."""
         p = self._plane(self.channels)
@@ -401,7 +456,8 @@ class Replay:
         self.p = p
 
     def _plane(self, channels: int, size: tuple[int, int] | None = None) -> Tensor:
-        return self.like.new_empty((self.n, channels, *(size or self.out_size)))
+        size = (self.n, channels, *(size or self.out_size))
+        return torch.empty(size, dtype=self.dtype, device=self.device)
 
     def sums(self, du: Tensor) -> Tensor:
         """``[2, N, C']``: ``sum_hw du`` and ``sum_hw du (p - mean)``, what the coupling's adjoint gives along."""
@@ -413,6 +469,7 @@ class Replay:
     def chunk_sums(self, du: Tensor, p: Tensor) -> Tensor:
         return revkernels.couple_adjoint(du, [1], p=[p], center=[self.record.norms[2].mean])[1][0]
 
+    @explicit
     def pull(self, du: Tensor, sums: Tensor, emit: Emit | None, dz: Tensor | None = None) -> list[Tensor | None]:
         """Gradients of the parameters that want one; the input's goes to ``emit``.
 
@@ -447,7 +504,7 @@ class Replay:
                 *(du[chunk], self.p_of(chunk, z), *self.affine2),
                 *(_rows(gate2, chunk), None, slope2, offset2, "identity"),
             )
-            dproject += _pointwise_grad_weight(dp, z)
+            _add_grad_weight(dproject, dp, z)
             _pointwise(w.project.transpose(0, 1), dp, dz[chunk])
             sums1[:, chunk] = _ops.bn_act_grad_sums(dz[chunk], d, *self.affine1, norm1.mean, "hardswish")
             if pooled is not None:
@@ -506,7 +563,7 @@ class Replay:
             x = self.x(chunk)
             e = self._source(chunk)
             de = _ops.bn_act_grad(dv[chunk], e, *self.affine0, None, None, slope0, offset0, "hardswish")
-            dexpand += _pointwise_grad_weight(de, x)
+            _add_grad_weight(dexpand, de, x)
             if emit is not None:
                 emit(chunk, _pointwise(w.expand.transpose(0, 1), de))
         self.e.clear()
@@ -517,10 +574,16 @@ def _plain_norm(norm: nn.Module | None) -> bool:
     return type(norm) is nn.BatchNorm2d and norm.affine
 
 
-def _plain_conv_norm(layer: ConvNormAct, act: type | None) -> bool:
+def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = False) -> bool:
+    if type(layer) is not ConvNormAct or type(layer.conv) is not nn.Conv2d:
+        return False
     conv = layer.conv
+    if depthwise:
+        fits = conv.groups == conv.in_channels == conv.out_channels
+    else:
+        fits = conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1)
     return (
-        type(conv) is nn.Conv2d
+        fits
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and conv.dilation == (1, 1)
@@ -533,37 +596,37 @@ def _plain_conv_norm(layer: ConvNormAct, act: type | None) -> bool:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether calling one of the modules does more than its class's ``forward``."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in module.modules()
+        for m in modules
     )
 
 
-def why_not_fused(transform: nn.Module, x: Tensor) -> str:
+def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     """Why :class:`FusedMBConv` cannot stand for ``transform`` on input x; empty when it can.
 
-    What does not fit (other norms or activations, hooks, parametrisations, autocast, empty batches, user modules) runs
+    What does not fit (other norms or activations, hooks, parametrisations, empty batches, user modules) runs
     through :class:`revbifpn.branch.Branch`.
     """
     if type(transform) is not MBConv:
         return f"it is a {type(transform).__name__}, not an MBConv"
     m = transform
-    layers = [layer for layer in (m.exp_conv, m.dw_conv) if layer is not None]
-    if not all(type(layer) is ConvNormAct and _plain_conv_norm(layer, nn.Hardswish) for layer in layers):
-        return "its convolutions are not followed by BatchNorm2d and Hardswish"
-    if type(m.project_conv) is not ConvNormAct or not _plain_conv_norm(m.project_conv, None):
-        return "its projection is not followed by BatchNorm2d alone"
+    if m.exp_conv is not None and not _plain_conv_norm(m.exp_conv, nn.Hardswish):
+        return "its expansion is not a 1x1 convolution followed by BatchNorm2d and Hardswish"
+    if not _plain_conv_norm(m.dw_conv, nn.Hardswish, depthwise=True):
+        return "its depthwise convolution is not one followed by BatchNorm2d and Hardswish"
+    if not _plain_conv_norm(m.project_conv, None):
+        return "its projection is not a 1x1 convolution followed by BatchNorm2d alone"
     if m.se is not None:
         kinds = [type(layer) for layer in m.se.se]
         if kinds != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]:
             return "its squeeze-excite is not of Hardswish and Hardsigmoid"
-    if _has_hooks(m):
+    if has_hooks(m.modules()):
         return "a module in it has hooks or a forward of its own"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"
     if x.dtype not in (torch.float32, torch.float64) or any(q.dtype != x.dtype for q in m.parameters()):
         return f"its parameters and the stream are not all float32 or all float64 (the stream is {x.dtype})"
-    if x.numel() == 0:
+    if 0 in x.shape:
         return "the batch is empty"
     return ""

@@ -25,6 +25,7 @@ from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
+from revbifpn.streams import StreamFormat
 from revbifpn.tape import Stored, Tape
 from revkernels import reference
 
@@ -56,7 +57,10 @@ class Neck(nn.Module):
         for i, transform in enumerate(transforms):
             self.add_module(f"recomp_transform_{i}", transform)
 
-    def forward(self, streams: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, streams: Sequence[Tensor] | Tape | Stored) -> list[Tensor]:
+        """The pyramid; a level read from its tape is recomputed in backward."""
+        if isinstance(streams, (Tape, Stored)):
+            return [streams.read(i, transform) for i, transform in enumerate(self.children())]
         return [transform(y) for transform, y in zip(self.children(), streams, strict=True)]
 
 
@@ -110,6 +114,8 @@ class RevBiFPN(nn.Module):
         classes: None (or 0) leaves out the head: the model returns the pyramid.
         norm, norm_fn, norm_kwargs, act_fn, se_sig_act: see :class:`revbifpn.mbconv.Layers`.
         reversible: True recomputes, False stores all activations; overrides ``disable_rev`` and ``disable_recomp``.
+        stream: how the reversible streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a
+            :class:`revbifpn.StreamFormat`; None is ``"float32"``, and under autocast ``"fixed32"``.
 
     Shapes:
         image ``[N, 3, H, W]``, float, H and W multiples of ``2^(d + L - 1)`` (32 for four levels); an unbatched
@@ -150,6 +156,7 @@ class RevBiFPN(nn.Module):
         se_sig_act: Callable[[], nn.Module] = nn.Hardsigmoid,
         *,
         reversible: bool | None = None,
+        stream: str | StreamFormat | None = None,
     ) -> None:
         super().__init__()
         levels = len(channels)
@@ -169,7 +176,6 @@ class RevBiFPN(nn.Module):
                 f"{Stem.IMAGE_CHANNELS * block**2}, got {channels[0]}"
             )
 
-        self.disable_rev = disable_rev if reversible is None else not reversible
         self.disable_recomp = disable_recomp if reversible is None else not reversible
         self.norms_frozen = False
         self.stride = block * 2 ** (levels - 1)  # of the lowest resolution, in image pixels
@@ -188,9 +194,8 @@ class RevBiFPN(nn.Module):
             entering = channels[: layer if created else levels]
             blocks += [self._rev_blocks(entering, drop) for _ in range(inv_blk_rep)]
             blocks += [self._rev_silo(channels[: len(entering) + created], int(created), drop)]
-        self.rev_stack = ReversibleSequence(
-            *blocks, reversible=not self.disable_rev, start=1 if stem_downsampling else 0
-        )
+        self.rev_stack = ReversibleSequence(*blocks, stream=stream, start=1 if stem_downsampling else 0)
+        self.disable_rev = disable_rev if reversible is None else not reversible
 
         head_lists = (head_dwk, head_dwkp, head_expand_ratios, head_se_ratios)
         self.neck_channels = list(channels)
@@ -302,6 +307,15 @@ class RevBiFPN(nn.Module):
     # Running ------------------------------------------------------------------------------------
 
     @property
+    def disable_rev(self) -> bool:
+        """Whether the stack stores its activations; may be set at any time, as ``disable_recomp`` for the neck."""
+        return not self.rev_stack.reversible
+
+    @disable_rev.setter
+    def disable_rev(self, stored: bool) -> None:
+        self.rev_stack.reversible = not stored
+
+    @property
     def neck(self) -> Neck | None:
         """The neck, or None; it is a child of the stack in the published names."""
         return getattr(self.rev_stack, "recomp_op", None)
@@ -325,14 +339,15 @@ class RevBiFPN(nn.Module):
     def _open(self, x: Tensor) -> Tape | Stored:
         """The streams of x, on their tape."""
         mine = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
-        return self.rev_stack.open(self.stem(x), owned=mine)
+        tape = self.rev_stack.open(self.stem(x), owned=mine)
+        self.rev_stack(tape)
+        tape.finish()
+        return tape
 
     def _pyramid(self, tape: Tape | Stored) -> list[Tensor]:
         if self.neck is None:
             return list(tape.leave())
-        if self.disable_recomp:
-            return self.neck(tape.leave())
-        return [tape.read(i, transform) for i, transform in enumerate(self.neck.children())]
+        return self.neck(tape.leave() if self.disable_recomp else tape)
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         pyramid = self._pyramid(self._open(x))

@@ -22,13 +22,25 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from revbifpn.branch import is_recomputing
-from revbifpn.tape import Coupler, Coupling, Part, State, Stored, Tape, Upsampled, open_tape, own, recomputed
+from revbifpn.streams import StreamFormat, resolve
+from revbifpn.tape import (
+    Coupler,
+    Coupling,
+    Observer,
+    Part,
+    State,
+    Stored,
+    Tape,
+    TapeAt,
+    Upsampled,
+    open_tape,
+    recomputed,
+)
 
 __all__ = [
     "Coupling",
@@ -53,45 +65,63 @@ class Reversible(nn.Module, ABC):
         reversible: recompute activations in backward (True) or store them as ordinary autograd does (False).
             Read from the module that is called, not from the blocks inside it.
         coupler: how sums are added to streams; plain PyTorch unless a subclass or owner says otherwise.
+        self_check: with an exact stream, verify in backward that every transform is recomputed bit for bit, and raise
+            an error that names the one that is not. The first step that passes switches it off.
+        observer: looks at the streams around every coupling, see :mod:`revbifpn.monitor`.
     """
 
     reversible: bool = True
     coupler: Coupler = Coupler()
+    self_check: bool = True
+    observer: Observer | None = None
+    _stream: StreamFormat | None = None
+
+    @property
+    def stream(self) -> StreamFormat | None:
+        """How streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a :class:`StreamFormat`.
+
+        None, the default, is ``"float32"``, and under autocast ``"fixed32"``: with branches in 16 bits, floats that are
+        not restored bit for bit would spoil the gradients.
+        """
+        return self._stream
+
+    @stream.setter
+    def stream(self, stream: str | StreamFormat | None) -> None:
+        self._stream = StreamFormat.of(stream)
 
     @abstractmethod
     def couplings(self) -> Iterator[Coupling]:
         """The couplings in forward order. Streams are counted from 0, the highest resolution."""
 
-    def run(self, tape: Tape | Stored) -> None:
+    def run(self, tape: Tape | Stored | TapeAt) -> None:
         """Apply the couplings to the streams on a tape."""
         for coupling in self.couplings():
             tape.step(coupling)
 
     def open(self, *streams: Tensor, owned: bool = False) -> Tape | Stored:
-        """Run forward and keep the streams on the tape, from where they are read or leave.
+        """A tape with these streams, to run the module on: ``module(tape)``, then ``tape.finish()``.
+
+        Streams may then be read from it, or leave.
 
         Args:
             streams: ``[N, C, H, W]`` each; left as they are unless ``owned``.
             owned: the caller gives the tensors away, so that they may be updated in place.
         """
-        tape = self._tape(streams, owned)
-        self(tape)
-        return tape
-
-    def _tape(self, streams: Sequence[Tensor], owned: bool) -> Tape | Stored:
-        if self.reversible or not torch.is_grad_enabled():
-            return open_tape(self, streams, self.coupler, owned=owned)
+        stream = resolve(self.stream, streams[0])
+        if stream.exact or self.reversible or not torch.is_grad_enabled():
+            return open_tape(self, streams, self.coupler, stream, stored=not self.reversible, owned=owned)
         return Stored(self.coupler, streams)
 
-    def forward(self, *streams: Tensor | Tape | Stored) -> Tensor | tuple[Tensor, ...] | None:
+    def forward(self, *streams: Tensor | Tape | Stored | TapeAt) -> Tensor | tuple[Tensor, ...] | None:
         """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
 
         A container calls its blocks with its tape instead of tensors, so that their hooks run.
         """
-        if isinstance(streams[0], (Tape, Stored)):
+        if isinstance(streams[0], (Tape, Stored, TapeAt)):
             return self.run(streams[0])
-        tape = self._tape(streams, owned=False)
+        tape = self.open(*streams)
         self.run(tape)
+        tape.finish()
         return _unpack(tape.leave())
 
     @torch.no_grad()
@@ -101,10 +131,11 @@ class Reversible(nn.Module, ABC):
         Transforms are evaluated as they are now: with random layers in train mode the result is not the input
         (use ``eval()``; backward replays its random numbers and is not affected).
         """
-        state = State(self.coupler, self, own(streams, owned=False))
+        state = State(self.coupler, self, resolve(self.stream, streams[0]))
+        state.enter(streams)
         for coupling in reversed(list(self.couplings())):
             state.undo(state.lower(coupling))
-        return _unpack(tuple(state.streams))
+        return _unpack(state.decoded())
 
 
 def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -226,14 +257,11 @@ class PerLevel(Reversible):
 
     def couplings(self) -> Iterator[Coupling]:
         for level, block in enumerate(self.children()):
-            for coupling in block.couplings():
-                shift = {part: replace(part, level=level) for part in _parts(coupling)}
-                terms = tuple((shift[source], transform) for source, transform in coupling.terms)
-                yield replace(coupling, target=shift[coupling.target], terms=terms)
+            yield from (coupling.at(level) for coupling in block.couplings())
 
-
-def _parts(coupling: Coupling) -> Iterator[Part]:
-    return itertools.chain([coupling.target], (source for source, _ in coupling.terms))
+    def run(self, tape: Tape | Stored | TapeAt) -> None:
+        for level, block in enumerate(self.children()):
+            block(TapeAt(tape, level))
 
 
 class ReversibleSequence(Reversible):
@@ -242,12 +270,19 @@ class ReversibleSequence(Reversible):
     Args:
         blocks: reversible modules; each takes the streams that the one before it leaves.
         reversible: recompute (True) or store (False) activations.
+        stream: see :attr:`Reversible.stream`.
         start: index of the first block in names.
     """
 
-    def __init__(self, *blocks: Reversible, reversible: bool = True, start: int = 0) -> None:
+    def __init__(
+        self,
+        *blocks: Reversible,
+        reversible: bool = True,
+        stream: str | StreamFormat | None = None,
+        start: int = 0,
+    ) -> None:
         super().__init__()
-        self.reversible = reversible
+        self.reversible, self.stream = reversible, stream
         for i, block in enumerate(blocks, start):
             if not isinstance(block, Reversible):
                 raise TypeError(f"blocks[{i - start}]: expected a Reversible, got {type(block).__name__}")
@@ -261,7 +296,7 @@ class ReversibleSequence(Reversible):
         for block in self.blocks:
             yield from block.couplings()
 
-    def run(self, tape: Tape | Stored) -> None:
+    def run(self, tape: Tape | Stored | TapeAt) -> None:
         for block in self.blocks:
             block(tape)
 
@@ -281,16 +316,19 @@ def check_invertible(module: Reversible, *streams: Tensor, rtol: float | None = 
     Raises:
         AssertionError: an error is above ``rtol`` or not a number; the message names the stream and the usual causes.
     """
-    state = State(module.coupler, module, own(streams, owned=False))
+    state = State(module.coupler, module, resolve(module.stream, streams[0]))
+    state.enter(streams)
+    entered = [y.clone() for y in state.streams]
     recorded = []
     for coupling in module.couplings():
         lowered = state.lower(coupling)
-        recorded.append((lowered, state.advance(lowered)))
+        recorded.append((lowered, state.advance(lowered, lowered.parameters())))
     state.grads = [None] * len(state.streams)
-    for lowered, records in reversed(recorded):
-        state.retreat(lowered, records, lowered.parameters(), needs_input=True)
+    for lowered, replays in reversed(recorded):
+        state.retreat(lowered, replays, lowered.parameters(), needs_input=True)
     errors = []
-    for i, (x, inverted) in enumerate(zip(streams, state.streams, strict=True)):
+    inputs, state.streams = state.decoded(), entered
+    for i, (inverted, x) in enumerate(zip(inputs, state.decoded(), strict=True)):
         limit = rtol if rtol is not None else {torch.float32: 1e-3, torch.float64: 1e-10}.get(x.dtype, 0.1)
         error = 0.0
         if x.numel():

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import revkernels
 from revbifpn.branch import Gradient, Pullback, Term
-from revbifpn.fused import Emit, FusedMBConv, FusedRecord, Replay, _adder
+from revbifpn.fused import Emit, FusedMBConv, FusedRecord, Replay, Weights, _adder, explicit
+from revbifpn.streams import Encoded
+from revkernels.reference import accumulate_dtype
 
 
 class Segment(nn.Module):
@@ -36,55 +37,88 @@ class Segment(nn.Module):
 def add_term(term: Term, onto: Tensor | None) -> Tensor:
     """``onto + a p + b`` as a new tensor; ``onto = None`` is zero."""
     out = torch.zeros_like(term.p) if onto is None else onto.clone(memory_format=torch.contiguous_format)
-    return revkernels.couple_(out, [term.p], [1], scale=[term.scale], shift=[term.shift])
+    torch.ops.revkernels.couple_(out, [term.p], [term.scale], [term.shift], [1], "nearest", False)
+    return out
 
 
 class FusedSegment:
     """The branch of a :class:`Segment` of fused MBConvs."""
 
-    def __init__(self, module: Segment) -> None:
+    def __init__(self, module: Segment, dtype: torch.dtype) -> None:
         self.module = module
-        self.neck = FusedMBConv(module.neck)
-        self.merge = None if module.merge is None else FusedMBConv(module.merge)
+        self.neck = FusedMBConv(module.neck, dtype)
+        self.merge = None if module.merge is None else FusedMBConv(module.merge, dtype)
 
     def parameters(self) -> list[Tensor]:
         return self.neck.parameters() + ([] if self.merge is None else self.merge.parameters())
 
-    def __call__(self, y: Tensor, *merged: Tensor) -> Term:
+    @explicit
+    def __call__(self, y: Tensor | Encoded, *merged: Tensor) -> Term:
         out = add_term(self.neck(y), merged[0] if merged else None)
         return Term(out if self.merge is None else add_term(self.merge(out), None))
 
-    @torch.no_grad()
-    def forward(self, y: Tensor, *merged: Tensor) -> tuple[Term, tuple[FusedRecord, FusedRecord | None]]:
-        """The segment's map, and what its recompute needs."""
-        term, record = self.neck.forward(y)
+    @explicit
+    def _run(self, inputs: Sequence[Tensor | Encoded], planes: list | None = None) -> tuple[Term, list[FusedRecord]]:
+        """The segment's map and the records of its parts, whose d and p are added to ``planes`` if wanted."""
+        y, *merged = inputs
+        term, record, d = self.neck.compute(y)
+        records = [record]
+        if planes is not None:
+            planes.append((d, term.p))
         out = add_term(term, merged[0] if merged else None)
-        if self.merge is None:
-            return Term(out), (record, None)
-        del term
-        term, merge_record = self.merge.forward(out)
-        return Term(add_term(term, None)), (record, merge_record)
+        if self.merge is not None:
+            del term, d
+            term, record, d = self.merge.compute(out)
+            records.append(record)
+            if planes is not None:
+                planes.append((d, term.p))
+            del d
+            out = add_term(term, None)
+        return Term(out), records
 
+    def forward(self, *inputs: Tensor | Encoded) -> tuple[Term, list[FusedRecord]]:
+        """The segment's map, and what its recompute needs."""
+        return self._run(inputs)
+
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]) -> tuple[Term, Pullback]:
+        """As :meth:`recompute`, on what the forward computes, which is kept."""
+        planes = []
+        term, records = self._run(inputs, planes)
+        y, *merged = inputs
+        neck = self.neck.replay(y.clone(), records[0], self.neck.weights(parameters[: len(self.neck.parameters())]))
+        neck.put(*planes[0])
+        return term, self._pullback(neck, records, parameters, merged, planes)
+
+    @explicit
     def recompute(
         self,
-        records: tuple[FusedRecord, FusedRecord | None],
+        records: list[FusedRecord],
         parameters: Sequence[Tensor],
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | Encoded],
         needs: Sequence[bool],
     ) -> tuple[None, Pullback]:
         """The vector-Jacobian product; the map itself is not formed again. See :meth:`Branch.recompute`."""
         y, *merged = inputs
-        count = len(self.neck.parameters())
-        neck = Replay(self.neck, y.shape, y.__getitem__, records[0], self.neck.weights(parameters[:count]), y)
+        neck = self.neck.replay(y, records[0], self.neck.weights(parameters[: len(self.neck.parameters())]))
         if merged:  # below the highest level p is small and kept, rather than computed in every pass
             neck.keep()
+        return None, self._pullback(neck, records, parameters, merged)
 
+    def _pullback(
+        self,
+        neck: Replay,
+        records: list[FusedRecord],
+        parameters: Sequence[Tensor],
+        merged: Sequence[Tensor],
+        planes: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Pullback:
+        @explicit
         def pullback(du: Tensor, _: None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if self.merge is None:
                 dout, sums, dmerge, dz = du, neck.sums(du), [], None
             else:
-                weights = self.merge.weights(parameters[count:])
-                dout, sums, dmerge = self._pull_merge(neck, records[1], weights, merged, du)
+                weights = self.merge.weights(parameters[len(self.neck.parameters()) :])
+                dout, sums, dmerge = self._pull_merge(neck, records[1], weights, merged, du, planes[1:])
                 dz = dout if neck.expanded == neck.channels else None
             if merged and into[1] is not None:
                 into[1].tensor().add_(dout)
@@ -94,15 +128,16 @@ class FusedSegment:
                 into[0].adopt(dz)
             return dneck + dmerge
 
-        return None, pullback
+        return pullback
 
     def _pull_merge(
         self,
         neck: Replay,
         record: FusedRecord,
-        weights,
+        weights: Weights,
         merged: Sequence[Tensor],
-        du: Tensor,  # noqa: ANN001
+        du: Tensor,
+        planes: Sequence[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """``do``, its sums for the neck's last norm, and the merge's parameter gradients."""
         latest: dict[str, Tensor] = {}
@@ -112,15 +147,18 @@ class FusedSegment:
             return add_term(Term(p, *neck.affine2), merged[0][chunk] if merged else None)
 
         shape = (neck.n, neck.channels, *neck.out_size)
-        dout = neck.like.new_empty(shape)
-        sums = neck.like.new_empty((2, *shape[:2]))
+        dout = du.new_empty(shape, dtype=neck.dtype)
+        sums = du.new_empty((2, *shape[:2]), dtype=accumulate_dtype(neck.dtype))
 
         def emit(chunk: slice, do: Tensor) -> None:
             dout[chunk] = do
             sums[:, chunk] = neck.chunk_sums(do, latest["p"])
 
-        merge = Replay(self.merge, shape, out, record, weights, du)
-        merge.keep(d=True)
+        merge = Replay(self.merge, shape, du.device, out, record, weights)
+        if planes:
+            merge.put(*planes[0])
+        else:
+            merge.keep(d=True)
         return dout, sums, merge.pull(du, merge.sums(du), emit)
 
 

@@ -15,14 +15,17 @@ Parameters are inputs of their node, so ``torch.autograd.grad``, hooks, gradient
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revbifpn.branch import Branch, Gradient, Pullback, Term
+from revbifpn.streams import FIXED16, Encoded, OverflowCounter, StreamFormat, has_values, values
+from revkernels import reference
 
 _AGAIN = (
     "a second backward through one reversible forward pass: its streams were already inverted in place. "
@@ -59,6 +62,15 @@ class Coupling:
                     f"terms: {source} overlaps the target {self.target}; adding F(x) to x itself has no inverse"
                 )
 
+    def at(self, level: int) -> Coupling:
+        """The same coupling among the streams from ``level`` on."""
+
+        def moved(part: Part) -> Part:
+            return replace(part, level=part.level + level)
+
+        terms = tuple((moved(source), transform) for source, transform in self.terms)
+        return replace(self, target=moved(self.target), terms=terms)
+
 
 class Upsampled(nn.Sequential):
     """A transform followed by upsampling: kernels that upsample while they add take the two apart."""
@@ -82,6 +94,11 @@ class Lowered:
     def parameters(self) -> list[Tensor]:
         return [q for branch in self.branches for q in branch.parameters()]
 
+    def split(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Values for :meth:`parameters`, branch by branch."""
+        rest = iter(parameters)
+        return ([next(rest) for _ in branch.parameters()] for branch in self.branches)
+
 
 class Coupler:
     """How contributions are added to a stream and taken off again: here in plain PyTorch, upsampling in branches."""
@@ -100,13 +117,27 @@ class Coupler:
         """``transform(*inputs)`` as an ordinary differentiable tensor."""
         return transform(*inputs)
 
-    def update_(self, lowered: Lowered, y: Tensor, terms: Sequence[Term], *, subtract: bool) -> None:
-        """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``."""
+    def update_(
+        self,
+        lowered: Lowered,
+        y: Tensor,
+        terms: Sequence[Term],
+        *,
+        subtract: bool,
+        fraction_bits: int | None = None,
+        overflow: Tensor | None = None,
+    ) -> None:
+        """``y <- y +/- sum_k up_{f_k}(a_k p_k + b_k)``, on a grid where ``fraction_bits`` says so."""
         for term in terms:
             if term.p.shape != y.shape:
                 raise ValueError(
                     f"transform: expected a result of its target's shape {tuple(y.shape)}, got {tuple(term.p.shape)}"
                 )
+        if fraction_bits is not None:
+            p, none, ones = [term.p for term in terms], [None] * len(terms), [1] * len(terms)
+            reference.couple_(y, p, none, none, ones, "nearest", subtract, fraction_bits, overflow)
+            return
+        for term in terms:
             y.sub_(term.p) if subtract else y.add_(term.p)
 
     def adjoint(self, lowered: Lowered, dy: Tensor, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor | None]]:
@@ -121,40 +152,110 @@ class Coupler:
         return y
 
 
+Replay = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[bool]], tuple[Term | None, Pullback]]
+"""``replay(parameters, inputs, needs)``: what :meth:`revbifpn.branch.Branch.recompute` gives."""
+
+
 @dataclass
 class State:
-    """Streams, gradients and position of one pass. It lives as long as the graph that points to it."""
+    """Streams, gradients and position of one pass. It lives as long as the graph that points to it.
+
+    Attributes:
+        stored: keep what branches compute for backward, instead of inverting streams and recomputing.
+        gradient_dtype: of the streams' gradients; None for that of the streams.
+    """
 
     coupler: Coupler
     root: nn.Module | None = None  # knows the names of the transforms
+    format: StreamFormat = StreamFormat()
+    stored: bool = False
+    gradient_dtype: torch.dtype | None = None
     streams: list[Tensor] = field(default_factory=list)
     grads: list[Tensor | None] = field(default_factory=list)
     position: int = 0  # couplings applied and not yet undone
     task: int = -1  # autograd's number of the backward call that the gradients belong to
 
+    def __post_init__(self) -> None:
+        self.overflow = OverflowCounter(self.format)
+        self.observer: Observer | None = getattr(self.root, "observer", None)
+        self.checks = self.format.exact and not self.stored and getattr(self.root, "self_check", False)
+
+    def enter(self, inputs: Sequence[Tensor], owned: bool = False) -> None:
+        """Take the inputs as streams: themselves where the caller gave them away, copies or encodings otherwise."""
+        if owned and not self.format.exact:
+            self.streams = [x.data for x in inputs]
+        else:
+            self.streams = [
+                self.format.encode(x, level, self.overflow.of(level, x.device)) for level, x in enumerate(inputs)
+            ]
+
+    def decoded(self) -> tuple[Tensor, ...]:
+        """The streams as ordinary tensors; the state keeps them no longer."""
+        streams, self.streams = self.streams, []
+        return tuple(values(self.format.decode(y, level)) for level, y in enumerate(streams))
+
+    def read(self, part: Part) -> Tensor | Encoded:
+        """The values of a part, as branches take them."""
+        return self.format.decode(part.of(self.streams), part.level)
+
     def lower(self, coupling: Coupling) -> Lowered:
         """The coupling with the branches that fit the streams."""
-        return self.coupler.lower(coupling, [source.of(self.streams) for source, _ in coupling.terms])
+        return self.coupler.lower(coupling, [self.read(source) for source, _ in coupling.terms])
 
-    def advance(self, lowered: Lowered) -> list[Any]:
-        """``y_t += sum_k up(branch_k(y_k))``; returns the branches' records."""
-        terms, records = [], []
-        for source, branch in zip(lowered.sources, lowered.branches, strict=True):
-            term, record = branch.forward(source.of(self.streams))
+    def run(
+        self, branch: Branch, inputs: Sequence[Tensor], parameters: Sequence[Tensor], *, stored: bool
+    ) -> tuple[Term, Replay]:
+        """Call a branch once; the replay gives its term and pullback in backward."""
+        if stored:
+            term, pullback = branch.store(parameters, inputs)
+            return term, lambda *_: (term, pullback)
+        term, record = branch.forward(*inputs)
+        replay = partial(branch.recompute, record)
+        if self.checks and has_values(term.p):
+            replay = partial(self._verified, branch, _signature(term.p), replay)
+        return term, replay
+
+    def _verified(self, branch: Branch, signature: Tensor, replay: Replay, *arguments: Any) -> tuple:
+        term, pullback = replay(*arguments)
+        if term is not None and not torch.equal(_signature(term.p), signature):
+            raise RuntimeError(
+                f"{self.name_of(branch)} computed other values in backward than in forward, which a {self.format.name} "
+                "stream cannot take: it is undone bit for bit. Usual causes: another number of threads, a "
+                "non-deterministic kernel (torch.use_deterministic_algorithms), state outside of buffers, a random "
+                "generator of its own. stream='float32' tolerates small differences"
+            )
+        return term, pullback
+
+    def name_of(self, branch: Branch) -> str:
+        """The name of a branch's transform in the root."""
+        names = {id(m): name for name, m in self.root.named_modules()} if self.root is not None else {}
+        return names.get(id(branch.module), type(branch.module).__name__)
+
+    def advance(self, lowered: Lowered, parameters: Sequence[Tensor]) -> list[Replay]:
+        """``y_t += sum_k up(branch_k(y_k))``; returns how to run the branches again."""
+        terms, replays = [], []
+        for source, branch, own in zip(lowered.sources, lowered.branches, lowered.split(parameters), strict=True):
+            term, replay = self.run(branch, [self.read(source)], own, stored=self.stored)
             terms.append(term)
-            records.append(record)
+            replays.append(replay)
         if torch.is_anomaly_enabled():
             self.check_finite(lowered, terms)
         self.add_(lowered, terms)
-        return records
+        return replays
 
     def check_finite(self, lowered: Lowered, terms: list[Term]) -> None:
         """In anomaly mode, name the transform whose result is not finite."""
-        names = {id(m): name for name, m in self.root.named_modules()} if self.root is not None else {}
         for branch, term in zip(lowered.branches, terms, strict=True):
             if not all(t is None or t.isfinite().all() for t in (term.p, term.scale, term.shift)):
-                name = names.get(id(branch.module), type(branch.module).__name__)
-                raise RuntimeError(f"{name} computed values that are not finite in the forward pass")
+                raise RuntimeError(f"{self.name_of(branch)} computed values that are not finite in the forward pass")
+
+    def _update_(self, lowered: Lowered, terms: Sequence[Term], *, subtract: bool) -> None:
+        level, y = lowered.target.level, lowered.target.of(self.streams)
+        options = {}
+        if self.format.exact:
+            overflow = None if subtract else self.overflow.of(level, y.device)
+            options = {"fraction_bits": self.format.bits(level), "overflow": overflow}
+        self.coupler.update_(lowered, y, terms, subtract=subtract, **options)
 
     def add_(self, lowered: Lowered, terms: list[Term]) -> None:
         """``y_t += sum_k up(p_k)``, a new stream where the coupling creates it."""
@@ -165,17 +266,18 @@ class State:
                     f"got {len(self.streams)}"
                 )
             self.streams.append(self.streams[0].new_zeros(terms[0].p.shape))  # going down, nothing is upsampled
-        self.coupler.update_(lowered, lowered.target.of(self.streams), terms, subtract=False)
+        if self.observer is not None:
+            self.observer.before(self, lowered)
+        self._update_(lowered, terms, subtract=False)
+        if self.observer is not None:
+            self.observer.after(self, lowered)
         self.position += 1
 
     def undo(self, lowered: Lowered) -> None:
         """``y_t -= sum_k up(branch_k(y_k))`` with the branches as they are now, for ``inverse()``."""
         if not lowered.creates:
-            terms = [
-                branch.evaluate(source.of(self.streams))
-                for source, branch in zip(lowered.sources, lowered.branches, strict=True)
-            ]
-            self.coupler.update_(lowered, lowered.target.of(self.streams), terms, subtract=True)
+            sources = zip(lowered.branches, lowered.sources, strict=True)
+            self._update_(lowered, [branch.evaluate(self.read(source)) for branch, source in sources], subtract=True)
         else:
             self.streams.pop()
         self.position -= 1
@@ -183,7 +285,7 @@ class State:
     def retreat(
         self,
         lowered: Lowered,
-        records: Sequence[Any],
+        replays: Sequence[Replay],
         parameters: Sequence[Tensor],
         needs_input: bool,
     ) -> list[Tensor | None]:
@@ -197,9 +299,16 @@ class State:
         if dy is None and not needs_input:
             self.release()
             return [None] * len(parameters)
-        terms, pullbacks = self._recompute(lowered, records, parameters, needs_input and dy is not None)
-        if needs_input and not lowered.creates:
-            self.coupler.update_(lowered, lowered.target.of(self.streams), terms, subtract=True)
+        needs = [needs_input and dy is not None]
+        terms, pullbacks = [], []
+        for source, replay, own in zip(lowered.sources, replays, lowered.split(parameters), strict=True):
+            term, pullback = replay(own, [self.read(source)], needs)
+            terms.append(term)
+            pullbacks.append(pullback)
+        if needs_input and not lowered.creates and not self.stored:
+            self._update_(lowered, terms, subtract=True)
+            if self.observer is not None:
+                self.observer.undone(self, lowered, position - 1)
         gradients: list[Tensor | None] = [None] * len(parameters)
         if dy is not None:
             pulled = self.coupler.adjoint(lowered, lowered.target.of(self.grads), terms)
@@ -220,19 +329,8 @@ class State:
     def release(self) -> None:
         """Let go of the streams: nothing before this point of the backward wants a gradient."""
         self.streams, self.grads, self.position = [], [], -1
-
-    def _recompute(
-        self, lowered: Lowered, records: Sequence[Any], parameters: Sequence[Tensor], needs_dx: bool
-    ) -> tuple[list[Term], list[Pullback]]:
-        terms, pullbacks = [], []
-        parameters = list(parameters)
-        for source, branch, record in zip(lowered.sources, lowered.branches, records, strict=True):
-            count = len(branch.parameters())
-            own, parameters = parameters[:count], parameters[count:]
-            term, pullback = branch.recompute(record, own, [source.of(self.streams)], [needs_dx])
-            terms.append(term)
-            pullbacks.append(pullback)
-        return terms, pullbacks
+        if self.checks:
+            self.root.self_check = False  # a whole step went well
 
     def begin(self) -> None:
         """Zero gradients at the start of a backward call: an earlier one may have read a level and stopped there."""
@@ -240,10 +338,33 @@ class State:
         if task != self.task:
             self.task, self.grads = task, [None] * len(self.streams)
 
+    def own_gradient(self, dy: Tensor) -> Tensor:
+        """A copy of a stream's gradient."""
+        return dy.to(self.gradient_dtype or dy.dtype, memory_format=torch.contiguous_format, copy=True)
+
     def expect(self, position: int) -> None:
         """Refuse to go on where the streams are not what this node left behind."""
         if self.position != position:
             raise RuntimeError(_AGAIN)
+
+
+def _signature(p: Tensor) -> Tensor:
+    """The sums of a tensor's bits, per channel: other values have other sums, as good as always."""
+    bits = p.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()])
+    return bits.sum((0, *range(2, p.dim())), dtype=torch.int64)
+
+
+class Observer:
+    """Looks at the streams of a pass around every coupling; see :mod:`revbifpn.monitor`."""
+
+    def before(self, state: State, lowered: Lowered) -> None:
+        """The coupling is about to be added."""
+
+    def after(self, state: State, lowered: Lowered) -> None:
+        """It was."""
+
+    def undone(self, state: State, lowered: Lowered, position: int) -> None:
+        """It was taken off again in backward; ``position`` is that of :meth:`before`."""
 
 
 class PartGradient(Gradient):
@@ -251,18 +372,19 @@ class PartGradient(Gradient):
 
     def __init__(self, state: State, part: Part) -> None:
         self.state, self.part = state, part
+        self.dtype = state.gradient_dtype or state.streams[part.level].dtype
 
     def tensor(self) -> Tensor:
         grads, level = self.state.grads, self.part.level
         if grads[level] is None:
-            grads[level] = torch.zeros_like(self.state.streams[level], memory_format=torch.contiguous_format)
+            stream = self.state.streams[level]
+            grads[level] = torch.zeros(stream.shape, dtype=self.dtype, device=stream.device)
         return self.part.of(grads)
 
     def adopts(self, buffer: Tensor) -> bool:
         level = self.part.level
-        stream = self.state.streams[level]
         whole = self.part.half is None and self.state.grads[level] is None
-        return whole and buffer.shape == stream.shape and buffer.dtype == stream.dtype
+        return whole and buffer.shape == self.state.streams[level].shape and buffer.dtype == self.dtype
 
     def adopt(self, buffer: Tensor) -> None:
         self.state.grads[self.part.level] = buffer
@@ -271,34 +393,41 @@ class PartGradient(Gradient):
 class Tape:
     """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
 
-    def __init__(self, coupler: Coupler, root: nn.Module | None = None) -> None:
-        self.coupler = coupler
-        self.state = State(coupler, root)
+    def __init__(self, state: State) -> None:
+        self.state = state
         self.token: Tensor | None = None  # None: nothing is recorded
 
     def step(self, coupling: Coupling) -> None:
         """Apply a coupling to the streams, recorded if the pass is."""
-        lowered = self.state.lower(coupling)
+        state = self.state
+        lowered = state.lower(coupling)
         if self.token is None:
             sources = zip(lowered.branches, lowered.sources, strict=True)
-            self.state.add_(lowered, [branch(source.of(self.state.streams)) for branch, source in sources])
+            state.add_(lowered, [branch(state.read(source)) for branch, source in sources])
         else:
-            self.token = _Step.apply(self.token, self.state, lowered, *lowered.parameters())
+            self.token = _Step.apply(self.token, state, lowered, *lowered.parameters())
+
+    def finish(self) -> None:
+        """All couplings have been applied."""
+        self.state.overflow.report()
 
     def leave(self) -> tuple[Tensor, ...]:
         """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
         if self.token is None:
-            streams, self.state.streams = tuple(self.state.streams), []
-            return streams
+            return self.state.decoded()
         return _Leave.apply(self.token, self.state)
 
-    def read(self, level: int, transform: nn.Module, *others: Tensor) -> Tensor:
-        """``transform(stream, *others)``, recomputed in backward; the streams stay on the tape."""
-        stream = self.state.streams[level]
-        branch = self.coupler.branch(transform, stream, *others)
+    def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
+        """``transform(stream, *others)``; the streams stay on the tape.
+
+        Args:
+            stored: keep what the transform computes for backward, instead of recomputing it there.
+        """
+        stream = self.state.read(Part(level))
+        branch = self.state.coupler.branch(transform, stream, *others)
         if self.token is None:
             return _recomputed(branch, stream, *others)
-        return _Read.apply(self.token, self.state, level, branch, len(others), *others, *branch.parameters())
+        return _Read.apply(self.token, self.state, level, branch, stored, len(others), *others, *branch.parameters())
 
 
 def forbid_double_backward() -> None:
@@ -317,7 +446,7 @@ class _Enter(torch.autograd.Function):
     def forward(ctx: Any, state: State, owned: bool, *inputs: Tensor) -> Tensor:
         ctx.state = state
         ctx.set_materialize_grads(False)
-        state.streams = own(inputs, owned)
+        state.enter(inputs, owned)
         return inputs[0].new_empty(())
 
     @staticmethod
@@ -337,7 +466,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, token: Tensor, state: State, lowered: Lowered, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.lowered = state, lowered
-        ctx.records = state.advance(lowered)
+        ctx.replays = state.advance(lowered, parameters)
         ctx.position = state.position
         ctx.save_for_backward(*parameters)
         return token.new_empty(())
@@ -346,7 +475,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, token: None) -> tuple:
         forbid_double_backward()
         ctx.state.expect(ctx.position)
-        gradients = ctx.state.retreat(ctx.lowered, ctx.records, ctx.saved_tensors, ctx.needs_input_grad[0])
+        gradients = ctx.state.retreat(ctx.lowered, ctx.replays, ctx.saved_tensors, ctx.needs_input_grad[0])
         return None, None, None, *gradients
 
 
@@ -357,7 +486,7 @@ class _Leave(torch.autograd.Function):
     def forward(ctx: Any, token: Tensor, state: State) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.position = state, state.position
-        streams, state.streams = tuple(state.streams), []
+        streams = state.decoded()
         ctx.save_for_backward(*streams)
         return streams
 
@@ -369,8 +498,8 @@ class _Leave(torch.autograd.Function):
         if state.streams:
             raise RuntimeError(_AGAIN)
         # The caller may still hold the outputs, and autograd may share the gradients: the tape works on copies.
-        state.streams = [y.clone(memory_format=torch.contiguous_format) for y in ctx.saved_tensors]
-        state.grads = [None if g is None else g.clone(memory_format=torch.contiguous_format) for g in grads]
+        state.enter(ctx.saved_tensors)
+        state.grads = [None if g is None else state.own_gradient(g) for g in grads]
         return None, None
 
 
@@ -379,11 +508,12 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, state: State, level: int, branch: Branch, count: int, *tensors: Tensor
+        ctx: Any, token: Tensor, state: State, level: int, branch: Branch, stored: bool, count: int, *tensors: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.level, ctx.branch, ctx.count, ctx.position = state, level, branch, count, state.position
-        term, ctx.record = branch.forward(state.streams[level], *tensors[:count])
+        ctx.state, ctx.level, ctx.count, ctx.position = state, level, count, state.position
+        others, parameters = tensors[:count], tensors[count:]
+        term, ctx.replay = state.run(branch, [state.read(Part(level)), *others], parameters, stored=stored)
         ctx.save_for_backward(*tensors)
         return term.p
 
@@ -395,15 +525,15 @@ class _Read(torch.autograd.Function):
         state.begin()
         saved = ctx.saved_tensors
         if dp is None:
-            return (None,) * (5 + len(saved))
+            return (None,) * (6 + len(saved))
         others, parameters = saved[:count], saved[count:]
-        inputs = [state.streams[ctx.level], *others]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
-        _, pullback = ctx.branch.recompute(ctx.record, parameters, inputs, needs)
+        inputs = [state.read(Part(ctx.level)), *others]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6 : 6 + count]]
+        _, pullback = ctx.replay(parameters, inputs, needs)
         dothers = [Gradient(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
         into = PartGradient(state, Part(ctx.level)) if needs[0] else None
         dparameters = pullback(dp, None, [into, *dothers])
-        return None, None, None, None, None, *_values(dothers), *dparameters
+        return None, None, None, None, None, None, *_values(dothers), *dparameters
 
 
 class _Recomputed(torch.autograd.Function):
@@ -446,11 +576,6 @@ def _recomputed(branch: Branch, *inputs: Tensor) -> Tensor:
     return _Recomputed.apply(branch, len(inputs), *inputs, *branch.parameters())
 
 
-def own(inputs: Sequence[Tensor], owned: bool) -> list[Tensor]:
-    """The tape's own streams: the inputs themselves where the caller gave them away, copies otherwise."""
-    return [x.data if owned else x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
-
-
 class Stored:
     """The same couplings with ordinary autograd: every step makes new tensors and keeps what backward needs."""
 
@@ -480,20 +605,45 @@ class Stored:
     def leave(self) -> tuple[Tensor, ...]:
         return tuple(self._get(Part(i)) for i in range(len(self._levels)))
 
-    def read(self, level: int, transform: nn.Module, *others: Tensor) -> Tensor:
-        """``transform(stream, *others)``, recomputed in backward."""
+    def finish(self) -> None:
+        """All couplings have been applied."""
+
+    def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
+        """As :meth:`Tape.read`."""
         stream = self._get(Part(level))
+        if stored:
+            return self.coupler.apply(transform, stream, *others)
         return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
 
 
-def open_tape(root: nn.Module, inputs: Sequence[Tensor], coupler: Coupler, *, owned: bool = False) -> Tape:
+@dataclass(frozen=True)
+class TapeAt:
+    """A tape as a block sees it whose stream 0 is the tape's stream ``level``."""
+
+    tape: Tape | Stored | TapeAt
+    level: int
+
+    def step(self, coupling: Coupling) -> None:
+        self.tape.step(coupling.at(self.level))
+
+
+def open_tape(
+    root: nn.Module,
+    inputs: Sequence[Tensor],
+    coupler: Coupler,
+    stream: StreamFormat,
+    *,
+    stored: bool = False,
+    owned: bool = False,
+) -> Tape:
     """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
-    tape = Tape(coupler, root)
+    device, gradient_dtype = inputs[0].device.type, None
+    if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
+        reduced = torch.is_autocast_enabled(device)
+        gradient_dtype = torch.get_autocast_dtype(device) if reduced else torch.float32
+    tape = Tape(State(coupler, root, stream, stored, gradient_dtype))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *root.parameters())):
         tape.token = _Enter.apply(tape.state, owned, *inputs)
     else:
-        tape.state.streams = own(inputs, owned)
+        tape.state.enter(inputs, owned)
     return tape
-
-
-__all__ = ["Coupler", "Coupling", "Lowered", "Part", "State", "Stored", "Tape", "Upsampled", "open_tape", "recomputed"]

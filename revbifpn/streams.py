@@ -1,0 +1,189 @@
+"""How streams are stored: as floats, or exactly, on a fixed-point grid.
+
+Floats lose digits when a coupling is undone, ``(x + t) - t != x``. On a grid of multiples of ``2^-g`` nothing is lost:
+
+    y = x + 2^-g rint(2^g t),        x = y - 2^-g rint(2^g t),
+
+at any depth, as long as t is computed again bit for bit. ``fixed32`` keeps the grid's values in float32, exact while
+``|y| < 2^(24 - g)``; ``fixed16`` keeps ``2^g y`` in int16, for ``|y| < 2^(15 - g)``. There sums wrap around beyond
+that, which still inverts exactly, but gives branches wrong values: such values are counted and reported.
+
+The rounding is done by the coupling (:func:`revkernels.couple_`); its gradient is taken as 1 (straight-through).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+import revkernels
+
+FLOAT32, FIXED32, FIXED16 = "float32", "fixed32", "fixed16"
+DEFAULT_BITS = {FIXED32: (12,), FIXED16: (9,)}
+MOST_BITS = {FIXED32: 24, FIXED16: 15}  # significant bits of a value, but for its sign
+
+
+class StreamOverflowWarning(UserWarning):
+    """Values of a stream left the range of its format."""
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """How the streams of a reversible pass are stored.
+
+    Args:
+        name: ``"float32"`` (as they come: float64 stays float64), ``"fixed32"`` or ``"fixed16"``.
+        fraction_bits: g of every level, from the highest resolution; the last one holds for all further levels.
+            By default 12 for ``fixed32`` (values up to 4096 in steps of 2.4e-4) and 9 for ``fixed16`` (up to 64 in
+            steps of 2e-3). :func:`revbifpn.range_report` tells which range a model needs.
+
+    Raises:
+        ValueError: an unknown name, or bits outside [-8, 24] (``fixed32``), [-8, 15] (``fixed16``).
+    """
+
+    name: str = FLOAT32
+    fraction_bits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in (FLOAT32, FIXED32, FIXED16):
+            raise ValueError(f"stream: expected 'float32', 'fixed32' or 'fixed16', got {self.name!r}")
+        bits = tuple(self.fraction_bits) or DEFAULT_BITS.get(self.name, ())
+        if self.exact:
+            most = MOST_BITS[self.name]
+            if not all(isinstance(g, int) and -8 <= g <= most for g in bits):
+                raise ValueError(f"fraction_bits: expected integers from -8 to {most} for {self.name}, got {bits}")
+        elif bits:
+            raise ValueError(f"fraction_bits: float32 streams have no grid, got {bits}")
+        object.__setattr__(self, "fraction_bits", bits)
+
+    @classmethod
+    def of(cls, stream: str | StreamFormat | None) -> StreamFormat | None:
+        """The format that a ``stream`` argument asks for; None stays None."""
+        return stream if stream is None or isinstance(stream, StreamFormat) else cls(stream)
+
+    @property
+    def exact(self) -> bool:
+        return self.name != FLOAT32
+
+    def bits(self, level: int) -> int | None:
+        """g of a level; None for floats."""
+        return self.fraction_bits[min(level, len(self.fraction_bits) - 1)] if self.exact else None
+
+    def limit(self, level: int) -> float:
+        """Values stay below this."""
+        return 2.0 ** (MOST_BITS[self.name] - self.bits(level)) if self.exact else float("inf")
+
+    def encode(self, x: Tensor, level: int, overflow: Tensor | None = None) -> Tensor:
+        """x on the grid, in a tensor of its own; ``overflow`` as in :func:`revkernels.couple_`."""
+        if not self.exact:
+            return x.detach().clone(memory_format=torch.contiguous_format)
+        dtype = torch.int16 if self.name == FIXED16 else torch.float32
+        y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        return revkernels.couple_(y, [x.detach()], [1], fraction_bits=self.bits(level), overflow=overflow)
+
+    def decode(self, y: Tensor, level: int) -> Tensor | Encoded:
+        """The values of a stored stream: itself, or a view that gives them where they are read."""
+        return Encoded(y, self.bits(level)) if self.name == FIXED16 else y
+
+
+def resolve(stream: StreamFormat | None, x: Tensor) -> StreamFormat:
+    """What ``stream=None`` means for inputs like x: under autocast ``fixed32``, else floats."""
+    if stream is not None:
+        return stream
+    reduced = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return StreamFormat(FIXED32 if reduced else FLOAT32)
+
+
+class Encoded:
+    """Values ``2^-bits y`` of an int16 stream, decoded where they are read."""
+
+    dtype = torch.float32
+
+    def __init__(self, y: Tensor, bits: int) -> None:
+        self.y, self.bits = y, bits
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.y.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.y.device
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return self.y.to(dtype).mul_(2.0**-self.bits)  # rounded once: a power of two is exact in every dtype
+
+    def __getitem__(self, rows: slice) -> Encoded:
+        return Encoded(self.y[rows], self.bits)
+
+    def clone(self) -> Encoded:
+        return Encoded(self.y.clone(), self.bits)
+
+
+def values(x: Tensor | Encoded) -> Tensor:
+    """A branch's input as a tensor."""
+    return x.to(x.dtype) if isinstance(x, Encoded) else x
+
+
+class OverflowCounter:
+    """Numbers of values that left the range of their format in one pass, per level.
+
+    On a CPU they are read at the end of the forward. On CUDA that would stall it: they are copied to the host in the
+    background and read by a later pass.
+    """
+
+    _on_their_way: list[tuple[Any, StreamFormat, dict[int, Tensor]]] = []  # CUDA event, format, counts on the host
+
+    def __init__(self, stream: StreamFormat) -> None:
+        self.stream = stream
+        self.counts: dict[int, Tensor] = {}
+
+    def of(self, level: int, device: torch.device) -> Tensor | None:
+        """What :func:`revkernels.couple_` adds to; None for floats."""
+        if not self.stream.exact:
+            return None
+        if level not in self.counts:
+            self.counts[level] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self.counts[level]
+
+    def report(self) -> None:
+        """Warn of what has been counted, now or once it is there."""
+        if not all(map(has_values, self.counts.values())):
+            return
+        if not any(count.is_cuda for count in self.counts.values()):
+            _warn(self.stream, self.counts)
+        elif not torch.cuda.is_current_stream_capturing():
+            copies = {
+                level: torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+                for level, count in self.counts.items()
+            }
+            event = torch.cuda.Event()
+            event.record()
+            before, self._on_their_way[:] = [*self._on_their_way, (event, self.stream, copies)], []
+            for entry in before:
+                if entry[0].query():
+                    _warn(*entry[1:])
+                else:
+                    self._on_their_way.append(entry)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x is computed at all, rather than simulated."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def _warn(stream: StreamFormat, counts: dict[int, Tensor]) -> None:
+    found = {level: int(count) for level, count in counts.items() if int(count)}
+    if found:
+        text = ", ".join(f"{n} of level {level} (|y| < {stream.limit(level):g})" for level, n in sorted(found.items()))
+        warnings.warn(
+            f"values of a {stream.name} stream left its range: {text}. What branches read there is wrong; choose fewer "
+            "fraction_bits, see revbifpn.range_report",
+            StreamOverflowWarning,
+            stacklevel=2,
+        )
