@@ -108,7 +108,7 @@ def extras() -> dict[str, list[str]]:
     """What benchmarks, tests and development need beyond the package itself."""
     triton = "triton; sys_platform == 'linux' and platform_machine == 'x86_64'"
     return {
-        "bench": ["timm", torchvision_requirement(), "matplotlib", "rich"],
+        "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton],
         "dev": ["ruff", "clang-format"],
     }

@@ -23,12 +23,16 @@ std::vector<std::string> ops() {
       "couple_adjoint",
       "depthwise_conv",
       "depthwise_conv_grad_input",
-      "bn_stats",
       "depthwise_conv_grad_weight",
+      "bn_stats",
+      "bn_fold",
+      "bn_fold_grad",
       "bn_act",
       "bn_act_squeeze",
       "bn_act_grad_sums",
       "bn_act_grad",
+      "se_gate",
+      "se_gate_grad",
   };
 }
 

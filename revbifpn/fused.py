@@ -8,8 +8,8 @@ With ``h`` hardswish, ``BN_k(x) = scale_k x + shift_k`` (``scale = gamma rstd``,
     p = W_p (gate h(BN_1(d)))                                 [N, C', H', W']
     result = keep BN_2(p)        left to the coupling         keep [N], stochastic depth
 
-The forward saves the norms' mean and rstd, the gate and the keep factors, nothing else. So the recompute has no
-reductions and draws no random numbers: it is computed sample by sample, as is the backward up to the per-channel sums
+The forward saves the norms and the keep factors, nothing else: ``O(C + N)`` numbers. So the recompute has no sums over
+samples and draws no random numbers: it is computed sample by sample, as is the backward up to the per-channel sums
 that batch statistics need. Only one full plane per branch exists, p, over which the gradient of the projection's input
 is written; everything else lives for a chunk of samples at a time.
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import revkernels
 from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.mbconv import ConvNormAct, MBConv
-from revbifpn.streams import Encoded
+from revbifpn.streams import Encoded, autocast_dtype
 from revkernels.reference import accumulate_dtype
 
 _ops = torch.ops.revkernels
@@ -59,40 +59,36 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Norm:
-    """Statistics that a BatchNorm used in the forward; ``batch``: they are the batch's own."""
+    """``scale x + shift``, what a BatchNorm was in the forward; ``batch``: its statistics are the batch's own."""
 
     mean: Tensor  # [C]
     rstd: Tensor  # [C]
+    scale: Tensor  # [C]
+    shift: Tensor  # [C]
     batch: bool
 
-    def affine(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """``scale, shift`` of ``gamma (x - mean) rstd + beta``."""
-        scale = gamma * self.rstd
-        return scale, beta - self.mean * scale
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.shift
 
     def gradient(
-        self, scale: Tensor, sum_g: Tensor, sum_gx: Tensor, count: int
+        self, sums: Tensor, count: int, gate: Tensor | None = None, dpool: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Parameter gradients, and what is left of the input's after ``scale g``.
+        """Parameter gradients, and slope and offset of ``dx = scale g + slope x + offset``, None for zero.
 
-        With ``sum_g = sum g`` and ``sum_gx = sum g (x - mean)`` over ``count`` positions: ``dgamma = rstd sum_gx``,
-        ``dbeta = sum_g``, ``dx = scale (g - dbeta / M - x^ dgamma / M) = scale g + slope x + offset``.
+        From the sums over ``count`` positions; see :func:`revkernels.reference.bn_fold_grad`.
         """
-        dgamma = self.rstd * sum_gx
-        if not self.batch:
-            return dgamma, sum_g, None, None
-        slope = scale * self.rstd * dgamma / -count
-        return dgamma, sum_g, slope, scale * sum_g / -count - slope * self.mean
+        fold = (sums, gate, dpool, self.mean, self.rstd, self.scale, count, self.batch)
+        dweight, dbias, slope, offset = _ops.bn_fold_grad(*fold)
+        return (dweight, dbias, slope, offset) if self.batch else (dweight, dbias, None, None)
 
 
 @dataclass(frozen=True)
 class FusedRecord:
-    """What one forward saved: ``O(C + N C)`` numbers."""
+    """What one forward saved: ``O(C + N)`` numbers."""
 
     norms: tuple[Norm | None, Norm, Norm]
-    hidden: Tensor | None  # [N, R]
-    gate: Tensor | None  # [N, E]
-    keep: Tensor | None  # [N], 0 or 1 / (1 - p)
+    keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
 
 
 def _pointwise(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -107,9 +103,8 @@ def _pointwise(weight: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
     """What a branch computes an input's planes in: autocast's dtype, or the input's."""
-    device = x.device.type
-    reduced = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if reduced else x.dtype
+    reduced = autocast_dtype(x.device) if x.dtype == torch.float32 else None
+    return reduced or x.dtype
 
 
 def explicit(method: Callable) -> Callable:
@@ -126,40 +121,61 @@ def explicit(method: Callable) -> Callable:
     return run
 
 
-def _add_grad_weight(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    """``total += sum_n dy_n x_n^T``: ``[O, I, 1, 1] += [N, O, H, W], [N, I, H, W]``."""
+def _add_grad_weight(total: Tensor | None, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``total + sum_n dy_n x_n^T``, in place: ``[O, I, 1, 1] += [N, O, H, W], [N, I, H, W]``; None is zero."""
     dy, x = dy.flatten(2), x.flatten(2).transpose(1, 2)
-    if dy.is_cpu and dy.dtype == total.dtype:
-        total.flatten(1).addbmm_(dy, x)  # one sample after another, without their N matrices
-    else:
-        total += torch.bmm(dy, x).sum(0, dtype=total.dtype)[..., None, None]
+    if dy.is_cpu and dy.dtype == weight.dtype:  # one sample after another, without their N matrices
+        total = torch.zeros_like(weight) if total is None else total
+        total.flatten(1).addbmm_(dy, x)
+        return total
+    return _plus(total, torch.bmm(dy, x).sum(0, dtype=weight.dtype)[..., None, None])
+
+
+def _plus(total: Tensor | None, addend: Tensor) -> Tensor:
+    return addend if total is None else total.add_(addend)
 
 
 def _rows(v: Tensor | None, chunk: slice) -> Tensor | None:
     return None if v is None else v[chunk]
 
 
+class Squeezed(NamedTuple):
+    """Squeeze-excite's vectors; None where there is none."""
+
+    gate: Tensor | None  # [N, E]
+    hidden: Tensor | None  # [N, R]
+    pooled: Tensor | None  # [N, E]
+
+
+def _squeeze(d: Tensor, norm1: Norm, weights: Weights) -> Squeezed:
+    """``gate = SE(pooled)``, ``pooled = mean_hw h(BN_1(d))``."""
+    if weights.squeeze is None:
+        return Squeezed(None, None, None)
+    pooled = _ops.bn_act_squeeze(d, *norm1.affine, "hardswish")
+    matrices = (weights.squeeze.flatten(1), weights.squeeze_bias, weights.excite.flatten(1), weights.excite_bias)
+    return Squeezed(*_ops.se_gate(pooled, *matrices), pooled)
+
+
 def _observe(x: Tensor, norm: nn.BatchNorm2d, update: bool) -> Norm:
-    """The statistics that ``norm`` applies to x; in training its running ones are updated once, as PyTorch does."""
-    if norm.training or norm.running_mean is None:
-        n, c, h, w = x.shape
-        count = n * h * w
-        if norm.training and count == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-        mean, var = _ops.bn_stats(x)
-        if update and norm.training and norm.track_running_stats:
-            norm.num_batches_tracked.add_(1)
-            momentum = norm.momentum
-            if momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-            norm.running_var.lerp_(var.to(norm.running_var.dtype) * (count / (count - 1)), momentum)
-        return Norm(mean, torch.rsqrt(var + norm.eps), True)
-    return _running(norm)
+    """What ``norm`` does to x; in training its running statistics are updated once, as PyTorch does."""
+    if not norm.training and norm.running_mean is not None:
+        return _running(norm)
+    n, c, h, w = x.shape
+    count = n * h * w
+    if norm.training and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    mean, var = _ops.bn_stats(x)
+    tracked = (None, None, None)
+    if update and norm.training and norm.track_running_stats:
+        tracked = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    fold = _ops.bn_fold(mean, var, norm.weight, norm.bias, *tracked, norm.momentum, count, norm.eps)
+    return Norm(mean, *fold, True)
 
 
 def _running(norm: nn.BatchNorm2d) -> Norm:
-    return Norm(norm.running_mean.clone(), torch.rsqrt(norm.running_var + norm.eps), False)
+    mean = norm.running_mean.clone()
+    fold = _ops.bn_fold(mean, norm.running_var, norm.weight, norm.bias, None, None, None, 0.0, 1, norm.eps)
+    return Norm(mean, *fold, False)
 
 
 class FusedMBConv:
@@ -228,8 +244,7 @@ class FusedMBConv:
         weights = self._weights()
         stride = self.module.dw_conv.conv.stride[0]
         norm0, norm1, norm2 = (None if n is None else _running(n) for n in self._norms())
-        affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
-        affine1 = norm1.affine(weights.gamma1, weights.beta1)
+        affine0 = (None, None) if norm0 is None else norm0.affine
         n, _, h, w = x.shape
         p = self._plane(x, weights.project.shape[0], -(-h // stride), -(-w // stride))
         for chunk in self.chunks(x.shape, x.device):
@@ -237,12 +252,9 @@ class FusedMBConv:
             if weights.expand is not None:
                 source = _pointwise(weights.expand, source)
             d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
-            gate = None
-            if weights.squeeze is not None:
-                pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
-                gate, _ = _ops.se_gate(pooled, *self._squeeze_excite(weights))
-            _pointwise(weights.project, _ops.bn_act(d, *affine1, gate, "hardswish"), p[chunk])
-        return self._term(p, FusedRecord((norm0, norm1, norm2), None, None, None), weights)
+            z = _ops.bn_act(d, *norm1.affine, _squeeze(d, norm1, weights).gate, "hardswish")
+            _pointwise(weights.project, z, p[chunk])
+        return self._term(p, FusedRecord((norm0, norm1, norm2)))
 
     def forward(self, x: Tensor) -> tuple[Term, FusedRecord]:
         """The term and what its recompute needs; running statistics are updated here, once."""
@@ -255,7 +267,7 @@ class FusedMBConv:
         weights, norms = self._weights(), self._norms()
         p, record, d = self._run(x, weights, lambda k, plane: _observe(plane, norms[k], update))
         record = replace(record, keep=self._draw_keep(x))
-        return self._term(p, record, weights), record, d
+        return self._term(p, record), record, d
 
     def _run(
         self, x: Tensor, weights: Weights, observe: Callable[[int, Tensor], Norm]
@@ -273,20 +285,15 @@ class FusedMBConv:
                 source[chunk] = x[chunk].to(self.dtype)
         if weights.expand is not None:
             norm0 = observe(0, source)
-            affine0 = norm0.affine(weights.gamma0, weights.beta0)
+            affine0 = norm0.affine
         d = _ops.depthwise_conv(source, weights.depthwise, *affine0, self.module.dw_conv.conv.stride[0])
         del source
         norm1 = observe(1, d)
-        affine1 = norm1.affine(weights.gamma1, weights.beta1)
-        gate = hidden = None
-        if weights.squeeze is not None:
-            pooled = _ops.bn_act_squeeze(d, *affine1, "hardswish")
-            gate, hidden = _ops.se_gate(pooled, *self._squeeze_excite(weights))
         p = self._plane(x, weights.project.shape[0], *d.shape[2:])
         for chunk in chunks:
-            z = _ops.bn_act(d[chunk], *affine1, _rows(gate, chunk), "hardswish")
-            _pointwise(weights.project, z, p[chunk])
-        return p, FusedRecord((norm0, norm1, observe(2, p)), hidden, gate, None), d
+            gate = _squeeze(d[chunk], norm1, weights).gate
+            _pointwise(weights.project, _ops.bn_act(d[chunk], *norm1.affine, gate, "hardswish"), p[chunk])
+        return p, FusedRecord((norm0, norm1, observe(2, p))), d
 
     def _plane(self, x: Tensor | Encoded, *size: int) -> Tensor:
         return torch.empty((x.shape[0], *size), dtype=self.dtype, device=x.device)
@@ -302,7 +309,9 @@ class FusedMBConv:
             if not record.norms[k].batch:
                 return record.norms[k]
             mean, var = _ops.bn_stats(plane)
-            return Norm(mean, torch.rsqrt(var + norms[k].eps), True)
+            weight, bias = ((weights.gamma0, weights.beta0), (weights.gamma1, weights.beta1), weights[-2:])[k]
+            fold = _ops.bn_fold(mean, var, weight, bias, None, None, None, 0.0, 1, norms[k].eps)
+            return Norm(mean, *fold, True)
 
         return replace(self._run(x, weights, observe)[1], keep=record.keep)
 
@@ -314,14 +323,10 @@ class FusedMBConv:
         return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
 
     @staticmethod
-    def _squeeze_excite(weights: Weights) -> tuple[Tensor, ...]:
-        return (weights.squeeze.flatten(1), weights.squeeze_bias, weights.excite.flatten(1), weights.excite_bias)
-
-    @staticmethod
-    def _term(p: Tensor, record: FusedRecord, weights: Weights) -> Term:
+    def _term(p: Tensor, record: FusedRecord) -> Term:
         """``keep BN_2(p)`` as the coupling's affine: ``[C']``, or ``[N, C']`` with stochastic depth."""
         norm = record.norms[2]
-        scale, shift = norm.affine(weights.gamma2, weights.beta2)
+        scale, shift = norm.affine
         if record.keep is not None:
             scale, shift = record.keep[:, None] * scale, record.keep[:, None] * shift
         return Term(p, scale, shift, norm.mean)
@@ -339,7 +344,7 @@ class FusedMBConv:
             record = self._renew(record, weights, x)
         replay = self.replay(x, record, weights)
         replay.keep(d=not self.lean, e=not self.lean)
-        return self._term(replay.p, record, replay.w), self._pullback(replay)
+        return self._term(replay.p, record), self._pullback(replay)
 
     def replay(self, x: Tensor | Encoded, record: FusedRecord, weights: Weights) -> Replay:
         """The backward on a given input."""
@@ -359,7 +364,7 @@ class FusedMBConv:
         """As :meth:`recompute`, from a stored d and p; p is overwritten."""
         replay = self.replay(x, record, self.weights(parameters))
         replay.put(d, p)
-        return self._term(p, record, replay.w), self._pullback(replay)
+        return self._term(p, record), self._pullback(replay)
 
     @staticmethod
     def _pullback(replay: Replay) -> Pullback:
@@ -388,7 +393,8 @@ class Replay:
         record, weights: of the forward.
 
     Attributes:
-        e, d: chunks of the expanded map and of the depthwise output, by their first sample, where they are kept.
+        squeezed: squeeze-excite's vectors of the chunks seen so far, by their first sample.
+        e, d: chunks of the expanded map and of the depthwise output, likewise, where they are kept.
         p: the projection's output for all samples, where it is kept. What is not is computed again in every pass.
     """
 
@@ -408,9 +414,9 @@ class Replay:
         self.out_size = (-(-self.height // self.stride), -(-self.width // self.stride))
         self.expanded, self.channels = weights.depthwise.shape[0], weights.project.shape[0]
         norm0, norm1, norm2 = record.norms
-        self.affine0 = (None, None) if norm0 is None else norm0.affine(weights.gamma0, weights.beta0)
-        self.affine1 = norm1.affine(weights.gamma1, weights.beta1)
-        self.affine2 = norm2.affine(weights.gamma2, weights.beta2)
+        self.affine0 = (None, None) if norm0 is None else norm0.affine
+        self.affine1, self.affine2 = norm1.affine, norm2.affine
+        self.squeezed: dict[int, Squeezed] = {}
         self.e: dict[int, Tensor] = {}
         self.d: dict[int, Tensor] = {}
         self.p: Tensor | None = None
@@ -429,7 +435,9 @@ class Replay:
         return _ops.depthwise_conv(source, self.w.depthwise, *self.affine0, self.stride)
 
     def _z(self, d: Tensor, chunk: slice) -> Tensor:
-        return _ops.bn_act(d, *self.affine1, _rows(self.record.gate, chunk), "hardswish")
+        if chunk.start not in self.squeezed:
+            self.squeezed[chunk.start] = _squeeze(d, self.record.norms[1], self.w)
+        return _ops.bn_act(d, *self.affine1, self.squeezed[chunk.start].gate, "hardswish")
 
     def p_of(self, chunk: slice, z: Tensor | None = None) -> Tensor:
         """A chunk of p."""
@@ -487,16 +495,14 @@ class Replay:
         # result = keep BN_2(p)
         gate2 = None
         if record.keep is not None:
-            sums = sums * record.keep[None, :, None]
             gate2 = record.keep[:, None].expand(n, self.channels)
-        dgamma2, dbeta2, slope2, offset2 = norm2.gradient(self.affine2[0], *sums.sum(1), positions)
+        dgamma2, dbeta2, slope2, offset2 = norm2.gradient(sums, positions, gate2)
 
         # p = W_p z, z = gate h(BN_1(d))
         if dz is None:
             dz = self.p if self.p is not None and self.channels == self.expanded else self._plane(self.expanded)
-        dproject = torch.zeros_like(w.project)
+        dproject = None
         sums1 = sums.new_empty((5, n, self.expanded))
-        pooled = None if record.gate is None else torch.empty_like(record.gate)
         for chunk in self.chunks:
             d = self._d(chunk)
             z = self._z(d, chunk)
@@ -504,29 +510,25 @@ class Replay:
                 *(du[chunk], self.p_of(chunk, z), *self.affine2),
                 *(_rows(gate2, chunk), None, slope2, offset2, "identity"),
             )
-            _add_grad_weight(dproject, dp, z)
+            dproject = _add_grad_weight(dproject, dp, z, w.project)
             _pointwise(w.project.transpose(0, 1), dp, dz[chunk])
             sums1[:, chunk] = _ops.bn_act_grad_sums(dz[chunk], d, *self.affine1, norm1.mean, "hardswish")
-            if pooled is not None:
-                pooled[chunk] = _ops.bn_act_squeeze(d, *self.affine1, "hardswish")
         self.p = None
 
         # gate = SE(mean_hw h(BN_1(d))): every pixel of h gets dpool on top of gate dz
-        dgate, sum_g, sum_gx, sum_slope, sum_slope_x = sums1
-        dpool, dse = None, (None,) * 4
-        if record.gate is not None:
+        dpool, dse, gate = None, (None,) * 4, None
+        if w.squeeze is not None:
+            gate, hidden, pooled = (torch.cat(v) for v in zip(*self.squeezed.values(), strict=True))
             dpool, dw1, db1, dw2, db2 = _ops.se_gate_grad(
-                dgate, record.gate, record.hidden, pooled, w.squeeze.flatten(1), w.excite.flatten(1)
+                sums1[0], gate, hidden, pooled, w.squeeze.flatten(1), w.excite.flatten(1)
             )
             dpool = dpool / (self.out_size[0] * self.out_size[1])
             dse = (dw1.view_as(w.squeeze), db1, dw2.view_as(w.excite), db2)
-            sum_g = record.gate * sum_g + dpool * sum_slope
-            sum_gx = record.gate * sum_gx + dpool * sum_slope_x
-        dgamma1, dbeta1, slope1, offset1 = norm1.gradient(self.affine1[0], sum_g.sum(0), sum_gx.sum(0), positions)
+        dgamma1, dbeta1, slope1, offset1 = norm1.gradient(sums1, positions, gate, dpool)
 
         # d = dw(v), v = h(BN_0(e)) or x
         kernel = w.depthwise.shape[-1]
-        ddepthwise = torch.zeros_like(w.depthwise)
+        ddepthwise = None
         dv = sums0 = None
         if w.expand is not None:
             dv = dz if self.stride == 1 else self._plane(self.expanded, (self.height, self.width))
@@ -535,9 +537,10 @@ class Replay:
             source = self._source(chunk)
             dd = _ops.bn_act_grad(
                 *(dz[chunk], self._d(chunk, source), *self.affine1),
-                *(_rows(record.gate, chunk), _rows(dpool, chunk), slope1, offset1, "hardswish"),
+                *(_rows(gate, chunk), _rows(dpool, chunk), slope1, offset1, "hardswish"),
             )
-            ddepthwise += _ops.depthwise_conv_grad_weight(source, dd, *self.affine0, kernel, self.stride)
+            product = _ops.depthwise_conv_grad_weight(source, dd, *self.affine0, kernel, self.stride)
+            ddepthwise = _plus(ddepthwise, product)
             if dv is None and emit is None:
                 continue
             dsource = _ops.depthwise_conv_grad_input(dd, w.depthwise, self.height, self.width, self.stride)
@@ -554,16 +557,13 @@ class Replay:
     def _pull_expand(self, dv: Tensor, sums0: Tensor, emit: Emit | None) -> tuple[Tensor, Tensor, Tensor]:
         """``v = h(BN_0(e))``, ``e = W_e x``."""
         w, norm0 = self.w, self.record.norms[0]
-        _, sum_g, sum_gx, _, _ = sums0
-        dgamma0, dbeta0, slope0, offset0 = norm0.gradient(
-            self.affine0[0], sum_g.sum(0), sum_gx.sum(0), self.n * self.height * self.width
-        )
-        dexpand = torch.zeros_like(w.expand)
+        dgamma0, dbeta0, slope0, offset0 = norm0.gradient(sums0, self.n * self.height * self.width)
+        dexpand = None
         for chunk in self.chunks:
             x = self.x(chunk)
             e = self._source(chunk)
             de = _ops.bn_act_grad(dv[chunk], e, *self.affine0, None, None, slope0, offset0, "hardswish")
-            _add_grad_weight(dexpand, de, x)
+            dexpand = _add_grad_weight(dexpand, de, x, w.expand)
             if emit is not None:
                 emit(chunk, _pointwise(w.expand.transpose(0, 1), de))
         self.e.clear()
@@ -571,7 +571,7 @@ class Replay:
 
 
 def _plain_norm(norm: nn.Module | None) -> bool:
-    return type(norm) is nn.BatchNorm2d and norm.affine
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
 
 
 def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = False) -> bool:

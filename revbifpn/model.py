@@ -316,6 +316,15 @@ class RevBiFPN(nn.Module):
         self.rev_stack.reversible = not stored
 
     @property
+    def stream(self) -> StreamFormat | None:
+        """How the stack's streams are stored, see :attr:`revbifpn.reversible.Reversible.stream`; may be set."""
+        return self.rev_stack.stream
+
+    @stream.setter
+    def stream(self, stream: str | StreamFormat | None) -> None:
+        self.rev_stack.stream = stream
+
+    @property
     def neck(self) -> Neck | None:
         """The neck, or None; it is a child of the stack in the published names."""
         return getattr(self.rev_stack, "recomp_op", None)

@@ -69,11 +69,16 @@ def monitor_drift(model: nn.Module) -> Iterator[Drift]:
 
     Keeps a copy of every coupling's input for that time: as much memory as without reversibility, about.
 
+    Raises:
+        ValueError: the model stores its activations, so that nothing is reconstructed.
+
     Example:
         >>> with monitor_drift(model) as drift:
         ...     loss(model(x)).backward()
         >>> drift.largest, drift.errors
     """
+    if not _stack(model).reversible:
+        raise ValueError("model: expected a reversible one, got one that stores its activations (reversible=False)")
     drift = Drift()
     with _observed(model, drift):
         yield drift
@@ -114,10 +119,10 @@ class _Largest(Observer):
 
 @torch.no_grad()
 def range_report(model: nn.Module, images: Tensor | Sequence[Tensor], *, headroom: float = 2.0) -> list[LevelRange]:
-    """The range of a model's streams, and the grid that ``fixed16`` should have for it.
+    """The range of a model's streams in training, and the grid that ``fixed16`` should have for it.
 
-    Runs one forward with float32 streams, in which nothing wraps around, in the mode that the model is in (running
-    statistics change as in any forward in train mode).
+    Runs one forward in train mode (before training, running statistics would say little) with float32 streams, in which
+    nothing wraps around. The model is left as it was.
 
     Args:
         model: a :class:`RevBiFPN` or any module with a reversible one in it.
@@ -132,14 +137,21 @@ def range_report(model: nn.Module, images: Tensor | Sequence[Tensor], *, headroo
         ...     print(r.level, r.largest, r.limit, r.fraction_bits)
     """
     stack, largest = _stack(model), _Largest()
-    stream = stack.stream
     inputs = [images] if isinstance(images, Tensor) else list(images)
+    stream, self_check = stack.stream, stack.self_check
+    training = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    model.train()
     stack.stream = StreamFormat()
     try:
-        with _observed(model, largest):
+        with _observed(model, largest), torch.random.fork_rng():
             model(*inputs)
     finally:
-        stack.stream = stream
+        stack.stream, stack.self_check = stream, self_check
+        for m, mode in training:
+            m.training = mode
+        for b, value in buffers:
+            b.copy_(value)
     return [_range(level, float(y), stream, headroom) for level, y in sorted(largest.levels.items())]
 
 

@@ -87,7 +87,10 @@ class Reversible(nn.Module, ABC):
 
     @stream.setter
     def stream(self, stream: str | StreamFormat | None) -> None:
-        self._stream = StreamFormat.of(stream)
+        self._stream, self.self_check = StreamFormat.of(stream), True
+
+    def extra_repr(self) -> str:
+        return "" if self.stream is None else f"stream={self.stream.name}{list(self.stream.fraction_bits) or ''}"
 
     @abstractmethod
     def couplings(self) -> Iterator[Coupling]:

@@ -78,6 +78,18 @@ class StreamFormat:
         """Values stay below this."""
         return 2.0 ** (MOST_BITS[self.name] - self.bits(level)) if self.exact else float("inf")
 
+    def check(self, x: Tensor) -> None:
+        """Refuse inputs that transforms could not take back from this format, which gives them float32.
+
+        Raises:
+            ValueError: x is float64, or of 16 bits without autocast.
+        """
+        if self.exact and x.dtype != torch.float32 and (x.dtype == torch.float64 or autocast_dtype(x.device) is None):
+            raise ValueError(
+                f"stream: {self.name} holds float32 values (16 bits are for autocast), got an input of {x.dtype}; use "
+                "float32, or stream='float32', which keeps the input's dtype"
+            )
+
     def encode(self, x: Tensor, level: int, overflow: Tensor | None = None) -> Tensor:
         """x on the grid, in a tensor of its own; ``overflow`` as in :func:`revkernels.couple_`."""
         if not self.exact:
@@ -91,11 +103,17 @@ class StreamFormat:
         return Encoded(y, self.bits(level)) if self.name == FIXED16 else y
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device; None where it is off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def resolve(stream: StreamFormat | None, x: Tensor) -> StreamFormat:
     """What ``stream=None`` means for inputs like x: under autocast ``fixed32``, else floats."""
     if stream is not None:
         return stream
-    reduced = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    reduced = x.dtype != torch.float64 and autocast_dtype(x.device) is not None
     return StreamFormat(FIXED32 if reduced else FLOAT32)
 
 
@@ -178,12 +196,16 @@ def has_values(x: Tensor) -> bool:
 
 
 def _warn(stream: StreamFormat, counts: dict[int, Tensor]) -> None:
-    found = {level: int(count) for level, count in counts.items() if int(count)}
+    found = [level for level, count in sorted(counts.items()) if int(count)]
     if found:
-        text = ", ".join(f"{n} of level {level} (|y| < {stream.limit(level):g})" for level, n in sorted(found.items()))
+        levels = ", ".join(f"level {level} (|y| < {stream.limit(level):g})" for level in found)
+        consequence = (
+            "branches read wrong values there" if stream.name == FIXED16 else "its inversion is not exact there"
+        )
         warnings.warn(
-            f"values of a {stream.name} stream left its range: {text}. What branches read there is wrong; choose fewer "
-            "fraction_bits, see revbifpn.range_report",
+            f"values of a {stream.name} stream left its range or were not finite, in {levels}: {consequence}. Choose "
+            "fewer fraction_bits, see revbifpn.range_report; torch.autograd.detect_anomaly() names a transform whose "
+            "result is not finite",
             StreamOverflowWarning,
             stacklevel=2,
         )

@@ -24,12 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.branch import Branch, Gradient, Pullback, Term
-from revbifpn.streams import FIXED16, Encoded, OverflowCounter, StreamFormat, has_values, values
+from revbifpn.streams import FIXED16, Encoded, OverflowCounter, StreamFormat, autocast_dtype, has_values, values
 from revkernels import reference
 
 _AGAIN = (
     "a second backward through one reversible forward pass: its streams were already inverted in place. "
     "Run the forward again, or sum the losses and call backward once."
+)
+_AGAIN_STORED = (
+    "a second backward through one pass with an exact stream: what it had stored is used up. Run the forward again, or "
+    "sum the losses and call backward once, or use stream='float32' with reversible=False."
 )
 
 
@@ -182,6 +186,8 @@ class State:
 
     def enter(self, inputs: Sequence[Tensor], owned: bool = False) -> None:
         """Take the inputs as streams: themselves where the caller gave them away, copies or encodings otherwise."""
+        for x in inputs:
+            self.format.check(x)
         if owned and not self.format.exact:
             self.streams = [x.data for x in inputs]
         else:
@@ -222,7 +228,7 @@ class State:
                 f"{self.name_of(branch)} computed other values in backward than in forward, which a {self.format.name} "
                 "stream cannot take: it is undone bit for bit. Usual causes: another number of threads, a "
                 "non-deterministic kernel (torch.use_deterministic_algorithms), state outside of buffers, a random "
-                "generator of its own. stream='float32' tolerates small differences"
+                "generator of its own, values that are not finite. stream='float32' tolerates small differences"
             )
         return term, pullback
 
@@ -345,7 +351,7 @@ class State:
     def expect(self, position: int) -> None:
         """Refuse to go on where the streams are not what this node left behind."""
         if self.position != position:
-            raise RuntimeError(_AGAIN)
+            raise RuntimeError(_AGAIN_STORED if self.stored else _AGAIN)
 
 
 def _signature(p: Tensor) -> Tensor:
@@ -435,7 +441,8 @@ def forbid_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "double backward (create_graph=True) through a reversible pass is not supported: its backward recomputes "
-            "activations in place. For second derivatives use reversible=False and plain PyTorch (not revbifpn.fast)."
+            "activations in place. For second derivatives use reversible=False, stream='float32' and plain PyTorch, "
+            "not revbifpn.fast."
         )
 
 
@@ -637,10 +644,9 @@ def open_tape(
     owned: bool = False,
 ) -> Tape:
     """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
-    device, gradient_dtype = inputs[0].device.type, None
+    gradient_dtype = None
     if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
-        reduced = torch.is_autocast_enabled(device)
-        gradient_dtype = torch.get_autocast_dtype(device) if reduced else torch.float32
+        gradient_dtype = autocast_dtype(inputs[0].device) or torch.float32
     tape = Tape(State(coupler, root, stream, stored, gradient_dtype))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *root.parameters())):
         tape.token = _Enter.apply(tape.state, owned, *inputs)

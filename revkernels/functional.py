@@ -58,6 +58,15 @@ def _check_vector(name: str, v: Tensor | None, n: int, c: int, device: torch.dev
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {v.device}")
 
 
+def _check_finite(name: str, v: Tensor | None) -> None:
+    """Refuse NaN and infinity where there are values to look at, and looking does not synchronise."""
+    if torch.compiler.is_compiling() or v is None or v.device.type != "cpu":
+        return
+    finite = torch.isfinite(v)
+    if type(finite) is Tensor and not finite.all():  # a fake tensor has no values
+        raise ValueError(f"{name}: expected finite values, got {v[~finite][0].item()}")
+
+
 def _optional_list(name: str, values: Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:
     values = [None] * count if values is None else list(values)
     if len(values) != count:
@@ -155,7 +164,8 @@ def couple_(
         y.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it. On the
+            CPU, scale and shift must be finite; on CUDA that is not looked at, as it would synchronise.
     """
     _check_map("y", y, dtypes=(*DTYPES, torch.int16))
     _check_fixed_point(y, fraction_bits, overflow)
@@ -167,6 +177,8 @@ def couple_(
     for k in range(len(p)):
         _check_vector(f"scale[{k}]", scale[k], y.shape[0], y.shape[1], y.device)
         _check_vector(f"shift[{k}]", shift[k], y.shape[0], y.shape[1], y.device)
+        _check_finite(f"scale[{k}]", scale[k])
+        _check_finite(f"shift[{k}]", shift[k])
     _ops.couple_(y, list(p), scale, shift, list(factors), mode, subtract, fraction_bits, overflow)
     return y
 

@@ -229,6 +229,62 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def bn_fold(
+    mean: Tensor,  # [C]
+    var: Tensor,  # [C], biased
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    running_mean: Tensor | None,  # [C], updated in place
+    running_var: Tensor | None,  # [C], updated in place
+    batches: Tensor | None,  # [], integer, counted up
+    momentum: float,
+    count: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm as an affine map: ``rstd = (var + eps)^-1/2``, ``scale = weight rstd``, ``shift = bias - mean scale``.
+
+    Running statistics, where given, move to the batch's: ``r <- r + momentum (v - r)``, v the mean and the unbiased
+    variance ``var count / (count - 1)`` of ``count`` values.
+    """
+    rstd = torch.rsqrt(var + eps)
+    scale = weight.to(mean.dtype) * rstd
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    if batches is not None:
+        batches.add_(1)
+    return rstd, scale, bias.to(mean.dtype) - mean * scale
+
+
+def bn_fold_grad(
+    sums: Tensor,  # [2, N, C] of couple_adjoint, or [5, N, C] of bn_act_grad_sums
+    gate: Tensor | None,  # [N, C], None for 1
+    dpool: Tensor | None,  # [N, C], None for 0; only with five sums
+    mean: Tensor,  # [C]
+    rstd: Tensor,  # [C]
+    scale: Tensor,  # [C]
+    count: int,
+    batch: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of BatchNorm's parameters, and what is left of its input's after ``scale g``: all ``[C]``.
+
+    ``g`` being the gradient of its output, ``S = sum_n gate g_n + dpool s_n`` and ``T`` likewise out of the centred
+    sums: ``dweight = rstd T``, ``dbias = S``, and for batch statistics of ``count`` values ``dx = scale g + slope x +
+    offset`` with ``slope = -scale rstd dweight / count``, ``offset = -scale S / count - slope mean``; otherwise zeros.
+    """
+    g, centred = sums[-4:-2] if len(sums) == 5 else sums
+    if gate is not None:
+        g, centred = g * gate, centred * gate
+    if dpool is not None:
+        g, centred = g + dpool * sums[3], centred + dpool * sums[4]
+    dbias, dweight = g.sum(0), rstd * centred.sum(0)
+    if not batch:
+        return dweight, dbias, torch.zeros_like(dbias), torch.zeros_like(dbias)
+    slope = scale * rstd * dweight / -count
+    return dweight, dbias, slope, scale * dbias / -count - slope * mean
+
+
 def bn_act(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, act: str) -> Tensor:
     """``z = gate * h(scale x + shift)``; scale, shift ``[C]``, gate ``[N, C]``; h hardswish or identity."""
     acc = accumulate_dtype(x.dtype)

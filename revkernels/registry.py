@@ -127,6 +127,16 @@ _register(
 )
 _register("bn_stats(Tensor x) -> (Tensor mean, Tensor var)", lambda x: (_sums(x, x.shape[1:2]), _sums(x, x.shape[1:2])))
 _register(
+    "bn_fold(Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? batches, float momentum, int count, float eps) -> (Tensor rstd, Tensor scale, Tensor shift)",
+    lambda mean, *others: tuple(_empty(mean, mean.shape) for _ in range(3)),
+)
+_register(
+    "bn_fold_grad(Tensor sums, Tensor? gate, Tensor? dpool, Tensor mean, Tensor rstd, Tensor scale, int count, "
+    "bool batch) -> (Tensor dweight, Tensor dbias, Tensor slope, Tensor offset)",
+    lambda sums, gate, dpool, mean, *others: tuple(_empty(mean, mean.shape) for _ in range(4)),
+)
+_register(
     "bn_act(Tensor x, Tensor scale, Tensor shift, Tensor? gate, str act) -> Tensor",
     lambda x, scale, shift, gate, act: _empty(x, x.shape),
 )

@@ -221,3 +221,45 @@ def test_result_of_a_sample_does_not_depend_on_its_batch(name, device, op):
     one = {k: t[1:2] if k in ("x", "dz", "gate", "dpool") else t for k, t in v.items()}
     part = run(*arguments(op, one, "hardswish"))
     assert torch.equal(whole[:, 1:2] if op == "bn_act_grad_sums" else whole[1:2], part)
+
+
+class Norm(torch.autograd.Function):
+    """BatchNorm, activation, gate and squeeze as one differentiable function made of the ops.
+
+    ``x_hat = (x - mean) rstd; h = act(gamma x_hat + beta); z = gate h; pooled = mean_hw h``; ``moments`` is
+    ``(mean, var)``, or None for the batch's own.
+    """
+
+    @staticmethod
+    def forward(ctx, run, act, moments, x, gamma, beta, gate):
+        mean, var = run["bn_stats"](x) if moments is None else moments
+        rstd = (var + 1e-3).rsqrt()
+        scale = gamma * rstd
+        shift = beta - mean * scale
+        ctx.run, ctx.act, ctx.of_batch = run, act, moments is None
+        ctx.save_for_backward(x, scale, shift, gate, mean, rstd)
+        return run["bn_act"](x, scale, shift, gate, act), run["bn_act_squeeze"](x, scale, shift, act)
+
+    @staticmethod
+    def backward(ctx, dz, dpooled):
+        x, scale, shift, gate, mean, rstd = ctx.saved_tensors
+        dpool = dpooled / (x.shape[2] * x.shape[3])
+        sums = ctx.run["bn_act_grad_sums"](dz, x, scale, shift, mean, ctx.act)
+        dbeta, centered = ((gate * sums[k] + dpool * sums[k + 2]).sum(0) for k in (1, 2))
+        slope = offset = None
+        if ctx.of_batch:
+            count = x.numel() / x.shape[1]
+            slope = -scale * rstd.square() * centered / count
+            offset = -scale * dbeta / count - slope * mean
+        dx = ctx.run["bn_act_grad"](dz, x, scale, shift, gate, dpool, slope, offset, ctx.act)
+        return None, None, None, dx, centered * rstd, dbeta, sums[0]
+
+
+@sets
+@acts
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_gradcheck_of_norm_activation_gate_and_squeeze(name, device, act, statistics):
+    v = {k: t.double().requires_grad_() for k, t in draw((2, 2, 1, 5), torch.float64, device).items()}
+    moments = None if statistics == "batch" else (v["mean"].detach(), v["slope"].detach().square())
+    leaves = (v["x"], v["scale"], v["shift"], v["gate"])
+    assert torch.autograd.gradcheck(lambda *leaves: Norm.apply(ops(name, device), act, moments, *leaves), leaves)

@@ -87,6 +87,36 @@ def test_gradients_are_the_transposes(impl, kernel, stride):
     torch.testing.assert_close((weight * out["depthwise_conv_grad_weight"]).sum(), inner, **close)
 
 
+class Convolution(torch.autograd.Function):
+    """``hardswish(scale x + shift)`` and the convolution as one differentiable function made of the ops."""
+
+    @staticmethod
+    def forward(ctx, runs, stride, x, weight, scale, shift):
+        ctx.runs, ctx.stride = runs, stride
+        ctx.save_for_backward(x, weight, scale, shift)
+        return runs["depthwise_conv"](x, weight, scale, shift, stride)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale, shift = ctx.saved_tensors
+        dv = ctx.runs["depthwise_conv_grad_input"](dy, weight, *x.shape[2:], ctx.stride)
+        dw = ctx.runs["depthwise_conv_grad_weight"](x, dy, scale, shift, weight.shape[-1], ctx.stride)
+        sums = ctx.runs["bn_act_grad_sums"](dv, x, scale, shift, torch.zeros_like(scale), "hardswish").sum(1)
+        dx = ctx.runs["bn_act_grad"](dv, x, scale, shift, None, None, None, None, "hardswish")
+        return None, None, dx, dw, sums[2], sums[1]
+
+
+@impls
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 1), (5, 2), (7, 4), (3, 3)])
+def test_gradcheck_with_the_prologue(impl, kernel, stride):
+    runs, device = RUNS[impl]
+    names = ("bn_act_grad_sums", "bn_act_grad")
+    runs = runs | {op: dict(implementations(op, device))[impl.removesuffix(f"-{device}")] for op in names}
+    *leaves, _ = problem((2, 2, 5, 6), kernel, stride, device=device, prologue=True)
+    leaves = [v.requires_grad_() for v in leaves]
+    assert torch.autograd.gradcheck(lambda *v: Convolution.apply(runs, stride, *v), leaves)
+
+
 @impls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 2), (7, 4), (9, 1)])

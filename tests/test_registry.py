@@ -41,6 +41,8 @@ def samples(dtype=torch.float32):
         "bn_act_squeeze": (x, vector, rand(c), "hardswish"),
         "bn_act_grad_sums": (dz, x, vector, rand(c), rand(c), "hardswish"),
         "bn_act_grad": (dz, x, vector, rand(c), rows, rand(n, c), rand(c), rand(c), "hardswish"),
+        "bn_fold": (rand(c), rand(c).abs(), vector, rand(c), rand(c), rand(c).abs(), torch.tensor(3), 0.1, 24, 1e-3),
+        "bn_fold_grad": (rand(5, n, c), rows, rand(n, c), rand(c), rand(c), vector, 24, True),
         "se_gate": (rows, rand(r, c), rand(r), rand(c, r), rand(c)),
         "se_gate_grad": (rand(n, c), gate, hidden, rows, rand(r, c), rand(c, r)),
     }
@@ -189,6 +191,11 @@ def couple_fixed(y=Y, fraction_bits=8, overflow=None):
     return revkernels.couple_(y, [Y], [1], fraction_bits=fraction_bits, overflow=overflow)
 
 
+def couple_affine(scale=None, shift=None, y=Y):
+    return revkernels.couple_(y, [y, y], [1, 1], scale=scale, shift=shift)
+
+
+NAN, INF = float("nan"), float("inf")
 BAD = {
     "y: expected 4 dim": lambda: revkernels.couple_(Y[0], [Y[0]], [1]),
     "y: expected one of": lambda: revkernels.couple_(Y.long(), [Y.long()], [1]),
@@ -201,6 +208,9 @@ BAD = {
     r"p\[1\]: expected a Tensor": lambda: revkernels.couple_(Y, [Y, None], [1, 1]),
     r"scale\[0\]: expected shape": lambda: revkernels.couple_(Y, [Y], [1], scale=[torch.ones(3)]),
     "shift: expected one entry": lambda: revkernels.couple_(Y, [Y], [1], shift=[]),
+    r"scale\[1\]: expected finite values, got nan": lambda: couple_affine(scale=[None, torch.tensor([1.0, NAN, 1, 1])]),
+    r"scale\[0\]: expected finite values, got inf": lambda: couple_affine(scale=[torch.full((2, 4), INF), None]),
+    r"shift\[0\]: expected finite values, got -inf": lambda: couple_affine(shift=[torch.full((4,), -INF).half(), None]),
     "mode: expected one of": lambda: revkernels.couple_(Y, [Y], [1], mode="cubic"),
     r"p\[0\]: expected a tensor on cpu": lambda: revkernels.couple_(Y, [Y.to("meta")], [1]),
     "fraction_bits: expected an int, as y is int16": lambda: couple_fixed(Y.short(), None),
@@ -231,6 +241,17 @@ BAD = {
 def test_bad_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError), match=message):
         BAD[message]()
+
+
+def test_vectors_of_a_coupling_are_looked_at_only_where_they_have_values():
+    y, bad = Y.clone(), torch.full((4,), NAN)
+    torch._dynamo.reset()
+    out = torch.compile(lambda y, bad: couple_affine([bad, None], y=y + 0), fullgraph=True, backend="aot_eager")(y, bad)
+    assert out.isnan().all()
+    assert couple_affine([bad.to("meta"), None], y=y.to("meta")).shape == y.shape
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert couple_affine([bad, None], y=mode.from_tensor(y)).shape == y.shape
+        assert couple_affine([mode.from_tensor(bad), None], y=mode.from_tensor(y)).shape == y.shape
 
 
 def test_an_implementation_asked_for_by_name_says_why_it_cannot_run():

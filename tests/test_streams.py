@@ -191,7 +191,7 @@ def test_memory_of_sixteen_bit_streams(scale, batch, most):
 def test_overflow_is_reported_and_still_inverts(module):
     model = narrow(module, stream=StreamFormat("fixed16", (14,))).eval()  # |y| < 2
     x = torch.full((2, 3, 64, 64), 1.75)
-    with torch.no_grad(), pytest.warns(StreamOverflowWarning, match=r"fixed16 .* of level 0 \(\|y\| < 2\)"):
+    with torch.no_grad(), pytest.warns(StreamOverflowWarning, match=r"fixed16 .* in level 0 \(\|y\| < 2\)"):
         streams = model.forward_streams(x)
         assert torch.equal(model.inverse(streams), x)
 
@@ -206,7 +206,9 @@ def test_no_warning_within_range(module):
 @MODULES
 def test_range_report(module):
     model = narrow(module, stream="fixed16").eval()
+    before = [b.clone() for b in model.buffers()]
     report = range_report(model, image())
+    assert not model.training and identical(model.buffers(), before)
     assert [r.level for r in report] == [0, 1, 2, 3]
     assert all(0.1 < r.largest < 64 == r.limit and not r.overflows for r in report)
     assert all(2 * r.largest < 2.0 ** (15 - r.fraction_bits) <= 4 * r.largest for r in report)
@@ -273,6 +275,46 @@ def test_drift_monitor(module):
 
 
 # --- the engine's own containers, bad input --------------------------------------------------------
+
+
+def test_monitor_refuses_a_model_that_reconstructs_nothing():
+    with pytest.raises(ValueError, match="expected a reversible one"), monitor_drift(narrow(fast, reversible=False)):
+        pass
+
+
+@MODULES
+def test_stream_may_be_set_and_is_shown(module):
+    model = narrow(module)
+    model.rev_stack.self_check = False
+    model.stream = "fixed16"
+    assert model.rev_stack.self_check, "another stream is checked anew"
+    assert model.rev_stack.stream == model.stream == StreamFormat("fixed16")
+    assert "stream=fixed16[9]" in repr(model)
+
+
+@MODULES
+def test_images_of_sixteen_bits_under_autocast_are_exact_too(module):
+    models = [narrow(module, reversible=reversible) for reversible in (True, False)]
+    assert identical(*(step(model, image().bfloat16(), True) for model in models))
+
+
+@MODULES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_that_an_exact_stream_cannot_give_back(module, dtype):
+    with pytest.raises(ValueError, match=f"stream: fixed16 holds float32 values .* got an input of {dtype}"):
+        narrow(module, stream="fixed16").to(dtype)(image().to(dtype))
+
+
+@MODULES
+@pytest.mark.parametrize("reversible", [True, False])
+def test_second_and_double_backward_say_what_to_use(module, reversible):
+    model = narrow(module, stream="fixed32", reversible=reversible)
+    loss = model(image()).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="stream='float32'"):
+        torch.autograd.grad(model(image()).sum(), list(model.parameters()), create_graph=True)
 
 
 @FORMATS

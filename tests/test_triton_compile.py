@@ -19,12 +19,12 @@ PACKAGES = Path(revkernels.__file__).parents[1]  # of the package under test, in
 ELEMENTWISE = {"couple_identity_kernel", "couple_upsampled_kernel", "bn_act_kernel", "bn_act_grad_kernel"}
 REDUCTIONS = {"couple_adjoint_identity_kernel", "couple_adjoint_upsampled_kernel", "bn_stats_kernel"}
 REDUCTIONS |= {"bn_act_squeeze_kernel", "bn_act_grad_sums_kernel"}
-SMALL = {"product_kernel", "fold_kernel", "bn_stats_merge_kernel"}
+SMALL = {"product_kernel", "fold_kernel", "bn_stats_merge_kernel", "bn_fold_kernel", "bn_fold_grad_kernel"}
 COMPILE = """
 import json
 from dataclasses import asdict
 from revkernels.triton.compile import report
-wanted = lambda op, configuration: configuration.endswith(("56x56", "48-12"))
+wanted = lambda op, configuration: configuration.endswith(("56x56", "48-12", "fp32 48"))
 print(json.dumps([asdict(row) for row in report(wanted=wanted)]))
 """
 

@@ -352,18 +352,18 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
     const int64_t column = (i / T * L + P) / S - i % T;
     masks[i] = lanes_between<A>(-column, dy.w - column);
   }
-  IVec<A> lanes{};
-  for (int l = 0; l < L; ++l) lanes[l] = (l + P) / S - P / S;
+  IVec<A> lanes{}, taps{};
+  for (int l = 0; l < L; ++l) lanes[l] = (l + P) / S - P / S, taps[l] = (l + P) % S;
 
   int64_t channel = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t c = unit / dv.n, n = unit % dv.n;
     if (c != channel) {
       const A* weight = static_cast<const A*>(args.weight) + c * K * K;
-      for (int i = 0; i < K * T; ++i) {
-        for (int l = 0; l < L; ++l) {
-          const int v = (l + P) % S + i % T * S;
-          w[i * L + l] = v < K ? weight[i / T * K + v] : A(0);
+      for (int u = 0; u < K; ++u) {
+        for (int t = 0; t < T; ++t) {
+          const Vec<A> row = load_left(weight + u * K + t * S, K - t * S);
+          store(w + (u * T + t) * L, permute<A>(row, taps));
         }
       }
       channel = c;
@@ -387,7 +387,7 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
             pixels[t * T + q] = permute<A>(load(rows[t] + first - q, masks[x / L * T + q]), lanes);
           }
         }
-        for (int64_t a = a_begin; a < a_end; ++a) {
+        const auto put_row = [&](int64_t a) {
           Vec<A> sum{};
 #pragma GCC unroll 4
           for (int t = 0; t < T; ++t) {
@@ -397,6 +397,12 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
             for (int q = 0; q < T; ++q) sum += load(weight + q * L) * pixels[t * T + q];
           }
           store_left(base + a * dv.w + x, sum, dv.w - x);
+        };
+        if (a_begin == 0 && a_end == S) {
+#pragma GCC unroll 8
+          for (int a = 0; a < S; ++a) put_row(a);
+        } else {
+          for (int64_t a = a_begin; a < a_end; ++a) put_row(a);
         }
       }
       if (!out)

@@ -13,15 +13,28 @@ namespace {
 #include "rows.h"
 #include "shuffle_kernels.h"
 #include "simd.h"
+#include "squeeze_excite_kernels.h"
 
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    REVK_NAME,      couple,    couple_adjoint,       space_to_depth,
-    depth_to_space, depthwise, depthwise_grad_input, depthwise_grad_weight,
-    bn_moments,     bn_act,    bn_act_squeeze,       bn_act_grad_sums,
+    REVK_NAME,
+    couple,
+    couple_adjoint,
+    space_to_depth,
+    depth_to_space,
+    depthwise,
+    depthwise_grad_input,
+    depthwise_grad_weight,
+    bn_moments,
+    bn_act,
+    bn_act_squeeze,
+    bn_act_grad_sums,
     bn_act_grad,
+    layer,
+    product,
+    gate_slopes,
 };
 
 }  // namespace REVK_ISA

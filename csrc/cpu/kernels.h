@@ -91,6 +91,44 @@ struct NormArgs {
   bool wide = false;
 };
 
+// out = f(in weight^T + bias) of row-major matrices in the accumulate dtype; f is the identity or
+// hardsigmoid.
+struct LayerArgs {
+  const void* in = nullptr;      // [n, width]
+  const void* weight = nullptr;  // [rows, width]
+  const void* bias = nullptr;    // [rows]
+  void* out = nullptr;           // [n, rows]
+  void* active = nullptr;        // [n, rows]: hardswish(out), if not null
+  int64_t n = 0, width = 0, rows = 0;
+  bool hardsigmoid = false;
+  bool wide = false;
+};
+
+// out = left right, times hardswish'(hidden) if that is not null; `left` has any strides.
+struct ProductArgs {
+  const void* left = nullptr;    // [rows, depth]
+  const void* right = nullptr;   // [depth, columns]
+  const void* hidden = nullptr;  // [rows, columns]
+  void* out = nullptr;           // [rows, columns]
+  int64_t rows = 0, depth = 0, columns = 0;
+  int64_t left_row = 0, left_column = 0;
+  bool wide = false;
+};
+
+// dv = dgate hardsigmoid', known from the gate; active = hardswish(hidden).
+struct GateSlopeArgs {
+  const void *dgate = nullptr, *gate = nullptr, *hidden = nullptr;
+  void *dv = nullptr, *active = nullptr;
+  int64_t gates = 0, hiddens = 0;  // elements
+  bool wide = false;
+};
+
+constexpr int kDotRows = 4;                  // rows of a layer's weight in a unit
+constexpr int64_t kColumnBlock = 64;         // columns of a product in a unit: whole vectors
+constexpr int64_t kDepthBlock = 128;         // terms of a product summed in registers
+constexpr int64_t kGateSegment = 1024;       // elements of gate_slopes in a unit
+constexpr int64_t kProductsPerElement = 16;  // products that cost what one element of a map does
+
 // Samples summed into one partial weight gradient: fixed, so that results do not depend on threads.
 constexpr int64_t kSamplesPerPartial = 8;
 
@@ -109,6 +147,9 @@ struct Kernels {
   void (*bn_act_squeeze)(const NormArgs&, int64_t begin, int64_t end);
   void (*bn_act_grad_sums)(const NormArgs&, int64_t begin, int64_t end);
   void (*bn_act_grad)(const NormArgs&, int64_t begin, int64_t end);
+  void (*layer)(const LayerArgs&, int64_t begin, int64_t end);            // kDotRows rows of weight
+  void (*product)(const ProductArgs&, int64_t begin, int64_t end);        // kColumnBlock columns
+  void (*gate_slopes)(const GateSlopeArgs&, int64_t begin, int64_t end);  // kGateSegment elements
 };
 
 namespace baseline {

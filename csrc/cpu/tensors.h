@@ -16,10 +16,16 @@ namespace revkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  return shape.empty() ? "[]" : text + "]";
+}
+
 inline std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
+  return text_of(shape);
 }
 
 inline DType dtype_of(const Tensor& t, const char* name) {

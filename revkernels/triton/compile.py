@@ -176,6 +176,15 @@ def _norms(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
                 yield op, f"{SHORT[dtype]} {size}x{size}", partial(LAUNCHERS[op], *args)
 
 
+def _folds(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for c in (48, 1056):
+        v, gate, sums = _map((c,), torch.float32), _map((n, c), torch.float32), _map((5, n, c), torch.float32)
+        args = (v, v, v, v, v, v, _map((), torch.int64), 0.1, n * 56 * 56, 1e-3)
+        yield "bn_fold", f"fp32 {c}", partial(LAUNCHERS["bn_fold"], *args)
+        args = (sums, gate, gate, v, v, v, n * 56 * 56, True)
+        yield "bn_fold_grad", f"fp32 {c}", partial(LAUNCHERS["bn_fold_grad"], *args)
+
+
 def _gates(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for c, r in ((48, 12), (160, 40), (1056, 264)):
         pooled, hidden, w1, w2, b1, b2 = (
@@ -190,6 +199,7 @@ def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]
     """``(op, configuration, call)``: dtypes, factors and sizes as the network has them, for n samples."""
     yield from _couplings(n)
     yield from _norms(n)
+    yield from _folds(n)
     yield from _gates(n)
 
 
