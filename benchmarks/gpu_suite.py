@@ -479,6 +479,7 @@ OURS = (
     ("depthwise_conv_grad", DEPTHWISE_GRADIENT),
     ("depthwise_conv", DEPTHWISE),
     ("couple", COUPLING),
+    ("dequantize", COUPLING),
     ("bn_", FUSED_NORM),
     ("se_gate", SQUEEZE),
     ("", RESAMPLE),

@@ -21,6 +21,7 @@ std::vector<std::string> ops() {
       "space_to_depth_adjoint",
       "couple_",
       "couple_adjoint",
+      "dequantize_",
       "depthwise_conv",
       "depthwise_conv_grad_input",
       "depthwise_conv_grad_weight",

@@ -36,7 +36,7 @@ from revkernels.reference import accumulate_dtype
 _ops = torch.ops.revkernels
 
 # Bytes of a chunk of samples of the widest plane: about a core's cache on a CPU; on a GPU, enough to fill it.
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 class Weights(NamedTuple):
@@ -135,6 +135,21 @@ def _plus(total: Tensor | None, addend: Tensor) -> Tensor:
     return addend if total is None else total.add_(addend)
 
 
+def _depthwise(x: Tensor | Encoded, weight: Tensor, affine: tuple[Tensor | None, Tensor | None], stride: int) -> Tensor:
+    """The depthwise convolution through its prologue; of an int16 stream's integers with their unit in the weight."""
+    if isinstance(x, Encoded):
+        return _ops.depthwise_conv(x.y, weight * x.unit, *affine, stride)
+    return _ops.depthwise_conv(x, weight, *affine, stride)
+
+
+def _depthwise_grad_weight(
+    x: Tensor | Encoded, dy: Tensor, affine: tuple[Tensor | None, Tensor | None], kernel: int, stride: int
+) -> Tensor:
+    if isinstance(x, Encoded):
+        return _ops.depthwise_conv_grad_weight(x.y, dy, *affine, kernel, stride).mul_(x.unit)
+    return _ops.depthwise_conv_grad_weight(x, dy, *affine, kernel, stride)
+
+
 def _rows(v: Tensor | None, chunk: slice) -> Tensor | None:
     return None if v is None else v[chunk]
 
@@ -214,6 +229,11 @@ class FusedMBConv:
         size = max(1, CHUNK_BYTES.get(device.type, 1 << 28) // max(1, plane))
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
+    def read(self, x: Tensor | Encoded, rows: slice = slice(None)) -> Tensor | Encoded:
+        """Samples of the input in the planes' dtype; encoded ones where the C++ depthwise convolution decodes them."""
+        integers = self.module.exp_conv is None and self.dtype == torch.float32 and x.device.type == "cpu"
+        return x[rows] if integers else x[rows].to(self.dtype)
+
     def weights(self, parameters: Sequence[Tensor]) -> Weights:
         """:meth:`parameters` by name, for other values of them."""
         given = iter(parameters)
@@ -248,10 +268,10 @@ class FusedMBConv:
         n, _, h, w = x.shape
         p = self._plane(x, weights.project.shape[0], -(-h // stride), -(-w // stride))
         for chunk in self.chunks(x.shape, x.device):
-            source = x[chunk].to(self.dtype)
+            source = self.read(x, chunk)
             if weights.expand is not None:
                 source = _pointwise(weights.expand, source)
-            d = _ops.depthwise_conv(source, weights.depthwise, *affine0, stride)
+            d = _depthwise(source, weights.depthwise, affine0, stride)
             z = _ops.bn_act(d, *norm1.affine, _squeeze(d, norm1, weights).gate, "hardswish")
             _pointwise(weights.project, z, p[chunk])
         return self._term(p, FusedRecord((norm0, norm1, norm2)))
@@ -274,19 +294,15 @@ class FusedMBConv:
     ) -> tuple[Tensor, FusedRecord, Tensor]:
         """``p``, the record without keep, and d; ``observe(k, plane)`` gives what ``BN_k`` applies to a plane."""
         chunks, norm0, affine0 = self.chunks(x.shape, x.device), None, (None, None)
-        if weights.expand is None and isinstance(x, Tensor) and x.dtype == self.dtype:
-            source = x
+        if weights.expand is None:
+            source = self.read(x)
         else:
             source = self._plane(x, weights.depthwise.shape[0], *x.shape[2:])
-        for chunk in chunks:
-            if weights.expand is not None:
-                _pointwise(weights.expand, x[chunk].to(self.dtype), source[chunk])
-            elif source is not x:
-                source[chunk] = x[chunk].to(self.dtype)
-        if weights.expand is not None:
+            for chunk in chunks:
+                _pointwise(weights.expand, self.read(x, chunk), source[chunk])
             norm0 = observe(0, source)
             affine0 = norm0.affine
-        d = _ops.depthwise_conv(source, weights.depthwise, *affine0, self.module.dw_conv.conv.stride[0])
+        d = _depthwise(source, weights.depthwise, affine0, self.module.dw_conv.conv.stride[0])
         del source
         norm1 = observe(1, d)
         p = self._plane(x, weights.project.shape[0], *d.shape[2:])
@@ -348,7 +364,7 @@ class FusedMBConv:
 
     def replay(self, x: Tensor | Encoded, record: FusedRecord, weights: Weights) -> Replay:
         """The backward on a given input."""
-        return Replay(self, x.shape, x.device, lambda chunk: x[chunk].to(self.dtype), record, weights)
+        return Replay(self, x.shape, x.device, lambda chunk: self.read(x, chunk), record, weights)
 
     @explicit
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Term, Pullback]:
@@ -421,7 +437,7 @@ class Replay:
         self.d: dict[int, Tensor] = {}
         self.p: Tensor | None = None
 
-    def _source(self, chunk: slice) -> Tensor:
+    def _source(self, chunk: slice) -> Tensor | Encoded:
         """``e`` or ``x``: what the depthwise convolution reads (through its prologue)."""
         if chunk.start in self.e:
             return self.e[chunk.start]
@@ -432,7 +448,7 @@ class Replay:
         if chunk.start in self.d:
             return self.d[chunk.start]
         source = self._source(chunk) if source is None else source
-        return _ops.depthwise_conv(source, self.w.depthwise, *self.affine0, self.stride)
+        return _depthwise(source, self.w.depthwise, self.affine0, self.stride)
 
     def _z(self, d: Tensor, chunk: slice) -> Tensor:
         if chunk.start not in self.squeezed:
@@ -539,7 +555,7 @@ class Replay:
                 *(dz[chunk], self._d(chunk, source), *self.affine1),
                 *(_rows(gate, chunk), _rows(dpool, chunk), slope1, offset1, "hardswish"),
             )
-            product = _ops.depthwise_conv_grad_weight(source, dd, *self.affine0, kernel, self.stride)
+            product = _depthwise_grad_weight(source, dd, self.affine0, kernel, self.stride)
             ddepthwise = _plus(ddepthwise, product)
             if dv is None and emit is None:
                 continue

@@ -61,20 +61,17 @@ class FusedSegment:
     def _run(self, inputs: Sequence[Tensor | Encoded], planes: list | None = None) -> tuple[Term, list[FusedRecord]]:
         """The segment's map and the records of its parts, whose d and p are added to ``planes`` if wanted."""
         y, *merged = inputs
-        term, record, d = self.neck.compute(y)
-        records = [record]
-        if planes is not None:
-            planes.append((d, term.p))
-        out = add_term(term, merged[0] if merged else None)
-        if self.merge is not None:
-            del term, d
-            term, record, d = self.merge.compute(out)
+        records = []
+
+        def run(branch: FusedMBConv, x: Tensor | Encoded) -> Term:
+            term, record, d = branch.compute(x)
             records.append(record)
             if planes is not None:
                 planes.append((d, term.p))
-            del d
-            out = add_term(term, None)
-        return Term(out), records
+            return term
+
+        out = add_term(run(self.neck, y), merged[0] if merged else None)
+        return Term(out if self.merge is None else add_term(run(self.merge, out), None)), records
 
     def forward(self, *inputs: Tensor | Encoded) -> tuple[Term, list[FusedRecord]]:
         """The segment's map, and what its recompute needs."""

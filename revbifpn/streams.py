@@ -126,6 +126,11 @@ class Encoded:
         self.y, self.bits = y, bits
 
     @property
+    def unit(self) -> float:
+        """What an integer of y stands for."""
+        return 2.0**-self.bits
+
+    @property
     def shape(self) -> torch.Size:
         return self.y.shape
 
@@ -134,7 +139,9 @@ class Encoded:
         return self.y.device
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        return self.y.to(dtype).mul_(2.0**-self.bits)  # rounded once: a power of two is exact in every dtype
+        x = torch.empty(self.y.shape, dtype=dtype, device=self.y.device)
+        torch.ops.revkernels.dequantize_(x, self.y, self.bits)
+        return x
 
     def __getitem__(self, rows: slice) -> Encoded:
         return Encoded(self.y[rows], self.bits)

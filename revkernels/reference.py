@@ -164,6 +164,11 @@ def couple_adjoint(
     return dus, sums
 
 
+def dequantize_(x: Tensor, y: Tensor, fraction_bits: int) -> None:
+    """``x <- 2^-fraction_bits y``: the values of an int16 stream, rounded to x's dtype once; x and y of one shape."""
+    x.copy_(y.to(accumulate_dtype(x.dtype)) * 2.0**-fraction_bits)
+
+
 # --- depthwise convolution ----------------------------------------------------------------------
 
 
@@ -178,12 +183,14 @@ def _prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 def depthwise_conv(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int) -> Tensor:
     """``y[n, c, i, j] = sum_{u, v} w[c, 0, u, v] v[n, c, s i + u - P, s j + v - P]``, ``P = (k - 1) / 2``, zero padded.
 
-    ``v = x``, or ``hardswish(scale x + shift)`` when ``scale`` and ``shift`` (``[C]``) are given.
+    ``v = x``, or ``hardswish(scale x + shift)`` when ``scale`` and ``shift`` (``[C]``) are given. On the CPU x may be
+    int16, which counts as float32.
     ``[N, C, H, W], [C, 1, k, k] -> [N, C, ceil(H / s), ceil(W / s)]``
     """
     v = _prologue(x, scale, shift)
     pad = (weight.shape[-1] - 1) // 2
-    return F.conv2d(v, weight.to(v.dtype), None, stride, pad, 1, weight.shape[0]).to(x.dtype)
+    y = F.conv2d(v, weight.to(v.dtype), None, stride, pad, 1, weight.shape[0])
+    return y.to(x.dtype) if x.is_floating_point() else y
 
 
 def depthwise_conv_grad_input(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:

@@ -87,7 +87,7 @@ def _couple_adjoint(dy, p, center, factors, mode):  # noqa: ANN001, ANN202
 
 def _depthwise_conv(x: Tensor, weight: Tensor, scale, shift, stride: int) -> Tensor:  # noqa: ANN001
     n, c, h, w = x.shape
-    return _empty(x, (n, c, -(-h // stride), -(-w // stride)))
+    return _empty(x, (n, c, -(-h // stride), -(-w // stride)), None if x.is_floating_point() else torch.float32)
 
 
 def _depthwise_conv_grad_input(dy: Tensor, weight: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -113,6 +113,7 @@ _register(
     "(Tensor[] du, Tensor[] sums)",
     _couple_adjoint,
 )
+_register("dequantize_(Tensor(a!) x, Tensor y, int fraction_bits) -> ()", lambda x, y, fraction_bits: None)
 _register(
     "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride) -> Tensor",
     _depthwise_conv,

@@ -715,3 +715,25 @@ def test_compiled_model_agrees(module):
     model = narrow(module, **TWO_LEVELS)
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     assert difference(gradients(compiled, image()), gradients(model, image())) < 1e-9
+
+
+@MODULES
+def test_optimizer_inside_backward(module):
+    """Every gradient is applied and freed as it arrives; the result is that of an ordinary step."""
+    models = [narrow(module) for _ in range(2)]
+    nn.functional.cross_entropy(models[0](image()), torch.arange(len(image()))).backward()
+    torch.optim.SGD(models[0].parameters(), lr=0.1).step()
+
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in models[1].parameters()}
+    held = []
+
+    def apply_and_free(p):
+        optimizers[p].step()
+        p.grad = None
+        held.append(sum(q.grad is not None for q in models[1].parameters()))
+
+    for p in models[1].parameters():
+        p.register_post_accumulate_grad_hook(apply_and_free)
+    nn.functional.cross_entropy(models[1](image()), torch.arange(len(image()))).backward()
+    assert max(held) == 0 and len(held) == len(optimizers)
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))

@@ -249,3 +249,21 @@ def test_what_the_kernel_cannot_take_is_named(change, message):
     arguments = dict(x=torch.zeros(2, 3, 8, 8), weight=torch.zeros(3, 1, 3, 3), scale=None, shift=None, stride=1)
     with pytest.raises(RuntimeError, match=message):
         RUNS["cpp-cpu"][0]["depthwise_conv"](*(arguments | change).values())
+
+
+@pytest.mark.parametrize("impl", [name for name in RUNS if name.endswith("cpu")])
+@kernels
+@pytest.mark.parametrize("half", [False, True])
+def test_int16_streams_count_as_float32(impl, kernel, stride, half):
+    """Bit for bit what the same integers are as float32, channel halves included."""
+    runs, _ = RUNS[impl]
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-(2**15), 2**15, (3, 6, 17, 14), generator=g, dtype=torch.int16)
+    x = x[:, 3:] if half else x
+    weight, dy = draw((x.shape[1], 1, kernel, kernel), seed=1), draw((*x.shape[:2], -(-17 // stride), -(-14 // stride)))
+    found = fresh(runs["depthwise_conv"], x, weight, None, None, stride)
+    wanted = runs["depthwise_conv"](x.float(), weight, None, None, stride)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    found = fresh(runs["depthwise_conv_grad_weight"], x, dy, None, None, kernel, stride)
+    wanted = runs["depthwise_conv_grad_weight"](x.float(), dy, None, None, kernel, stride)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)

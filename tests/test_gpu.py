@@ -98,6 +98,18 @@ def arguments(op, dtype, g):
                 if op == "se_gate"
                 else (vector(n, c), gate, vector(n, r), pooled, w1, w2)
             )
+    elif op.startswith("bn_fold"):
+        if dtype != acc:
+            return  # statistics are kept in float32
+        for i, (n, c) in enumerate(((1, 1), (2, 48), (19, 131))):
+            statistics = (vector(c), vector(c).abs(), vector(c), vector(c))
+            buffers = (vector(c), vector(c).abs(), torch.tensor(i)) if i else (None, None, None)
+            pooled = (vector(5, n, c), optional(i, n, c), optional(i // 2, n, c), vector(c), vector(c), vector(c))
+            yield (*statistics, *buffers, 0.1, 60 * n, 1e-3) if op == "bn_fold" else (*pooled, 60 * n, i % 2 == 0)
+    elif op == "dequantize_":
+        for i, (n, c, h, w) in enumerate(MAPS):
+            y = torch.randint(-(2**15), 2**15, (n, c, h, w), dtype=torch.int16, generator=g)
+            yield torch.empty(n, c, h, w, dtype=dtype), y, 3 * i
     elif op.startswith("couple"):
         for i, ((n, c, h, w), factors) in enumerate(itertools.product(LOW_MAPS, FACTORS)):
             largest, mode = max(factors), MODES[i % 2]
@@ -315,6 +327,8 @@ class TestOps:
             pytest.skip("a training step does not call it")
         for call in network_calls[op]:
             args = fill(call, g)
+            if op == "bn_fold":
+                args = (args[0], args[1].abs(), *args[2:])  # a variance
             if op in ("bn_act_grad", "bn_act_grad_sums"):
                 dz, x, scale, shift, *rest = args
                 args = dz, clear_of_kinks(x, scale, shift), scale, shift, *rest

@@ -288,3 +288,12 @@ class TestCuda:
         fake = measure_sample(model, (3, 128, 128), batch=8, fake=True).bytes_per_sample
         real = measure_sample(model, (3, 128, 128), batch=8, device="cuda").bytes_per_sample
         assert real == pytest.approx(fake, rel=0.1)
+
+
+def test_memory_does_not_grow_with_depth():
+    """Ten more silos, and the blocks before them: less than 1 % of activations per sample."""
+    shallow, deep = (
+        measure_sample(revbifpn.fast.revbifpn_s0(num_ext_layers=2 + more), batch=8, fake=True).bytes_per_sample
+        for more in (0, 10)
+    )
+    assert deep < 1.01 * shallow

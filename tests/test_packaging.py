@@ -205,6 +205,23 @@ def test_architectures_become_flags_of_nvcc(backend):
         backend.gencode("Hopper")
 
 
+@needs_checkout
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [("2.10.1+cpu", "torchvision==0.25.*"), ("2.13.0", "torchvision==0.28.*"), ("2.14.0", "torchvision>=0.29")],
+)
+def test_torchvision_goes_with_the_torch_that_is_there(backend, monkeypatch, version, wanted):
+    monkeypatch.setattr(backend, "find_torch", lambda: backend.Torch(Path(), version, None))
+    assert backend.torchvision_requirement() == wanted
+    assert wanted in backend.extras()["bench"]
+
+
+@needs_checkout
+def test_torchvision_is_the_newest_where_torch_will_be(backend, monkeypatch):
+    monkeypatch.setattr(backend, "find_torch", lambda: None)
+    assert backend.torchvision_requirement() == "torchvision>=0.29"
+
+
 # --- what is packed ---------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ def samples(dtype=torch.float32):
     pyramid = [rand(n, c, h // f, w // f) for f in factors]
     weight, dy = rand(c, 1, 5, 5), half(n, c, h // 2, w // 2)
     gate, hidden = rows.sigmoid(), rand(n, r)
+    steps = torch.randint(-(2**15), 2**15, (n, 2 * c, h, w), generator=generator, dtype=torch.int16)[:, c:]
     return {
         "upsample": (x, 4, "bilinear"),
         "upsample_adjoint": (x, 4, "bilinear"),
@@ -33,6 +34,7 @@ def samples(dtype=torch.float32):
         "space_to_depth_adjoint": (rand(n, 80, 3, 5), 3, 4),
         "couple_": (x, pyramid, [vector, None, rows, None], [rows, vector, None, None], factors, "bilinear", False),
         "couple_adjoint": (x, [pyramid[0], None, *pyramid[2:]], [vector, None, None, vector], factors, "bilinear"),
+        "dequantize_": (x, steps, 8),
         "depthwise_conv": (x, weight, vector, rand(c), 2),
         "depthwise_conv_grad_input": (dy, weight, h, w, 2),
         "depthwise_conv_grad_weight": (x, dy, vector, rand(c), 5, 2),

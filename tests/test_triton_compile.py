@@ -16,7 +16,8 @@ from revkernels.triton import INTERPRETED, LAUNCHERS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = Path(revkernels.__file__).parents[1]  # of the package under test, installed or not
-ELEMENTWISE = {"couple_identity_kernel", "couple_upsampled_kernel", "bn_act_kernel", "bn_act_grad_kernel"}
+ELEMENTWISE = {"couple_identity_kernel", "couple_upsampled_kernel", "dequantize_kernel"}
+ELEMENTWISE |= {"bn_act_kernel", "bn_act_grad_kernel"}
 REDUCTIONS = {"couple_adjoint_identity_kernel", "couple_adjoint_upsampled_kernel", "bn_stats_kernel"}
 REDUCTIONS |= {"bn_act_squeeze_kernel", "bn_act_grad_sums_kernel"}
 SMALL = {"product_kernel", "fold_kernel", "bn_stats_merge_kernel", "bn_fold_kernel", "bn_fold_grad_kernel"}

@@ -55,14 +55,23 @@ class Rows {
     as_float(t, name, [&](auto* data) { set(data); });
   }
   explicit operator bool() const { return f32_ || f64_; }
-  double at(int64_t k, int64_t n, int64_t c) const {
-    const int64_t i = k * sk_ + n * sn_ + c * sc_;
-    return f64_ ? f64_[i] : f32_[i];
+  // out[c] = the values of row (k, n).
+  void read(int64_t k, int64_t n, double* out, int64_t channels) const {
+    const int64_t start = k * sk_ + n * sn_;
+    f64_ ? copy(f64_ + start, out, channels) : copy(f32_ + start, out, channels);
   }
 
  private:
   void set(const float* data) { f32_ = data; }
   void set(const double* data) { f64_ = data; }
+  template <class T>
+  void copy(const T* in, double* out, int64_t channels) const {
+    if (sc_ == 1) {
+      for (int64_t c = 0; c < channels; ++c) out[c] = in[c];
+    } else {
+      for (int64_t c = 0; c < channels; ++c) out[c] = in[c * sc_];
+    }
+  }
   const float* f32_ = nullptr;
   const double* f64_ = nullptr;
   int64_t sk_ = 0, sn_ = 0, sc_ = 0;
@@ -126,6 +135,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold_grad(
   const Values m(mean, "mean", channels), r(rstd, "rstd", channels), a(scale, "scale", channels);
   Tensor dweight = new_tensor(mean, {channels}), dbias = new_tensor(mean, {channels}),
          slope = new_tensor(mean, {channels}), offset = new_tensor(mean, {channels});
+  std::vector<double> scratch(size_t(4 * channels));  // the two sums, and two rows
+  double *sum = scratch.data(), *centred = sum + channels, *by = centred + channels,
+         *row = by + channels;
+  const auto add = [&](int64_t k, int64_t n, double* total, bool weighted) {
+    s.read(k, n, row, channels);
+    for (int64_t c = 0; c < channels; ++c) total[c] += weighted ? by[c] * row[c] : row[c];
+  };
+  for (int64_t n = 0; n < samples; ++n) {
+    if (g) g.read(0, n, by, channels);
+    add(first, n, sum, bool(g));
+    add(first + 1, n, centred, bool(g));
+    if (!p) continue;
+    p.read(0, n, by, channels);
+    add(3, n, sum, true);
+    add(4, n, centred, true);
+  }
   as_float(mean, "mean", [&](auto* like) {
     using A = std::remove_pointer_t<decltype(like)>;
     A* dw = static_cast<A*>(dweight.data_ptr());
@@ -133,20 +158,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold_grad(
     A* sl = static_cast<A*>(slope.data_ptr());
     A* of = static_cast<A*>(offset.data_ptr());
     for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0, centred = 0;
-      for (int64_t n = 0; n < samples; ++n) {
-        const double by = g ? g.at(0, n, c) : 1;
-        sum += by * s.at(first, n, c);
-        centred += by * s.at(first + 1, n, c);
-        if (!p) continue;
-        sum += p.at(0, n, c) * s.at(3, n, c);
-        centred += p.at(0, n, c) * s.at(4, n, c);
-      }
-      const double d = r[c] * centred, k = batch ? -a[c] / double(count) : 0;
+      const double d = r[c] * centred[c], k = batch ? -a[c] / double(count) : 0;
       dw[c] = A(d);
-      db[c] = A(sum);
+      db[c] = A(sum[c]);
       sl[c] = A(k * r[c] * d);
-      of[c] = A(k * sum - k * r[c] * d * m[c]);
+      of[c] = A(k * sum[c] - k * r[c] * d * m[c]);
     }
   });
   return {dweight, dbias, slope, offset};

@@ -1,5 +1,3 @@
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <tuple>
 
@@ -8,28 +6,13 @@
 namespace revkernels {
 namespace {
 
-// Distinct indices must be distinct elements: every stride exceeds the extent of the smaller ones.
-bool has_distinct_elements(const Map& m) {
-  std::array<std::pair<int64_t, int64_t>, 4> dims = {
-      {{m.sn, m.n}, {m.sc, m.c}, {m.sh, m.h}, {m.sw, m.w}}};
-  std::sort(dims.begin(), dims.end());
-  int64_t extent = 0;
-  for (const auto& [stride, size] : dims) {
-    if (size <= 1) continue;
-    if (stride <= extent) return false;
-    extent += stride * (size - 1);
-  }
-  return true;
-}
-
 // A stream: int16 with fraction bits only, 16-bit float without them only.
 Map stream_of(const Tensor& y, std::optional<int64_t> fraction_bits) {
   const bool integer = y.scalar_type() == ScalarType::Short;
   const DType dtype = integer ? DType::int16 : dtype_of(y, "y");
   STD_TORCH_CHECK(!integer || fraction_bits.has_value(),
                   "fraction_bits: expected an int, as y is int16, got None");
-  STD_TORCH_CHECK(!fraction_bits.has_value() || (*fraction_bits >= -8 && *fraction_bits <= 24),
-                  "fraction_bits: expected -8 to 24, got ", fraction_bits.value_or(0));
+  if (fraction_bits.has_value()) check_fraction_bits(*fraction_bits);
   STD_TORCH_CHECK(
       !fraction_bits.has_value() || (dtype != DType::float16 && dtype != DType::bfloat16),
       "y: expected int16, float32 or float64, as fraction_bits is given, got ",

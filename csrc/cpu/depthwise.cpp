@@ -46,6 +46,12 @@ struct DenseWeight {
   }
 };
 
+// A map of floats, or an int16 stream, which counts as float32.
+Map input_of(const Tensor& x) {
+  const bool integer = x.scalar_type() == ScalarType::Short;
+  return map_of(x, "x", integer ? DType::int16 : dtype_of(x, "x"));
+}
+
 void set_prologue(DepthwiseArgs& args, const std::optional<Tensor>& scale,
                   const std::optional<Tensor>& shift) {
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale, shift: give both or neither");
@@ -61,15 +67,16 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, std::optional<Tenso
                       std::optional<Tensor> shift, int64_t stride) {
   check_stride(stride);
   DepthwiseArgs args;
-  args.in = map_of(x, "x");
+  args.in = input_of(x);
   args.stride = stride;
   args.wide = is_wide(args.in);
   set_prologue(args, scale, shift);
   const DenseWeight dense(weight, args.in.c, args.wide);
   args.weight = dense.data;
   args.kernel = dense.kernel;
-  Tensor y = new_tensor(x, {args.in.n, args.in.c, depthwise_out_size(args.in.h, stride),
-                            depthwise_out_size(args.in.w, stride)});
+  const std::vector<int64_t> shape = {args.in.n, args.in.c, depthwise_out_size(args.in.h, stride),
+                                      depthwise_out_size(args.in.w, stride)};
+  Tensor y = args.in.dtype == DType::int16 ? new_sums(x, shape) : new_tensor(x, shape);
   args.out = map_of(y, "y");
   if (numel(args.in) > 0) {
     const int64_t work = numel(args.in) + numel(args.out) * args.kernel * args.kernel / 16;
@@ -106,7 +113,7 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   check_stride(stride);
   STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel: expected an odd size, got ", kernel);
   DepthwiseArgs args;
-  args.in = map_of(x, "x");
+  args.in = input_of(x);
   const Map& in = args.in;
   args.dy = map_of(dy, "dy", in.n, in.c, depthwise_out_size(in.h, stride),
                    depthwise_out_size(in.w, stride));

@@ -10,6 +10,7 @@ namespace {
 #include "batch_norm_kernels.h"
 #include "coupling_kernels.h"
 #include "depthwise_kernels.h"
+#include "dequantize_kernels.h"
 #include "rows.h"
 #include "shuffle_kernels.h"
 #include "simd.h"
@@ -22,6 +23,7 @@ const Kernels kernels = {
     REVK_NAME,
     couple,
     couple_adjoint,
+    dequantize,
     space_to_depth,
     depth_to_space,
     depthwise,

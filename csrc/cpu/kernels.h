@@ -8,7 +8,7 @@
 
 namespace revkernels {
 
-enum class DType : int { float32, float64, float16, bfloat16, int16 };  // int16: streams only
+enum class DType : int { float32, float64, float16, bfloat16, int16 };  // int16: streams
 
 // A [N, C, H, W] map of any strides, counted in elements.
 struct Map {
@@ -43,6 +43,12 @@ struct CoupleArgs {
   int64_t* overflow = nullptr;  // grows by the results that left the range; null: not counted
   bool assign = false;
   bool wide = false;  // accumulate in float64
+};
+
+// x <- step y, y int16.
+struct DequantizeArgs {
+  Map x, y;
+  double step = 1;  // a power of 2
 };
 
 // du = up_f^T(dy), and sums [2, N, C] of du and du (p - center). Absent outputs have null data.
@@ -123,6 +129,7 @@ struct GateSlopeArgs {
   bool wide = false;
 };
 
+constexpr int64_t kDequantizeBlock = 4096;   // elements of a row in a unit
 constexpr int kDotRows = 4;                  // rows of a layer's weight in a unit
 constexpr int64_t kColumnBlock = 64;         // columns of a product in a unit: whole vectors
 constexpr int64_t kDepthBlock = 128;         // terms of a product summed in registers
@@ -137,6 +144,7 @@ struct Kernels {
   const char* name;
   void (*couple)(const CoupleArgs&, int64_t begin, int64_t end);                 // planes n C + c
   void (*couple_adjoint)(const CoupleAdjointArgs&, int64_t begin, int64_t end);  // planes n C + c
+  void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);         // blocks of rows
   void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);        // (n C + c) b + r
   void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);        // planes n C + c
   void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);           // planes n C + c

@@ -91,6 +91,8 @@ static inline To cast(From value) {
     return value;
   } else if constexpr (std::is_same_v<To, bfloat16> || std::is_same_v<To, float16>) {
     return from_float<To>(float(value));
+  } else if constexpr (std::is_same_v<From, int16_t>) {
+    return To(value);
   } else {
     return To(to_float(value));
   }
@@ -151,7 +153,7 @@ static inline void read_row(const Map& m, const char* data, A* out, int64_t n) {
     case DType::bfloat16:
       return read_as<A, bfloat16>(data, stride, out, n);
     case DType::int16:
-      break;
+      return read_as<A, int16_t>(data, stride, out, n);
   }
 }
 

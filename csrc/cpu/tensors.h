@@ -5,8 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -58,15 +61,34 @@ inline Map map_of(const Tensor& t, const char* name, DType dtype) {
 
 inline Map map_of(const Tensor& t, const char* name) { return map_of(t, name, dtype_of(t, name)); }
 
-inline Map map_of(const Tensor& t, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const Map m = map_of(t, name);
+inline void check_shape(const Map& m, const Tensor& t, const char* name, int64_t n, int64_t c,
+                        int64_t h, int64_t w) {
   STD_TORCH_CHECK(m.n == n && m.c == c && m.h == h && m.w == w, name, ": expected [", n, ", ", c,
                   ", ", h, ", ", w, "], got ", shape_of(t));
+}
+
+inline Map map_of(const Tensor& t, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const Map m = map_of(t, name);
+  check_shape(m, t, name, n, c, h, w);
   return m;
 }
 
 inline bool is_wide(const Map& m) { return m.dtype == DType::float64; }
 inline int64_t numel(const Map& m) { return m.n * m.c * m.h * m.w; }
+
+// Distinct indices must be distinct elements: every stride exceeds the extent of the smaller ones.
+inline bool has_distinct_elements(const Map& m) {
+  std::array<std::pair<int64_t, int64_t>, 4> dims = {
+      {{m.sn, m.n}, {m.sc, m.c}, {m.sh, m.h}, {m.sw, m.w}}};
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;
+  for (const auto& [stride, size] : dims) {
+    if (size <= 1) continue;
+    if (stride <= extent) return false;
+    extent += stride * (size - 1);
+  }
+  return true;
+}
 
 // [C] or, if `per_sample`, [N, C]; an absent one has null data.
 inline Coefficient coefficient_of(const std::optional<Tensor>& t, const char* name, int64_t n,
@@ -107,6 +129,10 @@ inline Activation activation_of(const std::string& act) {
   if (act == "hardswish") return Activation::hardswish;
   STD_TORCH_CHECK(act == "identity", "act: expected 'hardswish' or 'identity', got '", act, "'");
   return Activation::identity;
+}
+
+inline void check_fraction_bits(int64_t g) {
+  STD_TORCH_CHECK(g >= -8 && g <= 24, "fraction_bits: expected -8 to 24, got ", g);
 }
 
 inline void check_factor(int64_t f) {

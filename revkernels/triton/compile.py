@@ -161,6 +161,13 @@ def _couplings(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield "couple_adjoint", name, partial(LAUNCHERS["couple_adjoint"], dy, p, vectors, factors, "bilinear")
 
 
+def _dequantizations(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for size, c in ((56, 48), (28, 64), (14, 80), (7, 160), (88, 160)):
+            x, y = _map((n, c, size, size), dtype), _map((n, 2 * c, size, size), torch.int16)[:, c:]
+            yield "dequantize_", f"{SHORT[dtype]} {size}x{size}", partial(LAUNCHERS["dequantize_"], x, y, 8)
+
+
 def _norms(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for dtype in (torch.float32, torch.bfloat16):
         for size, c in ((56, 48), (28, 64), (14, 80), (7, 160), (88, 160), (512, 48)):
@@ -198,6 +205,7 @@ def _gates(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
 def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """``(op, configuration, call)``: dtypes, factors and sizes as the network has them, for n samples."""
     yield from _couplings(n)
+    yield from _dequantizations(n)
     yield from _norms(n)
     yield from _folds(n)
     yield from _gates(n)
