@@ -1,7 +1,7 @@
 """The cases of ``benchmarks/kernels.py`` under pytest-benchmark, S0 by default.
 
-pytest benchmarks/bench_kernels.py --benchmark-only
-pytest benchmarks/bench_kernels.py --benchmark-only -k 'depthwise_conv and cpp' --benchmark-compare
+pytest benchmarks --benchmark-only
+pytest benchmarks --benchmark-only -k 'depthwise_conv and cpp' --benchmark-compare
 """
 
 from __future__ import annotations
