@@ -103,7 +103,7 @@ def arguments(op, dtype, g):
             return  # statistics are kept in float32
         for i, (n, c) in enumerate(((1, 1), (2, 48), (19, 131))):
             statistics = (vector(c), vector(c).abs(), vector(c), vector(c))
-            buffers = (vector(c), vector(c).abs(), torch.tensor(i)) if i else (None, None, None)
+            buffers = (None, None, None)  # contiguous where there are any: see the network's own calls
             pooled = (vector(5, n, c), optional(i, n, c), optional(i // 2, n, c), vector(c), vector(c), vector(c))
             yield (*statistics, *buffers, 0.1, 60 * n, 1e-3) if op == "bn_fold" else (*pooled, 60 * n, i % 2 == 0)
     elif op == "dequantize_":
