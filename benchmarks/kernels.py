@@ -98,6 +98,10 @@ class Case:
             scale = self.arguments[3 if self.op.endswith("weight") else 2] if self.op != GRAD_INPUT else None
             kernel = self.arguments[4] if self.op.endswith("weight") else self.arguments[1].shape[-1]
             words += [f"k{kernel} s{self.arguments[-1]}"] + ["+act"] * isinstance(scale, Spec)
+        elif self.op.startswith("pointwise"):
+            x = self.arguments[1]
+            words = ["x".join(map(str, x.shape)) + f" to {main.shape[0 if self.op.endswith('weight_') else 1]}"]
+            words += ["+act"] * isinstance(self.arguments[3], Spec) + ["gate"] * isinstance(self.arguments[5], Spec)
         elif self.op in ("couple_", "couple_adjoint"):
             words += ["f" + ",".join(map(str, self.arguments[4 if self.op == "couple_" else 3]))]
             if self.op == "couple_":
@@ -181,7 +185,14 @@ def cases(scale: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     return found
 
 
-FLOAT32 = {"couple_": 0, "couple_adjoint": 0, "depthwise_conv": 1, "depthwise_conv_grad_input": 1}  # argument kept so
+FLOAT32 = {  # the argument that is kept so
+    "couple_": 0,
+    "couple_adjoint": 0,
+    "depthwise_conv": 1,
+    "depthwise_conv_grad_input": 1,
+    "pointwise_conv_": 2,
+    "pointwise_conv_grad_weight_": 0,
+}
 
 
 def _narrowed(op: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -304,6 +315,54 @@ def _depthwise_conv_grad_weight(x, dy, scale, shift, kernel, stride):  # noqa: A
     return dw.to(reference.accumulate_dtype(x.dtype))
 
 
+def _gated(x, scale, shift, gate):  # noqa: ANN001, ANN202
+    z = _activated(x, scale, shift)
+    return z if gate is None else z * gate[..., None, None].to(z.dtype)
+
+
+def _convolve_(y, x, weight, *prologue):  # noqa: ANN001, ANN202
+    y.copy_(F.conv2d(_gated(x, *prologue).to(y.dtype), weight.to(y.dtype)))
+
+
+def _multiply_(y, x, weight, *prologue):  # noqa: ANN001, ANN202
+    weight = weight.flatten(1).to(y.dtype).expand(len(x), -1, -1)
+    torch.bmm(weight, _gated(x, *prologue).to(y.dtype).flatten(2), out=y.flatten(2))
+
+
+def _convolution_grad_weight_(dw, x, dy, *prologue):  # noqa: ANN001, ANN202
+    x = _gated(x, *prologue).to(dy.dtype)
+    backward = torch.ops.aten.convolution_backward
+    mask = [False, True, False]
+    dw.add_(backward(dy, x, dw.to(x.dtype), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)[1])
+
+
+def _product_grad_weight_(dw, x, dy, *prologue):  # noqa: ANN001, ANN202
+    x = _gated(x, *prologue).to(dy.dtype).flatten(2).transpose(1, 2)
+    if dw.dtype == dy.dtype:
+        dw.flatten(1).addbmm_(dy.flatten(2), x)
+    else:
+        dw.add_(torch.bmm(dy.flatten(2), x).sum(0, dtype=dw.dtype)[..., None, None])
+
+
+def _faster(*runs: Callable) -> Callable:
+    """Whichever of several ways to compute one thing was the fastest on the first call with arguments of a shape."""
+    chosen: dict[Any, Callable] = {}
+
+    def seconds(run: Callable, arguments: Sequence[Any]) -> float:
+        run(*arguments)
+        device = _tensors(arguments)[0].device
+        return min(_reading(lambda: run(*arguments), 3, device) for _ in range(3))
+
+    def call(*arguments: Any) -> Any:
+        key = _hashable(_map(arguments, Tensor, lambda t: (t.device, t.dtype, t.shape, t.stride())))
+        if key not in chosen:
+            spare = _map(arguments, Tensor, torch.clone)
+            chosen[key] = min(runs, key=lambda run: seconds(run, spare))
+        return chosen[key](*arguments)
+
+    return call
+
+
 def _bn_stats(x):  # noqa: ANN001, ANN202
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):  # five times faster than var_mean there
         zeros = x.new_zeros(x.shape[1])
@@ -359,6 +418,8 @@ COMPOSITIONS: dict[str, Callable] = {
     "depthwise_conv": _depthwise_conv,
     "depthwise_conv_grad_input": _depthwise_conv_grad_input,
     "depthwise_conv_grad_weight": _depthwise_conv_grad_weight,
+    "pointwise_conv_": _faster(_multiply_, _convolve_),
+    "pointwise_conv_grad_weight_": _faster(_product_grad_weight_, _convolution_grad_weight_),
     "bn_stats": _bn_stats,
     "bn_act": _bn_act,
     "bn_act_squeeze": _bn_act_squeeze,

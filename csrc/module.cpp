@@ -25,6 +25,8 @@ std::vector<std::string> ops() {
       "depthwise_conv",
       "depthwise_conv_grad_input",
       "depthwise_conv_grad_weight",
+      "pointwise_conv_",
+      "pointwise_conv_grad_weight_",
       "bn_stats",
       "bn_fold",
       "bn_fold_grad",

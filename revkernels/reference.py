@@ -215,6 +215,44 @@ def depthwise_conv_grad_weight(
     return torch.nn.grad.conv2d_weight(v, (c, 1, kernel, kernel), dy.to(v.dtype), stride, pad, 1, c)
 
 
+# --- 1x1 convolution ------------------------------------------------------------------------------
+
+
+def _gated(x: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None) -> Tensor:
+    """``z = x`` or ``z = gate hardswish(scale x + shift)``, in ``accumulate_dtype``; gate ``[N, C]``, None for 1."""
+    z = _prologue(x, scale, shift)
+    return z if gate is None else z * _per_channel(gate).to(z.dtype)
+
+
+def pointwise_conv_(
+    y: Tensor,  # [N, O, H, W], overwritten
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [O, C, 1, 1]
+    scale: Tensor | None,  # [C]
+    shift: Tensor | None,  # [C]
+    gate: Tensor | None,  # [N, C]; only with scale and shift
+) -> None:
+    """``y[n, o] <- sum_c w[o, c] z[n, c]``, ``z = x``, or ``z = gate hardswish(scale x + shift)``.
+
+    On the CPU x may be int16, which counts as float32. y has a float dtype, float64 if and only if x has.
+    """
+    z = _gated(x, scale, shift, gate)
+    y.copy_(torch.einsum("oc,nchw->nohw", weight.flatten(1).to(z.dtype), z))
+
+
+def pointwise_conv_grad_weight_(
+    dw: Tensor,  # [O, C, 1, 1] in accumulate_dtype of x, updated in place
+    x: Tensor,  # [N, C, H, W]
+    dy: Tensor,  # [N, O, H, W]
+    scale: Tensor | None,  # [C]
+    shift: Tensor | None,  # [C]
+    gate: Tensor | None,  # [N, C]
+) -> None:
+    """``dw[o, c] <- dw[o, c] + sum_{n, h, w} dy[n, o, h, w] z[n, c, h, w]``, z as in :func:`pointwise_conv_`."""
+    z = _gated(x, scale, shift, gate)
+    dw.add_(torch.einsum("nohw,nchw->oc", dy.to(z.dtype), z)[..., None, None])
+
+
 # --- batch normalisation, activation, squeeze-excite ----------------------------------------------
 
 

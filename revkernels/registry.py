@@ -126,6 +126,14 @@ _register(
     "depthwise_conv_grad_weight(Tensor x, Tensor dy, Tensor? scale, Tensor? shift, int kernel, int stride) -> Tensor",
     _depthwise_conv_grad_weight,
 )
+_register(
+    "pointwise_conv_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? gate) -> ()",
+    lambda y, x, weight, scale, shift, gate: None,
+)
+_register(
+    "pointwise_conv_grad_weight_(Tensor(a!) dw, Tensor x, Tensor dy, Tensor? scale, Tensor? shift, Tensor? gate) -> ()",
+    lambda dw, x, dy, scale, shift, gate: None,
+)
 _register("bn_stats(Tensor x) -> (Tensor mean, Tensor var)", lambda x: (_sums(x, x.shape[1:2]), _sums(x, x.shape[1:2])))
 _register(
     "bn_fold(Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

@@ -106,6 +106,12 @@ def arguments(op, dtype, g):
             buffers = (None, None, None)  # contiguous where there are any: see the network's own calls
             pooled = (vector(5, n, c), optional(i, n, c), optional(i // 2, n, c), vector(c), vector(c), vector(c))
             yield (*statistics, *buffers, 0.1, 60 * n, 1e-3) if op == "bn_fold" else (*pooled, 60 * n, i % 2 == 0)
+    elif op.startswith("pointwise_conv"):
+        for i, (n, c, h, w) in enumerate(MAPS):
+            x, weight = normal(g, n, c, h, w, dtype=dtype), vector(i + 3, c, 1, 1)
+            y = normal(g, n, i + 3, h, w, dtype=dtype)
+            prologue = (None, None, None) if i % 2 else (vector(c), vector(c), optional(i // 2, n, c))
+            yield (weight, x, y, *prologue) if op.endswith("weight_") else (y, x, weight, *prologue)
     elif op == "dequantize_":
         for i, (n, c, h, w) in enumerate(MAPS):
             y = torch.randint(-(2**15), 2**15, (n, c, h, w), dtype=torch.int16, generator=g)

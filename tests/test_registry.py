@@ -5,6 +5,7 @@ import torch
 
 import revkernels
 from revkernels import dispatch, functional
+from revkernels.reference import accumulate_dtype
 from revkernels.registry import OPS
 from revkernels.testing import implementations, relative_error
 
@@ -24,7 +25,7 @@ def samples(dtype=torch.float32):
     factors = [1, 2, 4, 8]
     pyramid = [rand(n, c, h // f, w // f) for f in factors]
     weight, dy = rand(c, 1, 5, 5), half(n, c, h // 2, w // 2)
-    gate, hidden = rows.sigmoid(), rand(n, r)
+    gate, hidden, acc = rows.sigmoid(), rand(n, r), accumulate_dtype(dtype)
     steps = torch.randint(-(2**15), 2**15, (n, 2 * c, h, w), generator=generator, dtype=torch.int16)[:, c:]
     return {
         "upsample": (x, 4, "bilinear"),
@@ -38,6 +39,13 @@ def samples(dtype=torch.float32):
         "depthwise_conv": (x, weight, vector, rand(c), 2),
         "depthwise_conv_grad_input": (dy, weight, h, w, 2),
         "depthwise_conv_grad_weight": (x, dy, vector, rand(c), 5, 2),
+        "pointwise_conv_": (half(n, 5, h, w), x, rand(5, c, 1, 1), vector, rand(c), rows),
+        "pointwise_conv_grad_weight_": (
+            rand(5, c, 1, 1).to(accumulate_dtype(dtype)),
+            x,
+            half(n, 5, h, w),
+            *3 * (None,),
+        ),
         "bn_stats": (x,),
         "bn_act": (x, vector, rand(c), rows, "hardswish"),
         "bn_act_squeeze": (x, vector, rand(c), "hardswish"),

@@ -46,12 +46,6 @@ struct DenseWeight {
   }
 };
 
-// A map of floats, or an int16 stream, which counts as float32.
-Map input_of(const Tensor& x) {
-  const bool integer = x.scalar_type() == ScalarType::Short;
-  return map_of(x, "x", integer ? DType::int16 : dtype_of(x, "x"));
-}
-
 void set_prologue(DepthwiseArgs& args, const std::optional<Tensor>& scale,
                   const std::optional<Tensor>& shift) {
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale, shift: give both or neither");
@@ -67,7 +61,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, std::optional<Tenso
                       std::optional<Tensor> shift, int64_t stride) {
   check_stride(stride);
   DepthwiseArgs args;
-  args.in = input_of(x);
+  args.in = input_of(x, "x");
   args.stride = stride;
   args.wide = is_wide(args.in);
   set_prologue(args, scale, shift);
@@ -113,7 +107,7 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   check_stride(stride);
   STD_TORCH_CHECK(kernel >= 1 && kernel % 2 == 1, "kernel: expected an odd size, got ", kernel);
   DepthwiseArgs args;
-  args.in = input_of(x);
+  args.in = input_of(x, "x");
   const Map& in = args.in;
   args.dy = map_of(dy, "dy", in.n, in.c, depthwise_out_size(in.h, stride),
                    depthwise_out_size(in.w, stride));

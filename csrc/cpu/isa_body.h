@@ -11,6 +11,7 @@ namespace {
 #include "coupling_kernels.h"
 #include "depthwise_kernels.h"
 #include "dequantize_kernels.h"
+#include "pointwise_kernels.h"
 #include "rows.h"
 #include "shuffle_kernels.h"
 #include "simd.h"
@@ -29,6 +30,8 @@ const Kernels kernels = {
     depthwise,
     depthwise_grad_input,
     depthwise_grad_weight,
+    pointwise,
+    pointwise_grad_weight,
     bn_moments,
     bn_act,
     bn_act_squeeze,

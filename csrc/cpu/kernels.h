@@ -97,6 +97,21 @@ struct NormArgs {
   bool wide = false;
 };
 
+constexpr int64_t kPanelColumns = 48;  // whole tiles of a 1x1 convolution
+
+// y = weight z, z = gate hardswish(scale x + shift), or x if scale is absent; for the gradient of
+// the weight y is dy.
+struct PointwiseArgs {
+  Map x, y;
+  const void* weight = nullptr;  // [y.c, x.c] in the accumulate dtype
+  int64_t weight_row = 0, weight_column = 0;
+  int64_t panel = kPanelColumns;  // pixels of a unit, a multiple
+  int64_t blocks = 1;             // of the weight's rows
+  void* grad_weight = nullptr;    // [y.c, x.c], contiguous: grows by sum dy z^T
+  Coefficient scale, shift, gate;
+  bool wide = false;
+};
+
 // out = f(in weight^T + bias) of row-major matrices in the accumulate dtype; f is the identity or
 // hardsigmoid.
 struct LayerArgs {
@@ -130,7 +145,7 @@ struct GateSlopeArgs {
 };
 
 constexpr int64_t kDequantizeBlock = 4096;   // elements of a row in a unit
-constexpr int kDotRows = 4;                  // rows of a layer's weight in a unit
+constexpr int kDotRows = 4;                  // rows of a layer's weight, or of z, in a unit
 constexpr int64_t kColumnBlock = 64;         // columns of a product in a unit: whole vectors
 constexpr int64_t kDepthBlock = 128;         // terms of a product summed in registers
 constexpr int64_t kGateSegment = 1024;       // elements of gate_slopes in a unit
@@ -150,6 +165,8 @@ struct Kernels {
   void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);           // planes n C + c
   void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);  // planes c N + n
   void (*depthwise_grad_weight)(const DepthwiseArgs&, int64_t begin, int64_t end);  // group C + c
+  void (*pointwise)(const PointwiseArgs&, int64_t begin, int64_t end);  // panel blocks + block
+  void (*pointwise_grad_weight)(const PointwiseArgs&, int64_t begin, int64_t end);  // kDotRows of x
   void (*bn_moments)(const NormArgs&, int64_t begin, int64_t end);  // planes n C + c
   void (*bn_act)(const NormArgs&, int64_t begin, int64_t end);
   void (*bn_act_squeeze)(const NormArgs&, int64_t begin, int64_t end);

@@ -8,6 +8,9 @@
 // Elements handled at a time when a plane is walked as one flat row: a few of these fit in L1.
 constexpr int64_t kSegment = 1024;
 
+// std::min would be compiled for this instruction set and linked into code for others.
+REVK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)

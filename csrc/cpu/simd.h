@@ -244,6 +244,30 @@ REVK_INLINE A sum_lanes(Vec<A> v) {
   }
 }
 
+// Lanes from a where lane & Half is 0, from b elsewhere, each with its partner at distance Half.
+template <class A, int Half>
+REVK_INLINE Vec<A> fold(Vec<A> a, Vec<A> b) {
+  const IVec<A> upper = (iota<A>() & Half) != 0;
+  const Vec<A> kept = (Vec<A>)(((IVec<A>)b & upper) | ((IVec<A>)a & ~upper));
+  const Vec<A> other = (Vec<A>)(((IVec<A>)a & upper) | ((IVec<A>)b & ~upper));
+  return kept + permute<A>(other, iota<A>() ^ Half);
+}
+
+// Sums of the lanes of v[Count] in the order of sum_lanes: that of v[i] in lane i kLanes / Count.
+template <class A, int Count, int Half = kLanes<A> / 2>
+REVK_INLINE Vec<A> sum_lanes_of(Vec<A>* v) {
+  if constexpr (Half == 0) {
+    return v[0];
+  } else if constexpr (Count == 1) {
+    v[0] += permute<A>(v[0], iota<A>() ^ Half);
+    return sum_lanes_of<A, 1, Half / 2>(v);
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) v[i] = fold<A, Half>(v[i], v[i + Count / 2]);
+    return sum_lanes_of<A, Count / 2, Half / 2>(v);
+  }
+}
+
 template <class A>
 REVK_INLINE Vec<A> vmin(Vec<A> a, Vec<A> b) {
   return a < b ? a : b;

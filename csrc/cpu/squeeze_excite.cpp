@@ -22,10 +22,6 @@ void check_matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", shape_of(t));
 }
 
-ScalarType sums_dtype(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor rounded(const Tensor& sums, const Tensor& like) {
   const ScalarType dtype = like.scalar_type();
   return sums.scalar_type() == dtype ? sums : torch::stable::to(sums, dtype);

@@ -61,6 +61,12 @@ inline Map map_of(const Tensor& t, const char* name, DType dtype) {
 
 inline Map map_of(const Tensor& t, const char* name) { return map_of(t, name, dtype_of(t, name)); }
 
+// A map of floats, or an int16 stream, which counts as float32.
+inline Map input_of(const Tensor& x, const char* name) {
+  const bool integer = x.scalar_type() == ScalarType::Short;
+  return map_of(x, name, integer ? DType::int16 : dtype_of(x, name));
+}
+
 inline void check_shape(const Map& m, const Tensor& t, const char* name, int64_t n, int64_t c,
                         int64_t h, int64_t w) {
   STD_TORCH_CHECK(m.n == n && m.c == c && m.h == h && m.w == w, name, ": expected [", n, ", ", c,
@@ -114,9 +120,12 @@ inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape);
 }
 
+inline ScalarType sums_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline Tensor new_sums(const Tensor& like, std::vector<int64_t> shape) {
-  const bool wide = like.scalar_type() == ScalarType::Double;
-  return torch::stable::new_empty(like, shape, wide ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::new_empty(like, shape, sums_dtype(like));
 }
 
 inline Upsampling upsampling_of(const std::string& mode) {

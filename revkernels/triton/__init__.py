@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from revkernels.triton import bn_act, bn_fold, couple, dequantize, se_gate
+from revkernels.triton import bn_act, bn_fold, couple, dequantize, pointwise_conv, se_gate
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LAUNCHERS: dict[str, Callable] = {
     "couple_": couple.couple_,
     "couple_adjoint": couple.couple_adjoint,
     "dequantize_": dequantize.dequantize_,
+    "pointwise_conv_": pointwise_conv.pointwise_conv_,
+    "pointwise_conv_grad_weight_": pointwise_conv.pointwise_conv_grad_weight_,
     "bn_stats": bn_act.bn_stats,
     "bn_fold": bn_fold.bn_fold,
     "bn_fold_grad": bn_fold.bn_fold_grad,

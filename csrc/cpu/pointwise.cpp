@@ -1,0 +1,81 @@
+#include "tensors.h"
+
+namespace revkernels {
+namespace {
+
+// Fewer panels than this share their rows among the threads, at least so many to a block.
+constexpr int64_t kPanelElements = 1 << 13;  // of z, to stay in the first-level cache
+constexpr int64_t kFewPanels = 32, kBlockRows = 64;
+
+PointwiseArgs pointwise_args(const Tensor& x, const std::optional<Tensor>& scale,
+                             const std::optional<Tensor>& shift,
+                             const std::optional<Tensor>& gate) {
+  STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "scale, shift: give both or neither");
+  STD_TORCH_CHECK(scale.has_value() || !gate.has_value(), "gate: needs scale and shift");
+  PointwiseArgs args;
+  args.x = input_of(x, "x");
+  args.wide = is_wide(args.x);
+  args.scale = coefficient_of(scale, "scale", args.x.n, args.x.c);
+  args.shift = coefficient_of(shift, "shift", args.x.n, args.x.c);
+  args.gate = coefficient_of(gate, "gate", args.x.n, args.x.c, false, true);
+  return args;
+}
+
+int64_t work_of(const PointwiseArgs& args) {
+  return numel(args.x) * (1 + args.y.c / kProductsPerElement);
+}
+
+void check_weight(const Tensor& weight, const char* name, int64_t channels) {
+  STD_TORCH_CHECK(weight.is_cpu(), name, ": expected a CPU tensor");
+  const bool fits =
+      weight.dim() == 4 && weight.size(1) == channels && weight.size(2) == 1 && weight.size(3) == 1;
+  STD_TORCH_CHECK(fits, name, ": expected [O, C, 1, 1] with C = ", channels, ", got ",
+                  shape_of(weight));
+}
+
+void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optional<Tensor> scale,
+                     std::optional<Tensor> shift, std::optional<Tensor> gate) {
+  PointwiseArgs args = pointwise_args(x, scale, shift, gate);
+  check_weight(weight, "weight", args.x.c);
+  dtype_of(weight, "weight");
+  args.y = map_of(y, "y", args.x.n, weight.size(0), args.x.h, args.x.w);
+  STD_TORCH_CHECK(is_wide(args.y) == args.wide, "y: expected ", args.wide ? "" : "not ",
+                  "float64 as x is, got ", torch::headeronly::toString(y.scalar_type()));
+  STD_TORCH_CHECK(has_distinct_elements(args.y), "y: elements overlap in memory");
+  if (numel(args.y) == 0) return;
+  const ScalarType dtype = sums_dtype(x);
+  const Tensor matrix = weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype);
+  args.weight = matrix.data_ptr();
+  args.weight_row = matrix.stride(0), args.weight_column = matrix.stride(1);
+  args.panel =
+      std::max(kPanelElements / std::max(args.x.c, int64_t(1)) / kPanelColumns, int64_t(1)) *
+      kPanelColumns;
+  const int64_t panels = ceil_div(args.x.n * args.x.h * args.x.w, args.panel);
+  args.blocks = std::min(ceil_div(kFewPanels, panels), ceil_div(args.y.c, kBlockRows));
+  run(kernels().pointwise, args, panels * args.blocks, work_of(args));
+}
+
+void pointwise_conv_grad_weight_(Tensor dw, const Tensor& x, const Tensor& dy,
+                                 std::optional<Tensor> scale, std::optional<Tensor> shift,
+                                 std::optional<Tensor> gate) {
+  PointwiseArgs args = pointwise_args(x, scale, shift, gate);
+  check_weight(dw, "dw", args.x.c);
+  STD_TORCH_CHECK(dw.scalar_type() == sums_dtype(x), "dw: expected ",
+                  args.wide ? "float64" : "float32", ", got ",
+                  torch::headeronly::toString(dw.scalar_type()));
+  args.y = map_of(dy, "dy", args.x.n, dw.size(0), args.x.h, args.x.w);
+  if (numel(args.x) == 0 || numel(args.y) == 0) return;
+  const Tensor total = dw.is_contiguous() ? dw : torch::stable::contiguous(dw);
+  args.grad_weight = total.data_ptr();
+  run(kernels().pointwise_grad_weight, args, ceil_div(args.x.c, kDotRows), work_of(args));
+  if (!dw.is_contiguous()) torch::stable::copy_(dw, total);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(revkernels, CPU, m) {
+  m.impl("pointwise_conv_", TORCH_BOX(&pointwise_conv_));
+  m.impl("pointwise_conv_grad_weight_", TORCH_BOX(&pointwise_conv_grad_weight_));
+}
+
+}  // namespace revkernels

@@ -1,0 +1,284 @@
+// The 1x1 convolution y = W z and its weight gradient, z = gate hardswish(scale x + shift) or
+// x itself. Inside namespace REVK_ISA.
+//
+// Samples are side by side: column j is pixel j % (H W) of sample j / (H W). A column is summed in
+// the same order wherever it lies, so that a sample's results do not depend on its batch.
+#pragma once
+
+#include "rows.h"
+
+// Consecutive columns, from a pixel of sample n on.
+struct Columns {
+  int64_t count, area, n, pixel;
+
+  Columns(const Map& m, int64_t first, int64_t size)
+      : count(size), area(m.h * m.w), n(first / area), pixel(first % area) {}
+
+  // body(n, pixel, column, length): cut where a sample ends.
+  template <class Body>
+  void for_samples(const Body& body) const {
+    int64_t sample = n, from = pixel;
+    for (int64_t column = 0; column < count; ++sample, from = 0) {
+      const int64_t length = smaller(area - from, count - column);
+      body(sample, from, column, length);
+      column += length;
+    }
+  }
+
+  // body(data, column, length): cut where the elements of channel c are not evenly strided.
+  template <class Body>
+  void for_runs(const Map& m, int64_t c, const Body& body) const {
+    const bool is_flat = flat(m);
+    for_samples([&](int64_t sample, int64_t from, int64_t column, int64_t length) {
+      if (is_flat) return body(element(m, sample, c, 0, from), column, length);
+      for (int64_t at = 0, run; at < length; at += run) {
+        const int64_t h = (from + at) / m.w, w = (from + at) % m.w;
+        run = smaller(m.w - w, length - at);
+        body(element(m, sample, c, h, w), column + at, run);
+      }
+    });
+  }
+
+  // Whether they are unit-stride rows of A in memory.
+  template <class A>
+  bool in_place(const Map& m) const {
+    return direct<A>(m) && flat(m) && pixel + count <= area;
+  }
+
+  template <class A>
+  A* row(const Map& m, int64_t c) const {
+    return reinterpret_cast<A*>(element(m, n, c, 0, pixel));
+  }
+
+  template <class A>
+  void read(const Map& m, int64_t c, A* out) const {
+    for_runs(m, c, [&](const char* data, int64_t column, int64_t length) {
+      read_row(m, data, out + column, length);
+    });
+  }
+
+  template <class A>
+  void write(const Map& m, int64_t c, const A* in) const {
+    for_runs(m, c, [&](char* data, int64_t column, int64_t length) {
+      write_row(m, in + column, data, length);
+    });
+  }
+};
+
+// z from x, with BatchNorm's coefficients as arrays of A.
+template <class A>
+class Prologue {
+ public:
+  explicit Prologue(const PointwiseArgs& args)
+      : args_(args), scratch_(2 * Scratch::bytes<A>(args.x.c)) {
+    scale_ = scratch_.take<A>(args.x.c);
+    shift_ = scratch_.take<A>(args.x.c);
+    for (int64_t c = 0; c < args.x.c; ++c) {
+      scale_[c] = coefficient(args.scale, 0, c, A(1));
+      shift_[c] = coefficient(args.shift, 0, c, A(0));
+    }
+  }
+
+  // `channels` rows from channel `first` on, `pitch` apart.
+  void form(const Columns& columns, int64_t first, int64_t channels, A* z, int64_t pitch) const {
+    const bool in_place = columns.in_place<A>(args_.x);
+    for (int64_t c = first; c < first + channels; ++c, z += pitch) {
+      const A* x = in_place ? columns.row<A>(args_.x, c) : z;
+      if (!in_place) columns.read(args_.x, c, z);
+      if (args_.scale.data != nullptr) {
+        columns.for_samples([&](int64_t n, int64_t, int64_t column, int64_t length) {
+          const A gate = coefficient(args_.gate, n, c, A(1));
+          map_row(x + column, z + column, length,
+                  [&](Vec<A> v) { return hardswish_v<A>(v * scale_[c] + shift_[c]) * gate; });
+        });
+      } else if (in_place) {
+        map_row(x, z, columns.count, [](Vec<A> v) { return v; });
+      }
+    }
+  }
+
+ private:
+  template <class F>
+  static void map_row(const A* x, A* z, int64_t length, const F& f) {
+    constexpr int L = kLanes<A>;
+    int64_t i = 0;
+    for (; i + L <= length; i += L) store(z + i, f(load(x + i)));
+    if (i < length) store_left(z + i, f(load_left(x + i, length - i)), length - i);
+  }
+
+  const PointwiseArgs& args_;
+  Scratch scratch_;
+  A *scale_, *shift_;
+};
+
+// --- y = W z ------------------------------------------------------------------------------------
+
+// A tile's sums and operands fit in the registers.
+constexpr int kTileRows = REVK_BYTES == 64 ? 8 : 4;
+constexpr int kTileVectors = 3;
+
+// out[r][l] = sum_k weight[r][k step] panel[k, l]
+template <class A>
+static void pointwise_tile(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
+                           int64_t depth, A* const* out, int64_t columns) {
+  constexpr int L = kLanes<A>, R = kTileRows, V = kTileVectors;
+  const A* w[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    w[r] = weight[r];
+    for (int v = 0; v < V; ++v) __builtin_prefetch(out[r] + v * L, 1);
+  }
+  Vec<A> sums[R][V] = {};
+  for (int64_t k = 0; k < depth; ++k, panel += pitch) {
+    Vec<A> x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = load(panel + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> a = splat(w[r][k * step]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] += a * x[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      if (columns > v * L) store_left(out[r] + v * L, sums[r][v], columns - v * L);
+    }
+  }
+}
+
+// Units are blocks of rows of the weight in panels of columns; z is formed once in a panel.
+template <class A>
+static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int R = kTileRows, C = kTileVectors * kLanes<A>;
+  static_assert(kPanelColumns % C == 0);
+  const Map& x = args.x;
+  const Map& y = args.y;
+  const A* weight = static_cast<const A*>(args.weight);
+  const int64_t pitch = args.panel;
+  Scratch scratch(Scratch::bytes<A>(x.c * pitch) + R * Scratch::bytes<A>(pitch));
+  A* panel = scratch.take<A>(x.c * pitch);
+  A* copies[R];
+  for (A*& row : copies) row = scratch.take<A>(pitch);
+  const Prologue<A> prologue(args);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t block = unit % args.blocks, first = unit / args.blocks * pitch;
+    const Columns columns(x, first, smaller(pitch, x.n * x.h * x.w - first));
+    if (block == 0 || unit == begin) prologue.form(columns, 0, x.c, panel, pitch);
+    const bool in_place = columns.in_place<A>(y);
+    const int64_t block_rows = ceil_div(ceil_div(y.c, args.blocks), R) * R;
+    const int64_t last = smaller((block + 1) * block_rows, y.c);
+    for (int64_t o = block * block_rows; o < last; o += R) {
+      const int64_t rows = smaller(R, last - o);
+      const A* w[R];
+      A* out[R];
+      for (int r = 0; r < R; ++r) {
+        w[r] = weight + (r < rows ? o + r : o) * args.weight_row;
+        out[r] = in_place && r < rows ? columns.row<A>(y, o + r) : copies[r];
+      }
+      for (int64_t j = 0; j < columns.count; j += C) {
+        pointwise_tile<A>(w, args.weight_column, panel + j, pitch, x.c, out, columns.count - j);
+        for (A*& row : out) row += C;
+      }
+      for (int64_t r = 0; !in_place && r < rows; ++r) columns.write(y, o + r, copies[r]);
+    }
+  }
+}
+
+static void pointwise(const PointwiseArgs& args, int64_t begin, int64_t end) {
+  args.wide ? pointwise_panels<double>(args, begin, end)
+            : pointwise_panels<float>(args, begin, end);
+}
+
+// --- dW += sum_j dy_j z_j^T ---------------------------------------------------------------------
+
+constexpr int kDyRows = REVK_BYTES == 64 ? 4 : 2;  // rows of dy in a tile, with kDotRows of z
+
+// dw[d, r] += sum_l dy[d][l] z[r, l]
+template <class A>
+static void pointwise_dots(const A* const* dy, const A* z, int64_t length, A* dw, int64_t pitch) {
+  constexpr int L = kLanes<A>, D = kDyRows, R = kDotRows, G = D * R < L ? D * R : L;
+  Vec<A> sums[D * R] = {};
+  const auto add = [&](int64_t i, int64_t left) {
+    Vec<A> b[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) b[r] = load_left(z + r * kSegment + i, left);
+#pragma GCC unroll 4
+    for (int d = 0; d < D; ++d) {
+      const Vec<A> a = load_left(dy[d] + i, left);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[d * R + r] += a * b[r];
+    }
+  };
+  int64_t i = 0;
+  for (; i + L <= length; i += L) add(i, L);
+  if (i < length) add(i, length - i);
+  A dots[D * R];
+#pragma GCC unroll 8
+  for (int g = 0; g < D * R; g += G) {
+    A lanes[L];
+    store(lanes, sum_lanes_of<A, G>(sums + g));
+    for (int t = 0; t < G; ++t) dots[g + t] = lanes[t * (L / G)];
+  }
+#pragma GCC unroll 4
+  for (int d = 0; d < D; ++d) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) dw[d * pitch + r] += dots[d * R + r];
+  }
+}
+
+// Units are kDotRows rows of z, columns of dW. Up to kZRows of them are formed at a time and meet
+// every row of dy; columns are summed in segments, each of one sample or of whole samples.
+template <class A>
+static void pointwise_grad_weight_of(const PointwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t kZRows = 32;
+  const Map& x = args.x;
+  const Map& dy = args.y;
+  const int64_t area = x.h * x.w, total = x.n * area, parts = ceil_div(area, kSegment);
+  const int64_t segment = parts > 1 ? ceil_div(area, parts) : kSegment / area * area;
+  const int64_t last = smaller(end * kDotRows, x.c);
+  Scratch scratch(Scratch::bytes<A>(kZRows * kSegment) + kDyRows * Scratch::bytes<A>(kSegment));
+  A* z = scratch.take<A>(kZRows * kSegment);
+  A* copies[kDyRows];
+  for (A*& row : copies) row = scratch.take<A>(kSegment);
+  A* dw = static_cast<A*>(args.grad_weight);
+  const Prologue<A> prologue(args);
+  for (int64_t c = begin * kDotRows; c < last; c += kZRows) {
+    const int64_t z_rows = smaller(kZRows, last - c);
+    for (int64_t first = 0, count; first < total; first += count) {
+      count = smaller(segment, parts > 1 ? area - first % area : total - first);
+      const Columns columns(x, first, count);
+      prologue.form(columns, c, z_rows, z, kSegment);
+      const bool in_place = columns.in_place<A>(dy);
+      for (int64_t o = 0; o < dy.c; o += kDyRows) {
+        const int64_t dy_rows = smaller(kDyRows, dy.c - o);
+        const A* in[kDyRows];
+        for (int d = 0; d < kDyRows; ++d) {
+          if (!in_place && d < dy_rows) columns.read(dy, o + d, copies[d]);
+          in[d] = in_place ? columns.row<A>(dy, d < dy_rows ? o + d : o) : copies[d];
+        }
+        for (int64_t t = 0; t < z_rows; t += kDotRows) {
+          A* out = dw + o * x.c + c + t;
+          if (dy_rows == kDyRows && t + kDotRows <= z_rows) {
+            pointwise_dots<A>(in, z + t * kSegment, count, out, x.c);
+            continue;
+          }
+          A edge[kDyRows * kDotRows] = {};
+          pointwise_dots<A>(in, z + t * kSegment, count, edge, kDotRows);
+          for (int64_t d = 0; d < dy_rows; ++d) {
+            for (int64_t r = 0; r < kDotRows && t + r < z_rows; ++r) {
+              out[d * x.c + r] += edge[d * kDotRows + r];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+static void pointwise_grad_weight(const PointwiseArgs& args, int64_t begin, int64_t end) {
+  args.wide ? pointwise_grad_weight_of<double>(args, begin, end)
+            : pointwise_grad_weight_of<float>(args, begin, end);
+}
