@@ -54,8 +54,15 @@ class FusedSegment:
 
     @explicit
     def __call__(self, y: Tensor | Encoded, *merged: Tensor) -> Term:
+        chunks = [slice(None)]
+        if self.merge is not None and self.neck.is_frozen() and self.merge.is_frozen():
+            chunks = self.neck.chunks(y.shape, y.device)  # samples on their own: the neck's map only for some at a time
+        maps = [self._map(y[chunk], *(m[chunk] for m in merged)) for chunk in chunks]
+        return Term(maps[0] if len(maps) == 1 else torch.cat(maps))
+
+    def _map(self, y: Tensor | Encoded, *merged: Tensor) -> Tensor:
         out = add_term(self.neck(y), merged[0] if merged else None)
-        return Term(out if self.merge is None else add_term(self.merge(out), None))
+        return out if self.merge is None else add_term(self.merge(out), None)
 
     @explicit
     def _run(self, inputs: Sequence[Tensor | Encoded], planes: list | None = None) -> tuple[Term, list[FusedRecord]]:
@@ -82,7 +89,7 @@ class FusedSegment:
         planes = []
         term, records = self._run(inputs, planes)
         y, *merged = inputs
-        neck = self.neck.replay(y.clone(), records[0], self.neck.weights(parameters[: len(self.neck.parameters())]))
+        neck = self.neck.replay(y.clone(), records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
         neck.put(*planes[0])
         return term, self._pullback(neck, records, parameters, merged, planes)
 
@@ -96,7 +103,7 @@ class FusedSegment:
     ) -> tuple[None, Pullback]:
         """The vector-Jacobian product; the map itself is not formed again. See :meth:`Branch.recompute`."""
         y, *merged = inputs
-        neck = self.neck.replay(y, records[0], self.neck.weights(parameters[: len(self.neck.parameters())]))
+        neck = self.neck.replay(y, records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
         if merged:  # below the highest level p is small and kept, rather than computed in every pass
             neck.keep()
         return None, self._pullback(neck, records, parameters, merged)
@@ -114,7 +121,7 @@ class FusedSegment:
             if self.merge is None:
                 dout, sums, dmerge, dz = du, neck.sums(du), [], None
             else:
-                weights = self.merge.weights(parameters[len(self.neck.parameters()) :])
+                weights = self.merge.named(parameters[len(self.neck.parameters()) :])
                 dout, sums, dmerge = self._pull_merge(neck, records[1], weights, merged, du, planes[1:])
                 dz = dout if neck.expanded == neck.channels else None
             if merged and into[1] is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -648,7 +649,7 @@ def open_tape(
     if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
         gradient_dtype = autocast_dtype(inputs[0].device) or torch.float32
     tape = Tape(State(coupler, root, stream, stored, gradient_dtype))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, *root.parameters())):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in chain(inputs, root.parameters())):
         tape.token = _Enter.apply(tape.state, owned, *inputs)
     else:
         tape.state.enter(inputs, owned)

@@ -150,7 +150,7 @@ def test_switches_store_what_their_names_say(module):
 def test_memory_does_not_grow_with_depth(module):
     peak = {
         (reversible, ext): measure_step(
-            narrow(module, F32, reversible=reversible, num_ext_layers=ext), (3, 64, 64), batch=4
+            narrow(module, F32, reversible=reversible, num_ext_layers=ext), (3, 64, 64), batch=16
         ).peak_bytes
         for reversible, ext in ((True, 0), (True, 10), (False, 0), (False, 10))
     }
