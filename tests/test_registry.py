@@ -41,7 +41,7 @@ def samples(dtype=torch.float32):
         "depthwise_conv_grad_weight": (x, dy, vector, rand(c), 5, 2),
         "pointwise_conv_": (half(n, 5, h, w), x, rand(5, c, 1, 1), vector, rand(c), rows),
         "pointwise_conv_grad_weight_": (
-            rand(5, c, 1, 1).to(accumulate_dtype(dtype)),
+            rand(5, c, 1, 1).to(acc),
             x,
             half(n, 5, h, w),
             *3 * (None,),
