@@ -99,9 +99,9 @@ class Case:
             kernel = self.arguments[4] if self.op.endswith("weight") else self.arguments[1].shape[-1]
             words += [f"k{kernel} s{self.arguments[-1]}"] + ["+act"] * isinstance(scale, Spec)
         elif self.op.startswith("pointwise"):
-            x = self.arguments[1]
-            words = ["x".join(map(str, x.shape)) + f" to {main.shape[0 if self.op.endswith('weight_') else 1]}"]
-            words += ["+act"] * isinstance(self.arguments[3], Spec) + ["gate"] * isinstance(self.arguments[5], Spec)
+            x, y = self.arguments[:2] if self.op.endswith("weight") else self.arguments[1::-1]
+            words = ["x".join(map(str, x.shape)) + f" to {y.shape[1]}"]
+            words += ["+act"] * isinstance(self.arguments[-3], Spec) + ["gate"] * isinstance(self.arguments[-1], Spec)
         elif self.op in ("couple_", "couple_adjoint"):
             words += ["f" + ",".join(map(str, self.arguments[4 if self.op == "couple_" else 3]))]
             if self.op == "couple_":
@@ -191,7 +191,6 @@ FLOAT32 = {  # the argument that is kept so
     "depthwise_conv": 1,
     "depthwise_conv_grad_input": 1,
     "pointwise_conv_": 2,
-    "pointwise_conv_grad_weight_": 0,
 }
 
 
@@ -329,19 +328,18 @@ def _multiply_(y, x, weight, *prologue):  # noqa: ANN001, ANN202
     torch.bmm(weight, _gated(x, *prologue).to(y.dtype).flatten(2), out=y.flatten(2))
 
 
-def _convolution_grad_weight_(dw, x, dy, *prologue):  # noqa: ANN001, ANN202
-    x = _gated(x, *prologue).to(dy.dtype)
-    backward = torch.ops.aten.convolution_backward
-    mask = [False, True, False]
-    dw.add_(backward(dy, x, dw.to(x.dtype), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)[1])
+def _convolution_grad_weight(x, dy, *prologue):  # noqa: ANN001, ANN202
+    weight, mask = dy.new_empty(dy.shape[1], x.shape[1], 1, 1), [False, True, False]
+    backward, z = torch.ops.aten.convolution_backward, _gated(x, *prologue).to(dy.dtype)
+    dw = backward(dy, z, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)[1]
+    return dw.to(reference.accumulate_dtype(x.dtype))
 
 
-def _product_grad_weight_(dw, x, dy, *prologue):  # noqa: ANN001, ANN202
-    x = _gated(x, *prologue).to(dy.dtype).flatten(2).transpose(1, 2)
-    if dw.dtype == dy.dtype:
-        dw.flatten(1).addbmm_(dy.flatten(2), x)
-    else:
-        dw.add_(torch.bmm(dy.flatten(2), x).sum(0, dtype=dw.dtype)[..., None, None])
+def _product_grad_weight(x, dy, *prologue):  # noqa: ANN001, ANN202
+    z, acc = _gated(x, *prologue).to(dy.dtype).flatten(2).transpose(1, 2), reference.accumulate_dtype(x.dtype)
+    if acc == dy.dtype and dy.is_cpu:
+        return dy.new_zeros(dy.shape[1], x.shape[1]).addbmm_(dy.flatten(2), z)[..., None, None]
+    return torch.bmm(dy.flatten(2), z).sum(0, dtype=acc)[..., None, None]
 
 
 def _faster(*runs: Callable) -> Callable:
@@ -419,7 +417,7 @@ COMPOSITIONS: dict[str, Callable] = {
     "depthwise_conv_grad_input": _depthwise_conv_grad_input,
     "depthwise_conv_grad_weight": _depthwise_conv_grad_weight,
     "pointwise_conv_": _faster(_multiply_, _convolve_),
-    "pointwise_conv_grad_weight_": _faster(_product_grad_weight_, _convolution_grad_weight_),
+    "pointwise_conv_grad_weight": _faster(_product_grad_weight, _convolution_grad_weight),
     "bn_stats": _bn_stats,
     "bn_act": _bn_act,
     "bn_act_squeeze": _bn_act_squeeze,

@@ -26,7 +26,7 @@ std::vector<std::string> ops() {
       "depthwise_conv_grad_input",
       "depthwise_conv_grad_weight",
       "pointwise_conv_",
-      "pointwise_conv_grad_weight_",
+      "pointwise_conv_grad_weight",
       "bn_stats",
       "bn_fold",
       "bn_fold_grad",

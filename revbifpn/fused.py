@@ -30,7 +30,6 @@ import revkernels
 from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.mbconv import ConvNormAct, MBConv, SqueezeExcite
 from revbifpn.streams import Encoded, autocast_dtype
-from revkernels.reference import accumulate_dtype
 
 _ops = torch.ops.revkernels
 
@@ -99,6 +98,12 @@ def _pointwise(weight: Tensor, x: Tensor | Encoded, affine: Affine, gate: Tensor
     return out
 
 
+def _pointwise_grad_weight(x: Tensor | Encoded, dy: Tensor) -> Tensor:
+    if isinstance(x, Encoded):
+        return _ops.pointwise_conv_grad_weight(x.y, dy, *NO_PROLOGUE, None).mul_(x.unit)
+    return _ops.pointwise_conv_grad_weight(x, dy, *NO_PROLOGUE, None)
+
+
 def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
     """What a branch computes an input's planes in: autocast's dtype, or the input's."""
     reduced = autocast_dtype(x.device) if x.dtype == torch.float32 else None
@@ -136,13 +141,14 @@ def _depthwise_grad_weight(x: Tensor | Encoded, dy: Tensor, affine: Affine, kern
     return _ops.depthwise_conv_grad_weight(x, dy, *affine, kernel, stride)
 
 
-def _stored(x: Tensor | Encoded) -> Tensor:
-    """What is in memory: an encoded stream's integers."""
-    return x.y if isinstance(x, Encoded) else x
+def rows(v: Any, chunk: slice) -> Any:
+    """``v[chunk]`` of a map, an encoded one or None; itself where that is all of it."""
+    return v if v is None or chunk.stop - chunk.start == v.shape[0] else v[chunk]
 
 
-def _rows(v: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if v is None else v[chunk]
+def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """What was computed chunk by chunk."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class Squeezed(NamedTuple):
@@ -165,7 +171,7 @@ def _squeeze(d: Tensor, norm1: Norm, weights: Weights) -> Squeezed:
 def _observe(x: Tensor, norm: nn.BatchNorm2d, update: bool) -> Norm:
     """What ``norm`` does to x; in training its running statistics are updated once, as PyTorch does."""
     if not norm.training and norm.running_mean is not None:
-        return _running(norm)
+        return _running(norm, norm.running_mean.clone())
     n, c, h, w = x.shape
     count = n * h * w
     if norm.training and count == 1:
@@ -178,8 +184,7 @@ def _observe(x: Tensor, norm: nn.BatchNorm2d, update: bool) -> Norm:
     return Norm(mean, *fold, True)
 
 
-def _running(norm: nn.BatchNorm2d) -> Norm:
-    mean = norm.running_mean.clone()
+def _running(norm: nn.BatchNorm2d, mean: Tensor) -> Norm:
     fold = _ops.bn_fold(mean, norm.running_var, norm.weight, norm.bias, None, None, None, 0.0, 1, norm.eps)
     return Norm(mean, *fold, False)
 
@@ -237,10 +242,11 @@ class FusedMBConv:
         """Likewise of the forward. The C++ convolutions need no memory and are the same bits in any chunks: one."""
         return [slice(0, shape[0])] if device.type == "cpu" else self.chunks(shape, device)
 
-    def read(self, x: Tensor | Encoded, rows: slice = slice(None)) -> Tensor | Encoded:
+    def read(self, x: Tensor | Encoded, chunk: slice | None = None) -> Tensor | Encoded:
         """Samples of the input as the first convolution takes them: in C++ that converts while it reads."""
         converts = self.weights.expand is not None or self.dtype == torch.float32
-        return x[rows] if converts and x.device.type == "cpu" else x[rows].to(self.dtype)
+        x = x if chunk is None else rows(x, chunk)
+        return x if converts and x.device.type == "cpu" else x.to(self.dtype)
 
     # Forward ------------------------------------------------------------------------------------
 
@@ -261,7 +267,7 @@ class FusedMBConv:
     def infer(self, x: Tensor | Encoded) -> Term:
         """The term from running statistics, a chunk of samples at a time: planes stay in cache, norms are folded."""
         weights = self.weights
-        norm0, norm1, norm2 = (None if n is None else _running(n) for n in self.norms)
+        norm0, norm1, norm2 = (None if n is None else _running(n, n.running_mean) for n in self.norms)
         affine0 = NO_PROLOGUE if norm0 is None else norm0.affine
         n, _, h, w = x.shape
         p = self._plane(n, weights.project.shape[0], -(-h // self.stride), -(-w // self.stride))
@@ -271,7 +277,7 @@ class FusedMBConv:
                 e = self._plane(source.shape[0], weights.depthwise.shape[0], h, w)
                 source = _pointwise(weights.expand, source, NO_PROLOGUE, None, e)
             d = _depthwise(source, weights.depthwise, affine0, self.stride)
-            _pointwise(weights.project, d, norm1.affine, _squeeze(d, norm1, weights).gate, p[chunk])
+            _pointwise(weights.project, d, norm1.affine, _squeeze(d, norm1, weights).gate, rows(p, chunk))
         return self._term(p, FusedRecord((norm0, norm1, norm2)))
 
     def forward(self, x: Tensor) -> tuple[Term, FusedRecord]:
@@ -297,7 +303,7 @@ class FusedMBConv:
         else:
             source = self._plane(x.shape[0], weights.depthwise.shape[0], *x.shape[2:])
             for chunk in chunks:
-                _pointwise(weights.expand, self.read(x, chunk), NO_PROLOGUE, None, source[chunk])
+                _pointwise(weights.expand, self.read(x, chunk), NO_PROLOGUE, None, rows(source, chunk))
             norm0 = observe(0, source)
             affine0 = norm0.affine
         d = _depthwise(source, weights.depthwise, affine0, self.stride)
@@ -305,8 +311,9 @@ class FusedMBConv:
         norm1 = observe(1, d)
         p = self._plane(x.shape[0], weights.project.shape[0], *d.shape[2:])
         for chunk in chunks:
-            gate = _squeeze(d[chunk], norm1, weights).gate
-            _pointwise(weights.project, d[chunk], norm1.affine, gate, p[chunk])
+            chunk_d = rows(d, chunk)
+            gate = _squeeze(chunk_d, norm1, weights).gate
+            _pointwise(weights.project, chunk_d, norm1.affine, gate, rows(p, chunk))
         return p, FusedRecord((norm0, norm1, observe(2, p))), d
 
     def _plane(self, *size: int) -> Tensor:
@@ -393,7 +400,7 @@ Emit = Callable[[slice, Tensor], None]  # takes the input's gradient, a chunk of
 
 def _adder(total: Tensor) -> Emit:
     def emit(chunk: slice, dx: Tensor) -> None:
-        total[chunk] += dx
+        rows(total, chunk).add_(dx)
 
     return emit
 
@@ -459,7 +466,7 @@ class Replay:
     def p_of(self, chunk: slice, d: Tensor | None = None) -> Tensor:
         """A chunk of p."""
         if self.p is not None:
-            return self.p[chunk]
+            return rows(self.p, chunk)
         d = self._d(chunk) if d is None else d
         return self._project(d, chunk, self._plane(self.channels, samples=d.shape[0]))
 
@@ -468,7 +475,7 @@ class Replay:
 
     def put(self, d: Tensor, p: Tensor) -> None:
         """Keep d and p of the forward; p will be overwritten."""
-        self.d = {chunk.start: d[chunk] for chunk in self.chunks}
+        self.d = {chunk.start: rows(d, chunk) for chunk in self.chunks}
         self.p = p
 
     def keep(self, *, d: bool = False, e: bool = False) -> None:
@@ -481,7 +488,7 @@ class Replay:
                 self.d[chunk.start] = chunk_d
             if e and self.w.expand is not None:
                 self.e[chunk.start] = source
-            self._project(chunk_d, chunk, p[chunk])
+            self._project(chunk_d, chunk, rows(p, chunk))
         self.p = p
 
     def _plane(self, channels: int, size: tuple[int, int] | None = None, samples: int | None = None) -> Tensor:
@@ -490,10 +497,7 @@ class Replay:
 
     def sums(self, du: Tensor) -> Tensor:
         """``[2, N, C']``: ``sum_hw du`` and ``sum_hw du (p - mean)``, what the coupling's adjoint gives along."""
-        sums = du.new_empty((2, self.n, self.channels), dtype=accumulate_dtype(du.dtype))
-        for chunk in self.chunks:
-            sums[:, chunk] = self.chunk_sums(du[chunk], self.p_of(chunk))
-        return sums
+        return join([self.chunk_sums(rows(du, chunk), self.p_of(chunk)) for chunk in self.chunks], 1)
 
     def chunk_sums(self, du: Tensor, p: Tensor) -> Tensor:
         return revkernels.couple_adjoint(du, [1], p=[p], center=[self.record.norms[2].mean])[1][0]
@@ -522,74 +526,72 @@ class Replay:
         # p = W_p z, z = gate h(BN_1(d))
         if dz is None:
             dz = self.p if self.p is not None and self.channels == self.expanded else self._plane(self.expanded)
-        dproject = w.project.new_zeros(w.project.shape)
-        sums1 = sums.new_empty((5, n, self.expanded))
+        dproject, sums1 = None, []
         for chunk in self.chunks:
-            d = self._d(chunk)
+            d, chunk_dz = self._d(chunk), rows(dz, chunk)
             dp = _ops.bn_act_grad(
-                *(du[chunk], self.p_of(chunk, d), *self.affine2),
-                *(_rows(gate2, chunk), None, slope2, offset2, "identity"),
+                *(rows(du, chunk), self.p_of(chunk, d), *self.affine2),
+                *(rows(gate2, chunk), None, slope2, offset2, "identity"),
             )
-            _ops.pointwise_conv_grad_weight_(dproject, d, dp, *self.affine1, self._gate(d, chunk))
-            _pointwise(w.project.transpose(0, 1), dp, NO_PROLOGUE, None, dz[chunk])
-            sums1[:, chunk] = _ops.bn_act_grad_sums(dz[chunk], d, *self.affine1, norm1.mean, "hardswish")
-        self.p = None
+            dw = _ops.pointwise_conv_grad_weight(d, dp, *self.affine1, self._gate(d, chunk))
+            dproject = _plus(dproject, dw)
+            _pointwise(w.project.transpose(0, 1), dp, NO_PROLOGUE, None, chunk_dz)
+            sums1.append(_ops.bn_act_grad_sums(chunk_dz, d, *self.affine1, norm1.mean, "hardswish"))
+        self.p, sums1 = None, join(sums1, 1)
 
         # gate = SE(mean_hw h(BN_1(d))): every pixel of h gets dpool on top of gate dz
         dpool, dse, gate = None, (None,) * 4, None
         if w.squeeze is not None:
-            gate, hidden, pooled = (torch.cat(v) for v in zip(*self.squeezed.values(), strict=True))
+            gate, hidden, pooled = map(join, zip(*self.squeezed.values(), strict=True))
             dpool, dw1, db1, dw2, db2 = _ops.se_gate_grad(
                 sums1[0], gate, hidden, pooled, w.squeeze.flatten(1), w.excite.flatten(1)
             )
-            dpool = dpool / (self.out_size[0] * self.out_size[1])
+            dpool.div_(self.out_size[0] * self.out_size[1])
             dse = (dw1.view_as(w.squeeze), db1, dw2.view_as(w.excite), db2)
         dgamma1, dbeta1, slope1, offset1 = norm1.gradient(sums1, positions, gate, dpool)
 
         # d = dw(v), v = h(BN_0(e)) or x
         kernel = w.depthwise.shape[-1]
-        ddepthwise = None
-        dv = sums0 = None
-        if w.expand is not None:
-            dv = dz if self.stride == 1 else self._plane(self.expanded, (self.height, self.width))
-            sums0 = sums.new_empty((5, n, self.expanded))
+        ddepthwise, dv, sums0 = None, [], []
+        plane = None  # for dv, where it comes in several chunks
+        if w.expand is not None and len(self.chunks) > 1:
+            plane = dz if self.stride == 1 else self._plane(self.expanded, (self.height, self.width))
         for chunk in self.chunks:
             source = self._source(chunk)
             dd = _ops.bn_act_grad(
-                *(dz[chunk], self._d(chunk, source), *self.affine1),
-                *(_rows(gate, chunk), _rows(dpool, chunk), slope1, offset1, "hardswish"),
+                *(rows(dz, chunk), self._d(chunk, source), *self.affine1),
+                *(rows(gate, chunk), rows(dpool, chunk), slope1, offset1, "hardswish"),
             )
             product = _depthwise_grad_weight(source, dd, self.affine0, kernel, self.stride)
             ddepthwise = _plus(ddepthwise, product)
-            if dv is None and emit is None:
+            if w.expand is None and emit is None:
                 continue
             dsource = _ops.depthwise_conv_grad_input(dd, w.depthwise, self.height, self.width, self.stride)
-            if dv is None:
+            if w.expand is None:
                 emit(chunk, dsource)
-            else:
-                dv[chunk] = dsource
-                sums0[:, chunk] = _ops.bn_act_grad_sums(dsource, source, *self.affine0, norm0.mean, "hardswish")
+                continue
+            dv.append(dsource if plane is None else plane[chunk].copy_(dsource))
+            sums0.append(_ops.bn_act_grad_sums(dsource, source, *self.affine0, norm0.mean, "hardswish"))
         self.d.clear()
-        dexpand = (None,) * 3 if w.expand is None else self._pull_expand(dv, sums0, emit)
+        del dz, plane
+        dexpand = (None,) * 3 if w.expand is None else self._pull_expand(dv, join(sums0, 1), emit)
         gradients = (*dexpand, ddepthwise, dgamma1, dbeta1, *dse, dproject, dgamma2, dbeta2)
         return [g if v.requires_grad else None for g, v in zip(gradients, w, strict=True) if v is not None]
 
-    def _pull_expand(self, dv: Tensor, sums0: Tensor, emit: Emit | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``v = h(BN_0(e))``, ``e = W_e x``."""
+    def _pull_expand(self, dv: Sequence[Tensor], sums0: Tensor, emit: Emit | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``v = h(BN_0(e))``, ``e = W_e x``; dv in chunks."""
         w, norm0 = self.w, self.record.norms[0]
         dgamma0, dbeta0, slope0, offset0 = norm0.gradient(sums0, self.n * self.height * self.width)
-        dexpand = w.expand.new_zeros(w.expand.shape)
-        for chunk in self.chunks:
+        dexpand = None
+        for chunk, chunk_dv in zip(self.chunks, dv, strict=True):
             x = self.x(chunk)
             e = self._source(chunk)
-            de = _ops.bn_act_grad(dv[chunk], e, *self.affine0, None, None, slope0, offset0, "hardswish")
-            _ops.pointwise_conv_grad_weight_(dexpand, _stored(x), de, *NO_PROLOGUE, None)
+            de = _ops.bn_act_grad(chunk_dv, e, *self.affine0, None, None, slope0, offset0, "hardswish")
+            dexpand = _plus(dexpand, _pointwise_grad_weight(x, de))
             if emit is not None:
                 dx = self._plane(x.shape[1], (self.height, self.width), x.shape[0])
                 emit(chunk, _pointwise(w.expand.transpose(0, 1), de, NO_PROLOGUE, None, dx))
         self.e.clear()
-        if isinstance(x, Encoded):
-            dexpand.mul_(x.unit)
         return dexpand, dgamma0, dbeta0
 
 

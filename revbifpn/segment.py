@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.branch import Gradient, Pullback, Term
-from revbifpn.fused import Emit, FusedMBConv, FusedRecord, Replay, Weights, _adder, explicit
+from revbifpn.fused import Emit, FusedMBConv, FusedRecord, Replay, Weights, _adder, explicit, join, rows
 from revbifpn.streams import Encoded
-from revkernels.reference import accumulate_dtype
 
 
 class Segment(nn.Module):
@@ -54,11 +53,10 @@ class FusedSegment:
 
     @explicit
     def __call__(self, y: Tensor | Encoded, *merged: Tensor) -> Term:
-        chunks = [slice(None)]
+        chunks = [slice(0, y.shape[0])]
         if self.merge is not None and self.neck.is_frozen() and self.merge.is_frozen():
             chunks = self.neck.chunks(y.shape, y.device)  # samples on their own: the neck's map only for some at a time
-        maps = [self._map(y[chunk], *(m[chunk] for m in merged)) for chunk in chunks]
-        return Term(maps[0] if len(maps) == 1 else torch.cat(maps))
+        return Term(join([self._map(rows(y, chunk), *(rows(m, chunk) for m in merged)) for chunk in chunks]))
 
     def _map(self, y: Tensor | Encoded, *merged: Tensor) -> Tensor:
         out = add_term(self.neck(y), merged[0] if merged else None)
@@ -148,22 +146,23 @@ class FusedSegment:
 
         def out(chunk: slice) -> Tensor:
             latest["p"] = p = neck.p_of(chunk)
-            return add_term(Term(p, *neck.affine2), merged[0][chunk] if merged else None)
+            return add_term(Term(p, *neck.affine2), rows(merged[0], chunk) if merged else None)
 
         shape = (neck.n, neck.channels, *neck.out_size)
         dout = du.new_empty(shape, dtype=neck.dtype)
-        sums = du.new_empty((2, *shape[:2]), dtype=accumulate_dtype(neck.dtype))
+        sums = []
 
         def emit(chunk: slice, do: Tensor) -> None:
-            dout[chunk] = do
-            sums[:, chunk] = neck.chunk_sums(do, latest["p"])
+            rows(dout, chunk).copy_(do)
+            sums.append(neck.chunk_sums(do, latest["p"]))
 
         merge = Replay(self.merge, shape, du.device, out, record, weights)
         if planes:
             merge.put(*planes[0])
         else:
             merge.keep(d=True)
-        return dout, sums, merge.pull(du, merge.sums(du), emit)
+        dmerge = merge.pull(du, merge.sums(du), emit)
+        return dout, join(sums, 1), dmerge
 
 
 def _emit(gradient: Gradient | None) -> Emit | None:
@@ -174,6 +173,6 @@ def _writer(plane: Tensor) -> Emit:
     """Overwrite ``plane``: a chunk of it was read for the last time when its gradient comes."""
 
     def emit(chunk: slice, dx: Tensor) -> None:
-        plane[chunk] = dx
+        rows(plane, chunk).copy_(dx)
 
     return emit

@@ -240,17 +240,16 @@ def pointwise_conv_(
     y.copy_(torch.einsum("oc,nchw->nohw", weight.flatten(1).to(z.dtype), z))
 
 
-def pointwise_conv_grad_weight_(
-    dw: Tensor,  # [O, C, 1, 1] in accumulate_dtype of x, updated in place
+def pointwise_conv_grad_weight(
     x: Tensor,  # [N, C, H, W]
     dy: Tensor,  # [N, O, H, W]
     scale: Tensor | None,  # [C]
     shift: Tensor | None,  # [C]
     gate: Tensor | None,  # [N, C]
-) -> None:
-    """``dw[o, c] <- dw[o, c] + sum_{n, h, w} dy[n, o, h, w] z[n, c, h, w]``, z as in :func:`pointwise_conv_`."""
+) -> Tensor:
+    """``dw[o, c, 0, 0] = sum_{n, h, w} dy[n, o, h, w] z[n, c, h, w]`` in ``accumulate_dtype`` of x, z as above."""
     z = _gated(x, scale, shift, gate)
-    dw.add_(torch.einsum("nohw,nchw->oc", dy.to(z.dtype), z)[..., None, None])
+    return torch.einsum("nohw,nchw->oc", dy.to(z.dtype), z)[..., None, None]
 
 
 # --- batch normalisation, activation, squeeze-excite ----------------------------------------------

@@ -131,8 +131,8 @@ _register(
     lambda y, x, weight, scale, shift, gate: None,
 )
 _register(
-    "pointwise_conv_grad_weight_(Tensor(a!) dw, Tensor x, Tensor dy, Tensor? scale, Tensor? shift, Tensor? gate) -> ()",
-    lambda dw, x, dy, scale, shift, gate: None,
+    "pointwise_conv_grad_weight(Tensor x, Tensor dy, Tensor? scale, Tensor? shift, Tensor? gate) -> Tensor",
+    lambda x, dy, scale, shift, gate: _sums(x, (dy.shape[1], x.shape[1], 1, 1)),
 )
 _register("bn_stats(Tensor x) -> (Tensor mean, Tensor var)", lambda x: (_sums(x, x.shape[1:2]), _sums(x, x.shape[1:2])))
 _register(

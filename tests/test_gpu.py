@@ -111,7 +111,7 @@ def arguments(op, dtype, g):
             x, weight = normal(g, n, c, h, w, dtype=dtype), vector(i + 3, c, 1, 1)
             y = normal(g, n, i + 3, h, w, dtype=dtype)
             prologue = (None, None, None) if i % 2 else (vector(c), vector(c), optional(i // 2, n, c))
-            yield (weight, x, y, *prologue) if op.endswith("weight_") else (y, x, weight, *prologue)
+            yield (x, y, *prologue) if op.endswith("weight") else (y, x, weight, *prologue)
     elif op == "dequantize_":
         for i, (n, c, h, w) in enumerate(MAPS):
             y = torch.randint(-(2**15), 2**15, (n, c, h, w), dtype=torch.int16, generator=g)

@@ -25,20 +25,13 @@ int64_t work_of(const PointwiseArgs& args) {
   return numel(args.x) * (1 + args.y.c / kProductsPerElement);
 }
 
-void check_weight(const Tensor& weight, const char* name, int64_t channels) {
-  STD_TORCH_CHECK(weight.is_cpu(), name, ": expected a CPU tensor");
-  const bool fits =
-      weight.dim() == 4 && weight.size(1) == channels && weight.size(2) == 1 && weight.size(3) == 1;
-  STD_TORCH_CHECK(fits, name, ": expected [O, C, 1, 1] with C = ", channels, ", got ",
-                  shape_of(weight));
-}
-
 void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optional<Tensor> scale,
                      std::optional<Tensor> shift, std::optional<Tensor> gate) {
   PointwiseArgs args = pointwise_args(x, scale, shift, gate);
-  check_weight(weight, "weight", args.x.c);
-  dtype_of(weight, "weight");
-  args.y = map_of(y, "y", args.x.n, weight.size(0), args.x.h, args.x.w);
+  const Map w = map_of(weight, "weight");
+  STD_TORCH_CHECK(w.c == args.x.c && w.h == 1 && w.w == 1,
+                  "weight: expected [O, C, 1, 1] with C = ", args.x.c, ", got ", shape_of(weight));
+  args.y = map_of(y, "y", args.x.n, w.n, args.x.h, args.x.w);
   STD_TORCH_CHECK(is_wide(args.y) == args.wide, "y: expected ", args.wide ? "" : "not ",
                   "float64 as x is, got ", torch::headeronly::toString(y.scalar_type()));
   STD_TORCH_CHECK(has_distinct_elements(args.y), "y: elements overlap in memory");
@@ -55,27 +48,24 @@ void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optio
   run(kernels().pointwise, args, panels * args.blocks, work_of(args));
 }
 
-void pointwise_conv_grad_weight_(Tensor dw, const Tensor& x, const Tensor& dy,
-                                 std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                 std::optional<Tensor> gate) {
+Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::optional<Tensor> scale,
+                                  std::optional<Tensor> shift, std::optional<Tensor> gate) {
   PointwiseArgs args = pointwise_args(x, scale, shift, gate);
-  check_weight(dw, "dw", args.x.c);
-  STD_TORCH_CHECK(dw.scalar_type() == sums_dtype(x), "dw: expected ",
-                  args.wide ? "float64" : "float32", ", got ",
-                  torch::headeronly::toString(dw.scalar_type()));
-  args.y = map_of(dy, "dy", args.x.n, dw.size(0), args.x.h, args.x.w);
-  if (numel(args.x) == 0 || numel(args.y) == 0) return;
-  const Tensor total = dw.is_contiguous() ? dw : torch::stable::contiguous(dw);
-  args.grad_weight = total.data_ptr();
+  args.y = map_of(dy, "dy");
+  check_shape(args.y, dy, "dy", args.x.n, args.y.c, args.x.h, args.x.w);
+  Tensor dw = new_sums(x, {args.y.c, args.x.c, 1, 1});
+  torch::stable::zero_(dw);
+  if (numel(args.x) == 0 || numel(args.y) == 0) return dw;
+  args.grad_weight = dw.data_ptr();
   run(kernels().pointwise_grad_weight, args, ceil_div(args.x.c, kDotRows), work_of(args));
-  if (!dw.is_contiguous()) torch::stable::copy_(dw, total);
+  return dw;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(revkernels, CPU, m) {
   m.impl("pointwise_conv_", TORCH_BOX(&pointwise_conv_));
-  m.impl("pointwise_conv_grad_weight_", TORCH_BOX(&pointwise_conv_grad_weight_));
+  m.impl("pointwise_conv_grad_weight", TORCH_BOX(&pointwise_conv_grad_weight));
 }
 
 }  // namespace revkernels

@@ -17,7 +17,7 @@ LAUNCHERS: dict[str, Callable] = {
     "couple_adjoint": couple.couple_adjoint,
     "dequantize_": dequantize.dequantize_,
     "pointwise_conv_": pointwise_conv.pointwise_conv_,
-    "pointwise_conv_grad_weight_": pointwise_conv.pointwise_conv_grad_weight_,
+    "pointwise_conv_grad_weight": pointwise_conv.pointwise_conv_grad_weight,
     "bn_stats": bn_act.bn_stats,
     "bn_fold": bn_fold.bn_fold,
     "bn_fold_grad": bn_fold.bn_fold_grad,

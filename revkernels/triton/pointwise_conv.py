@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from revkernels.reference import accumulate_dtype
 from revkernels.triton.bn_act import bn_act
 
 
@@ -24,10 +25,10 @@ def pointwise_conv_(
         y.copy_(torch.bmm(matrices, z).view(y.shape))
 
 
-def pointwise_conv_grad_weight_(
-    dw: Tensor, x: Tensor, dy: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None
-) -> None:
-    """A launch for z, a product per sample, their sum; see :func:`revkernels.reference.pointwise_conv_grad_weight_`."""
-    z = _gated(x, scale, shift, gate)
-    products = torch.bmm(dy.flatten(2), z.to(dy.dtype).flatten(2).transpose(1, 2))
-    dw.add_(products.sum(0, dtype=dw.dtype)[..., None, None])
+def pointwise_conv_grad_weight(
+    x: Tensor, dy: Tensor, scale: Tensor | None, shift: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    """A launch for z, a product per sample, their sum; see :func:`revkernels.reference.pointwise_conv_grad_weight`."""
+    z = _gated(x, scale, shift, gate).to(dy.dtype)
+    products = torch.bmm(dy.flatten(2), z.flatten(2).transpose(1, 2))
+    return products.sum(0, dtype=accumulate_dtype(x.dtype))[..., None, None]
