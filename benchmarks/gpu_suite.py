@@ -207,6 +207,8 @@ def _throughput(machine: Machine) -> Iterator[Part]:
         for scale, (batches, resolution, rounds) in sizes.items():
             arch, size = f"revbifpn_{scale}", (batches, resolution, dtype, "--rounds", rounds)
             yield part(f"{scale}-{dtype}", f"{arch}/fast,{arch}/reversible,{arch}/stored", *size)
+            streams = "fixed32,fixed16" if dtype == "float32" else "float32,fixed16"  # and the default
+            yield part(f"{scale}-{dtype}-streams", f"{arch}/fast", *size, "--streams", streams)
             yield part(f"{scale}-{dtype}-graph", f"{arch}/fast,{arch}/stored", *size, "--graph")
             yield part(f"{scale}-{dtype}-checkpointed", f"{arch}/fast,{arch}/checkpointed", *size)
             yield part(f"{scale}-{dtype}-compiled", f"{arch}/fast,{arch}/compiled", *size)

@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                              S0 in every variant, and rivals
     python benchmarks/throughput.py --quick                      fast, reversible and stored S0, about a minute
     python benchmarks/throughput.py --published ~/RevBiFPN       the published code in the same run
+    python benchmarks/throughput.py --dtype bfloat16 --streams fixed32,fixed16
     python benchmarks/throughput.py --models 'revbifpn_s3/*' --resolution 288 --batch 2,4
 
 All contestants take turns in one process, after the gradients of the RevBiFPN variants were found equal. Prints tables,
@@ -46,11 +47,13 @@ from benchmarks.rivals import RIVALS, import_timm
 from revbifpn.configs import CONFIGS
 from revbifpn.estimate import StepEstimator
 from revbifpn.memory import MIB, PeakMemory, measure_sample, measure_step
+from revbifpn.streams import FIXED16, FIXED32, FLOAT32
 from revbifpn.tape import Stored
 
 COMPILED, PUBLISHED = "compiled", "published"
 GRAPH = "+graph"
 GRAPHED = (FAST, STORED)  # variants that a CUDA graph can capture
+STREAM = "@"  # before the format of the fast variant's streams
 TRAIN, INFER, CAPACITY = "train", "inference", "capacity"
 
 CPU_MODELS = (  # all but the compiled, which take minutes there
@@ -61,6 +64,7 @@ CUDA_MODELS = ("revbifpn_s0", "revbifpn_s3", "revbifpn_s6", "hrnet_w*", "tf_effi
 QUICK_MODELS = ("revbifpn_s0/fast", "revbifpn_s0/reversible", "revbifpn_s0/stored")
 WARM_UP, ROUNDS, QUICK_ROUNDS = 2, {"cpu": 9, "cuda": 25}, 3
 
+FORMATS = (FLOAT32, FIXED32, FIXED16)
 BUDGETS = (8, 16, 24, 80)  # GiB
 OPTIMIZER_STATES = 1  # of the largest batches: SGD with momentum
 GATE = {"resolution": 96, "batch": 4, "seeds": 3, "loss": 1e-4, "gradients": 1e-3}
@@ -89,9 +93,18 @@ class Contestant:
         return f"{self.name}/{self.variant}"
 
     @property
+    def stream(self) -> str | None:
+        """The format of its streams, where one was asked for."""
+        return self.variant.removesuffix(GRAPH).partition(STREAM)[2] or None
+
+    @property
     def kind(self) -> str:
-        """The variant, whether or not it is captured in a graph."""
-        return self.variant.removesuffix(GRAPH)
+        """The variant, whatever the streams and whether or not it is captured in a graph."""
+        return kind_of(self.variant)
+
+
+def kind_of(variant: str) -> str:
+    return variant.removesuffix(GRAPH).partition(STREAM)[0]
 
 
 @dataclass
@@ -226,12 +239,23 @@ def select(patterns: Sequence[str], everything: Sequence[Contestant]) -> list[Co
     return [c for c in everything if c.key in chosen or (c.variant == PUBLISHED and c.name in names)]
 
 
+def with_streams(chosen: Sequence[Contestant], formats: Sequence[str]) -> list[Contestant]:
+    """Each fast RevBiFPN once more with its streams in each of the formats."""
+    found = []
+    for c in chosen:
+        found.append(c)
+        for stream in formats if c.variant == FAST else ():
+            make = partial(c.make, stream=stream)
+            found.append(Contestant(c.name, c.variant + STREAM + stream, c.family, c.label, c.top1, make))
+    return found
+
+
 def with_graphs(chosen: Sequence[Contestant]) -> list[Contestant]:
     """Each contestant that a CUDA graph can capture, once more with its whole step captured."""
     found = []
     for c in chosen:
         found.append(c)
-        if c.variant in GRAPHED:
+        if c.kind in GRAPHED:
             found.append(Contestant(c.name, c.variant + GRAPH, c.family, c.label, c.top1, c.make))
     return found
 
@@ -243,7 +267,8 @@ def check_agreement(chosen: Sequence[Contestant], device: torch.device) -> list[
     """Compare loss and gradients of the RevBiFPN variants with the stored plain model's, in float32, same weights.
 
     ``|l - l'| / |l'|`` and ``||g - g'|| / ||g'||`` over all parameters, each the median over a few random batches: a
-    hardswish input that crosses its kink by rounding moves a single batch's gradient by more.
+    hardswish input that crosses its kink by rounding moves a single batch's gradient by more. With exact streams the
+    reference is the stored fast model with the same streams, whose gradients have the same bits.
 
     Raises:
         DisagreementError: an error is above the limits of ``GATE`` or not a number.
@@ -251,13 +276,14 @@ def check_agreement(chosen: Sequence[Contestant], device: torch.device) -> list[
     rows = []
     checked = [c for c in chosen if c.family == REVBIFPN and c.variant not in (STORED, COMPILED)]
     checked = [c for c in checked if not c.variant.endswith(GRAPH)]
-    for arch in dict.fromkeys(c.name for c in checked):
+    for arch, stream in dict.fromkeys((c.name, c.stream) for c in checked):
         torch.manual_seed(0)
         fixed = {"stochastic_depth": 0.0, "head_dropout": 0.0}
-        reference = getattr(revbifpn, arch)(reversible=False, **fixed).to(device).train()
+        stored = partial(getattr(revbifpn if stream is None else revbifpn.fast, arch), reversible=False)
+        reference = (stored(**fixed) if stream is None else stored(stream=stream, **fixed)).to(device).train()
         batches = [_gate_batch(seed, device) for seed in range(GATE["seeds"])]
         expected = [_loss_and_gradients(reference, *batch) for batch in batches]
-        for contestant in (c for c in checked if c.name == arch):
+        for contestant in (c for c in checked if (c.name, c.stream) == (arch, stream)):
             model = contestant.make(**fixed).to(device).train()
             model.load_state_dict(reference.state_dict())
             errors = [_errors(*_loss_and_gradients(model, *b), *e) for b, e in zip(batches, expected, strict=True)]
@@ -612,9 +638,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis.plot(
                 [r.batch for r in series],
                 [r.images_per_second for r in series],
-                color=_COLOURS[variant.removesuffix(GRAPH)],
+                color=_COLOURS[kind_of(variant)],
                 marker="osD^vP<>*Xh"[networks.index(label) % 11],
-                linestyle=":" if variant.endswith(GRAPH) else "-",
+                linestyle=":" if variant.endswith(GRAPH) else "--" if STREAM in variant else "-",
                 label=f"{label}, {variant}",
             )
         axis.set_xscale("log", base=2)
@@ -636,7 +662,7 @@ def _bars(axis: Any, panel: Sequence[Row]) -> None:
     speeds = [row.images_per_second for row in panel]
     below = [max(0.0, s - row.batch / row.seconds_p80) for s, row in zip(speeds, panel, strict=True)]
     above = [max(0.0, row.batch / row.seconds_p20 - s) for s, row in zip(speeds, panel, strict=True)]
-    colours = [_COLOURS[row.variant.removesuffix(GRAPH)] for row in panel]
+    colours = [_COLOURS[kind_of(row.variant)] for row in panel]
     bars = axis.barh(range(len(panel)), speeds, xerr=(below, above), color=colours, ecolor="#777777")
     axis.bar_label(bars, [f"{s:.1f}" for s in speeds], padding=4, fontsize=7)
     axis.set_yticks(range(len(panel)), [f"{row.label}, {row.variant}" for row in panel], fontsize=8)
@@ -655,6 +681,7 @@ def _parser() -> common.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(common.DTYPES), default="float32", help="16 bits: under autocast")
     parser.add_argument("--rounds", type=int, help="turns that everybody takes (default 9; on CUDA 25)")
     parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to run beside ours")
+    parser.add_argument("--streams", help=f"comma list of {', '.join(FORMATS)}: fast once more with such streams")
     parser.add_argument("--graph", action="store_true", help="CUDA: fast and stored once more, step in a CUDA graph")
     parser.add_argument("--tf32", action="store_true", help="CUDA: let everybody's float32 matrix products use TF32")
     parser.add_argument("--quick", action="store_true", help="three variants of S0, few rounds, no largest batches")
@@ -691,6 +718,11 @@ def _checked(argv: Sequence[str] | None) -> Any:
     common.require("matplotlib")
     if any(c.family != REVBIFPN for c in arguments.contestants):
         import_timm()
+    formats = [part.strip() for part in arguments.streams.split(",")] if arguments.streams else []
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UsageError(f"--streams: {unknown[0]!r} is unknown; choose from {', '.join(FORMATS)}")
+    arguments.contestants = with_streams(arguments.contestants, formats)
     if arguments.graph:
         arguments.contestants = with_graphs(arguments.contestants)
     return arguments

@@ -97,6 +97,7 @@ def checkout(tmp_path):
         (["--published", "/nowhere"], r"--published /nowhere: revbifpn.py is not there"),
         (["--output", "/dev/null/results"], r"--output /dev/null/results: cannot write"),
         (["--device", "cpu", "--graph"], r"--graph: needs CUDA"),
+        (["--streams", "fixed32,int8"], r"--streams: 'int8' is unknown; choose from float32, fixed32, fixed16"),
         (["--device", "cpu", "--tf32"], r"--tf32: needs CUDA"),
     ],
 )
@@ -115,6 +116,18 @@ def test_everything_is_every_network_in_every_variant():
     assert len(everything) == len({c.key for c in everything}) == 7 * 5 + len(rivals.RIVALS) * 3
     for defaults in (throughput.CPU_MODELS, throughput.CUDA_MODELS, throughput.QUICK_MODELS):
         assert throughput.select(defaults, everything)
+
+
+def test_streams_are_variants_of_the_fast_model_that_agree_bit_for_bit(small):
+    chosen = throughput.with_streams(small, ["fixed32", "fixed16"])
+    assert [c.key for c in chosen if c not in small] == ["revbifpn_s0/fast@fixed32", "revbifpn_s0/fast@fixed16"]
+    both = [c for c in chosen if c.stream is not None]
+    assert {c.kind for c in both} == {"fast"} and [c.stream for c in both] == ["fixed32", "fixed16"]
+    assert [c.make().stream.name for c in both] == ["fixed32", "fixed16"]
+    graphed = throughput.with_graphs(both)
+    assert [(c.kind, c.stream) for c in graphed[1::2]] == [("fast", "fixed32"), ("fast", "fixed16")]
+    rows = throughput.check_agreement(both, torch.device("cpu"))
+    assert [row["gradient_error"] for row in rows] == [0.0, 0.0]
 
 
 def test_published_code_joins_its_networks_and_leaves_imports_alone(checkout, capsys):
