@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from revbifpn.anomaly import check_finite
 from revbifpn.streams import values
 
 _state = threading.local()
@@ -221,7 +222,9 @@ class Branch:
 
     def __call__(self, *inputs: Tensor) -> Term:
         """Call the module as it is; nothing is recorded."""
-        return Term(self.module(*map(values, inputs)))
+        p = self.module(*map(values, inputs))
+        check_finite(self.module, p)
+        return Term(p)
 
     def forward(self, *inputs: Tensor) -> tuple[Term, Record]:
         """Call the module without a graph and record what it depended on."""
@@ -235,6 +238,7 @@ class Branch:
         generators = Generators.current(*inputs)
         with torch.no_grad(), autocast.restore():
             p = module(*inputs)
+        check_finite(module, p)
         if generators == Generators.current(*inputs):
             generators = None
         if versions != [_version(x) for x in inputs]:
@@ -293,6 +297,7 @@ class Branch:
         parameters = _leaves(parameters)
         with torch.enable_grad(), Autocast.current(inputs[0].device).restore():
             p = torch.func.functional_call(self.module, self._named(parameters), tuple(inputs))
+        check_finite(self.module, p)
         return Term(p.detach()), self._pullback(p, inputs, parameters)
 
     def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import revkernels
+from revbifpn.anomaly import check_finite
 from revbifpn.branch import Gradient, Pullback, Term
 from revbifpn.mbconv import ConvNormAct, MBConv, SqueezeExcite
 from revbifpn.streams import Encoded, autocast_dtype
@@ -278,7 +279,9 @@ class FusedMBConv:
                 source = _pointwise(weights.expand, source, NO_PROLOGUE, None, e)
             d = _depthwise(source, weights.depthwise, affine0, self.stride)
             _pointwise(weights.project, d, norm1.affine, _squeeze(d, norm1, weights).gate, rows(p, chunk))
-        return self._term(p, FusedRecord((norm0, norm1, norm2)))
+        term = self._term(p, FusedRecord((norm0, norm1, norm2)))
+        check_finite(self.module, term.p, term.scale, term.shift)
+        return term
 
     def forward(self, x: Tensor) -> tuple[Term, FusedRecord]:
         """The term and what its recompute needs; running statistics are updated here, once."""
@@ -291,7 +294,9 @@ class FusedMBConv:
         weights, norms = self.weights, self.norms
         p, record, d = self._run(x, weights, lambda k, plane: _observe(plane, norms[k], update))
         record = record._replace(keep=self._draw_keep(x))
-        return self._term(p, record), record, d
+        term = self._term(p, record)
+        check_finite(self.module, term.p, term.scale, term.shift)
+        return term, record, d
 
     def _run(
         self, x: Tensor, weights: Weights, observe: Callable[[int, Tensor], Norm]

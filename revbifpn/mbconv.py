@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revbifpn.anomaly import check_finite
+
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1, "affine": True, "track_running_stats": True}
 
 
@@ -130,4 +132,5 @@ class MBConv(nn.Module):
         if self.se is not None:
             x = self.se(x)
         x = self.project_conv(x)
+        check_finite(self, x)
         return stochastic_depth(x, self.stochastic_depth, self.training)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from revbifpn.anomaly import names_of
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
@@ -364,9 +365,10 @@ class RevBiFPN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         self._check(x)
+        with names_of(self):
+            out = self._forward(x if x.dim() == 4 else x[None])
         if x.dim() == 4:
-            return self._forward(x)
-        out = self._forward(x[None])
+            return out
         return out[0] if isinstance(out, Tensor) else [o[0] for o in out]
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:

@@ -80,9 +80,11 @@ def monitor_drift(model: nn.Module) -> Iterator[Drift]:
     if not _stack(model).reversible:
         raise ValueError("model: expected a reversible one, got one that stores its activations (reversible=False)")
     drift = Drift()
-    with _observed(model, drift):
-        yield drift
-    drift._inputs.clear()
+    try:
+        with _observed(model, drift):
+            yield drift
+    finally:
+        drift._inputs.clear()
 
 
 @dataclass(frozen=True)

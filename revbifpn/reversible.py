@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from revbifpn.anomaly import names_of
 from revbifpn.branch import is_recomputing
 from revbifpn.streams import StreamFormat, resolve
 from revbifpn.tape import (
@@ -123,7 +124,8 @@ class Reversible(nn.Module, ABC):
         if isinstance(streams[0], (Tape, Stored, TapeAt)):
             return self.run(streams[0])
         tape = self.open(*streams)
-        self.run(tape)
+        with names_of(self):
+            self.run(tape)
         tape.finish()
         return _unpack(tape.leave())
 

@@ -10,6 +10,7 @@ read, and the gradients on the way to y are written over that plane, which becom
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +87,18 @@ class FusedSegment:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
         planes = []
         term, records = self._run(inputs, planes)
-        y, *merged = inputs
-        neck = self.neck.replay(y.clone(), records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
-        neck.put(*planes[0])
-        return term, self._pullback(neck, records, parameters, merged, planes)
+        y, merged = inputs[0].clone(), inputs[1:]
+
+        def pullback(*arguments: Any) -> list[Tensor | None]:
+            copies = [(d, p.clone()) for d, p in planes]  # a pull writes over p, and the graph may be retained
+            neck = self._replay_neck(y, records, parameters)
+            neck.put(*copies[0])
+            return self._pullback(neck, records, parameters, merged, copies)(*arguments)
+
+        return term, pullback
+
+    def _replay_neck(self, y: Tensor | Encoded, records: list[FusedRecord], parameters: Sequence[Tensor]) -> Replay:
+        return self.neck.replay(y, records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
 
     @explicit
     def recompute(
@@ -101,7 +110,7 @@ class FusedSegment:
     ) -> tuple[None, Pullback]:
         """The vector-Jacobian product; the map itself is not formed again. See :meth:`Branch.recompute`."""
         y, *merged = inputs
-        neck = self.neck.replay(y, records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
+        neck = self._replay_neck(y, records, parameters)
         if merged:  # below the highest level p is small and kept, rather than computed in every pass
             neck.keep()
         return None, self._pullback(neck, records, parameters, merged)

@@ -16,6 +16,7 @@ Parameters are inputs of their node, so ``torch.autograd.grad``, hooks, gradient
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revbifpn.anomaly import check_finite
 from revbifpn.branch import Branch, Gradient, Pullback, Term
 from revbifpn.streams import FIXED16, Encoded, OverflowCounter, StreamFormat, autocast_dtype, has_values, values
 from revkernels import reference
@@ -153,6 +155,7 @@ class Coupler:
         """``y + sum_k up_{f_k}(F_k(x_k))`` as an ordinary differentiable tensor; ``y = None`` is zero."""
         for branch, x in zip(lowered.branches, inputs, strict=True):
             p = branch.module(x)
+            check_finite(branch.module, p)
             y = p if y is None else y + p
         return y
 
@@ -245,16 +248,8 @@ class State:
             term, replay = self.run(branch, [self.read(source)], own, stored=self.stored)
             terms.append(term)
             replays.append(replay)
-        if torch.is_anomaly_enabled():
-            self.check_finite(lowered, terms)
         self.add_(lowered, terms)
         return replays
-
-    def check_finite(self, lowered: Lowered, terms: list[Term]) -> None:
-        """In anomaly mode, name the transform whose result is not finite."""
-        for branch, term in zip(lowered.branches, terms, strict=True):
-            if not all(t is None or t.isfinite().all() for t in (term.p, term.scale, term.shift)):
-                raise RuntimeError(f"{self.name_of(branch)} computed values that are not finite in the forward pass")
 
     def _update_(self, lowered: Lowered, terms: Sequence[Term], *, subtract: bool) -> None:
         level, y = lowered.target.level, lowered.target.of(self.streams)
@@ -301,7 +296,7 @@ class State:
         ``x_t = y_t - sum_k up(p_k)``, ``dp_k = up^T(dy_t)``, ``dy_k += J_k^T dp_k``; returns the parameters' gradients.
         With ``needs_input`` unset nothing before this coupling wants a gradient: ``x`` and ``dx`` are not formed.
         """
-        position, self.position = self.position, -1  # an exception on the way leaves streams that nothing may use
+        position = self.position
         dy = self.grads[lowered.target.level]
         if dy is None and not needs_input:
             self.release()
@@ -338,6 +333,15 @@ class State:
         self.streams, self.grads, self.position = [], [], -1
         if self.checks:
             self.root.self_check = False  # a whole step went well
+
+    @contextmanager
+    def dropped_on_failure(self) -> Iterator[None]:
+        """An exception in backward leaves streams that nothing may use: they go at once, to make room for a retry."""
+        try:
+            yield
+        except BaseException:
+            self.streams, self.grads, self.position = [], [], -1
+            raise
 
     def begin(self) -> None:
         """Zero gradients at the start of a backward call: an earlier one may have read a level and stopped there."""
@@ -483,7 +487,8 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, token: None) -> tuple:
         forbid_double_backward()
         ctx.state.expect(ctx.position)
-        gradients = ctx.state.retreat(ctx.lowered, ctx.replays, ctx.saved_tensors, ctx.needs_input_grad[0])
+        with ctx.state.dropped_on_failure():
+            gradients = ctx.state.retreat(ctx.lowered, ctx.replays, ctx.saved_tensors, ctx.needs_input_grad[0])
         return None, None, None, *gradients
 
 
@@ -523,7 +528,7 @@ class _Read(torch.autograd.Function):
         others, parameters = tensors[:count], tensors[count:]
         term, ctx.replay = state.run(branch, [state.read(Part(level)), *others], parameters, stored=stored)
         ctx.save_for_backward(*tensors)
-        return term.p
+        return term.p.detach() if stored else term.p  # the node keeps a stored term: its own output were a cycle
 
     @staticmethod
     def backward(ctx: Any, dp: Tensor | None) -> tuple:
@@ -537,10 +542,11 @@ class _Read(torch.autograd.Function):
         others, parameters = saved[:count], saved[count:]
         inputs = [state.read(Part(ctx.level)), *others]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6 : 6 + count]]
-        _, pullback = ctx.replay(parameters, inputs, needs)
-        dothers = [Gradient(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
-        into = PartGradient(state, Part(ctx.level)) if needs[0] else None
-        dparameters = pullback(dp, None, [into, *dothers])
+        with state.dropped_on_failure():
+            _, pullback = ctx.replay(parameters, inputs, needs)
+            dothers = [Gradient(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
+            into = PartGradient(state, Part(ctx.level)) if needs[0] else None
+            dparameters = pullback(dp, None, [into, *dothers])
         return None, None, None, None, None, None, *_values(dothers), *dparameters
 
 

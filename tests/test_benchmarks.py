@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import revbifpn
 from revbifpn.memory import measure_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
@@ -234,3 +235,21 @@ def test_checkpointing_rivals_keeps_their_numbers_and_saves_memory(name):
 def test_timm_hrnet_refuses_checkpointing():
     with pytest.raises(AssertionError, match="checkpointing not supported"):
         timm_or_skip().create_model("hrnet_w18").set_grad_checkpointing(True)
+
+
+def test_operations_are_counted_without_views_and_allocations():
+    launches = importlib.import_module("benchmarks.launches")
+    with launches.Operations() as operations:
+        torch.empty(4, 4).t()[1:].reshape(12).add_(1).mul(2)
+    assert operations.calls == {"clone": 1, "add_": 1, "mul": 1}
+
+
+def test_the_fast_step_takes_fewer_operations_than_the_reversible(tmp_path, capsys):
+    launches = importlib.import_module("benchmarks.launches")
+    assert launches.common.run(launches.main, ["--models", "revbifpn_s0/fast", "--output", str(tmp_path)]) == 0
+    assert "RevBiFPN-S0" in capsys.readouterr().out
+    with (tmp_path / "launches.csv").open() as file:
+        calls = {row["operation"]: int(row["value"]) for row in csv.DictReader(file)}
+    assert 0 < sum(calls.values()) < 0.8 * launches.count(revbifpn.revbifpn_s0).total()
+    assert calls["couple_"] > 0 and "empty" not in calls
+    assert launches.common.run(launches.main, ["--models", "nothing"]) == 2

@@ -87,7 +87,12 @@ def forward(model):
     torch.manual_seed(2)
     reduced = model.stream is not None and model.stream.name == "fixed16"
     with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-        return F.cross_entropy(model(image()).float(), torch.arange(3))
+        kept = modes(model)
+        try:
+            logits = model(image())
+        finally:
+            assert modes(model) == kept, "inside the user's own autocast too"
+        return F.cross_entropy(logits.float(), torch.arange(3))
 
 
 def gradients(model):
@@ -257,6 +262,21 @@ def test_failed_forward(module, stream, reversible, passes):
     assert moved[0] == 0 < moved[2] < moved[-2] <= moved[-1] == len(before), moved
 
 
+@MODULES
+def test_statistics_of_a_norm_move_as_one(module):
+    """Faults at every call of the first branches."""
+    model = network(module)
+    state, before = copy.deepcopy(model.state_dict()), statistics(model)
+    total, after = calls(forward, model), statistics(model)
+    for skip in range(total // 8):
+        model.load_state_dict(state)
+        fails(forward, model, skip=skip, error=KeyboardInterrupt)
+        found = statistics(model)
+        for name in found:
+            assert identical(found[name], before[name]) or identical(found[name], after[name]), name
+    assert any(identical(found[name], after[name]) for name in found)
+
+
 @OWN_BACKWARD
 def test_failed_backward(module, stream, reversible, passes):
     """Parameters have the whole gradient added, or nothing yet; a second try is refused; the next step is right."""
@@ -323,7 +343,7 @@ def test_second_backward_through_a_retained_graph(module, stream, reversible):
 def test_failed_forward_frees_its_tensors(module, stream):
     """At once, without the cycle collector."""
     model = network(module, stream=stream)
-    for fault in faults(calls(forward, model))[1::2]:
+    for fault in faults(calls(forward, model))[1:4:2]:
         with PeakMemory() as meter:
             fails(forward, model, **fault)
             assert meter.live_bytes == 0
@@ -334,7 +354,7 @@ def test_failed_forward_frees_its_tensors(module, stream):
 def test_failed_backward_frees_its_tensors(module, stream, reversible):
     """With the next step: PyTorch's queue holds nodes that were ready when another failed until the next backward."""
     model = network(module, stream=stream, reversible=reversible)
-    for fault in faults(calls(forward(model).backward))[1::2]:
+    for fault in faults(calls(forward(model).backward))[1:4:2]:
         model.zero_grad(set_to_none=True)
         with PeakMemory() as meter:
             loss = forward(model)
@@ -453,7 +473,7 @@ def test_failed_inference(module, stream, training, passes):
     model.train(training)
     infer = torch.no_grad()(forward)
     wanted = infer(copy.deepcopy(model).eval())
-    for fault in faults(calls(infer, copy.deepcopy(model)))[::2]:
+    for fault in faults(calls(infer, copy.deepcopy(model)))[1::3]:
         before, kept = statistics(model), modes(model)
         fails(infer, model, **fault)
         assert modes(model) == kept
@@ -530,7 +550,7 @@ def test_anomaly_mode_names_the_block(module, stream, reversible, part):
         kept = modes(model)
         with torch.autograd.detect_anomaly(check_nan=check_nan):
             found = failure(forward, model)
-        assert found is not None and found[0] is RuntimeError, name
+        assert found is not None and issubclass(found[0], RuntimeError), name
         assert name.removeprefix("rev_stack.").removesuffix(".0") in found[1] and "not finite" in found[1]
         assert modes(model) == kept
         loss = forward(model)
