@@ -31,6 +31,8 @@ SHAPES = [
     ((2, 200, 5, 3), 131),
     ((1, 2, 33, 32), 65),
     ((5, 4, 1, 33), 2),
+    ((7, 208, 7, 7), 197),
+    ((1, 195, 19, 20), 240),
 ]
 EMPTY = [((0, 3, 4, 4), 2), ((2, 3, 0, 4), 2), ((2, 3, 4, 4), 0), ((2, 0, 4, 4), 3)]
 
@@ -183,8 +185,9 @@ def test_a_sample_is_the_same_bits_in_any_batch(run, shape, out):
 
 
 @NATIVE
-def test_threads_do_not_change_the_bits(run):
-    x, dy, weight, prologues = draw((6, 96, 28, 28), 72)
+@pytest.mark.parametrize("out", [72, 200], ids="{} channels".format)
+def test_threads_do_not_change_the_bits(run, out):
+    x, dy, weight, prologues = draw((6, 224, 14, 14), out)
     threads = torch.get_num_threads()
     found = []
     try:

@@ -97,7 +97,9 @@ struct NormArgs {
   bool wide = false;
 };
 
-constexpr int64_t kPanelColumns = 48;  // whole tiles of a 1x1 convolution
+constexpr int64_t kPanelColumns = 48;   // whole tiles of a 1x1 convolution
+constexpr int64_t kPanelChannels = 96;  // most channels of a panel of its weight's gradient
+constexpr int64_t kBlockRows = 32;      // rows of that in a unit: whole tiles
 
 // y = weight z, z = gate hardswish(scale x + shift), or x if scale is absent; for the gradient of
 // the weight y is dy.
@@ -105,9 +107,9 @@ struct PointwiseArgs {
   Map x, y;
   const void* weight = nullptr;  // [y.c, x.c] in the accumulate dtype
   int64_t weight_row = 0, weight_column = 0;
-  int64_t panel = kPanelColumns;  // pixels of a unit, a multiple
-  int64_t blocks = 1;             // of the weight's rows
-  void* grad_weight = nullptr;    // [y.c, x.c], contiguous: grows by sum dy z^T
+  int64_t panel = kPanelColumns;  // pixels of a unit, a multiple; channels of one of the gradient
+  int64_t blocks = 1;  // of the weight's rows; for its gradient 0: kDotRows rows of z are a unit
+  void* grad_weight = nullptr;  // [y.c, x.c], contiguous: grows by sum dy z^T
   Coefficient scale, shift, gate;
   bool wide = false;
 };
@@ -166,7 +168,7 @@ struct Kernels {
   void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);  // planes c N + n
   void (*depthwise_grad_weight)(const DepthwiseArgs&, int64_t begin, int64_t end);  // group C + c
   void (*pointwise)(const PointwiseArgs&, int64_t begin, int64_t end);  // panel blocks + block
-  void (*pointwise_grad_weight)(const PointwiseArgs&, int64_t begin, int64_t end);  // kDotRows of x
+  void (*pointwise_grad_weight)(const PointwiseArgs&, int64_t begin, int64_t end);  // see blocks
   void (*bn_moments)(const NormArgs&, int64_t begin, int64_t end);  // planes n C + c
   void (*bn_act)(const NormArgs&, int64_t begin, int64_t end);
   void (*bn_act_squeeze)(const NormArgs&, int64_t begin, int64_t end);

@@ -3,9 +3,10 @@
 namespace revkernels {
 namespace {
 
-// Fewer panels than this share their rows among the threads, at least so many to a block.
 constexpr int64_t kPanelElements = 1 << 13;  // of z, to stay in the first-level cache
-constexpr int64_t kFewPanels = 32, kBlockRows = 64;
+// Fewer panels than this share their rows among the threads, at least so many to a block.
+constexpr int64_t kFewPanels = 32, kFewRows = 64;
+constexpr int64_t kManyChannels = 192;  // that transposing z pays for
 
 PointwiseArgs pointwise_args(const Tensor& x, const std::optional<Tensor>& scale,
                              const std::optional<Tensor>& shift,
@@ -44,7 +45,7 @@ void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optio
       std::max(kPanelElements / std::max(args.x.c, int64_t(1)) / kPanelColumns, int64_t(1)) *
       kPanelColumns;
   const int64_t panels = ceil_div(args.x.n * args.x.h * args.x.w, args.panel);
-  args.blocks = std::min(ceil_div(kFewPanels, panels), ceil_div(args.y.c, kBlockRows));
+  args.blocks = std::min(ceil_div(kFewPanels, panels), ceil_div(args.y.c, kFewRows));
   run(kernels().pointwise, args, panels * args.blocks, work_of(args));
 }
 
@@ -54,10 +55,20 @@ Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   args.y = map_of(dy, "dy");
   check_shape(args.y, dy, "dy", args.x.n, args.y.c, args.x.h, args.x.w);
   Tensor dw = new_sums(x, {args.y.c, args.x.c, 1, 1});
-  torch::stable::zero_(dw);
-  if (numel(args.x) == 0 || numel(args.y) == 0) return dw;
+  const bool empty = numel(args.x) == 0 || numel(args.y) == 0;
+  const bool in_panels = std::min(args.x.c, args.y.c) >= kManyChannels;
+  if (empty || !in_panels) torch::stable::zero_(dw);
+  if (empty) return dw;
   args.grad_weight = dw.data_ptr();
-  run(kernels().pointwise_grad_weight, args, ceil_div(args.x.c, kDotRows), work_of(args));
+  int64_t units = ceil_div(args.x.c, kDotRows);
+  args.blocks = 0;
+  if (in_panels) {
+    const int64_t panels = ceil_div(args.x.c, kPanelChannels);
+    args.panel = ceil_div(ceil_div(args.x.c, panels), 16) * 16;
+    args.blocks = ceil_div(args.y.c, kBlockRows);
+    units = ceil_div(args.x.c, args.panel) * args.blocks;
+  }
+  run(kernels().pointwise_grad_weight, args, units, work_of(args));
   return dw;
 }
 

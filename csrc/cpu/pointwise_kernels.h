@@ -52,6 +52,14 @@ struct Columns {
 
   template <class A>
   void read(const Map& m, int64_t c, A* out) const {
+    if (direct<A>(m) && flat(m)) {
+      return for_samples([&](int64_t sample, int64_t from, int64_t column, int64_t length) {
+        const A* in = reinterpret_cast<const A*>(element(m, sample, c, 0, from));
+        for (int64_t i = 0; i < length; i += kLanes<A>) {
+          store_left(out + column + i, load_left(in + i, length - i), length - i);
+        }
+      });
+    }
     for_runs(m, c, [&](const char* data, int64_t column, int64_t length) {
       read_row(m, data, out + column, length);
     });
@@ -117,11 +125,12 @@ class Prologue {
 constexpr int kTileRows = REVK_BYTES == 64 ? 8 : 4;
 constexpr int kTileVectors = 3;
 
-// out[r][l] = sum_k weight[r][k step] panel[k, l]
-template <class A>
-static void pointwise_tile(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
-                           int64_t depth, A* const* out, int64_t columns) {
-  constexpr int L = kLanes<A>, R = kTileRows, V = kTileVectors;
+// out[r][l] = sum_k weight[r][k step] panel[k, l] for V vectors of columns, of which `columns` are
+// stored.
+template <class A, int V>
+static void pointwise_vectors(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
+                              int64_t depth, A* const* out, int64_t columns) {
+  constexpr int L = kLanes<A>, R = kTileRows;
   const A* w[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -143,9 +152,21 @@ static void pointwise_tile(const A* const* weight, int64_t step, const A* panel,
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      if (columns > v * L) store_left(out[r] + v * L, sums[r][v], columns - v * L);
-    }
+    for (int v = 0; v < V; ++v) store_left(out[r] + v * L, sums[r][v], columns - v * L);
+  }
+}
+
+template <class A>
+static void pointwise_tile(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
+                           int64_t depth, A* const* out, int64_t columns) {
+  static_assert(kTileVectors == 3);
+  constexpr int L = kLanes<A>;
+  if (columns > 2 * L) {
+    pointwise_vectors<A, 3>(weight, step, panel, pitch, depth, out, columns);
+  } else if (columns > L) {
+    pointwise_vectors<A, 2>(weight, step, panel, pitch, depth, out, columns);
+  } else {
+    pointwise_vectors<A, 1>(weight, step, panel, pitch, depth, out, columns);
   }
 }
 
@@ -232,7 +253,7 @@ static void pointwise_dots(const A* const* dy, const A* z, int64_t length, A* dw
 // Units are kDotRows rows of z, columns of dW. Up to kZRows of them are formed at a time and meet
 // every row of dy; columns are summed in segments, each of one sample or of whole samples.
 template <class A>
-static void pointwise_grad_weight_of(const PointwiseArgs& args, int64_t begin, int64_t end) {
+static void pointwise_grad_weight_dots(const PointwiseArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kZRows = 32;
   const Map& x = args.x;
   const Map& dy = args.y;
@@ -278,7 +299,70 @@ static void pointwise_grad_weight_of(const PointwiseArgs& args, int64_t begin, i
   }
 }
 
+// The same for many channels: the product of dy with panels of z^T. Units are blocks of rows of dy
+// in panels of channels; z^T is formed kPanelDepth columns at a time, once for all blocks at hand.
+template <class A>
+static void pointwise_grad_weight_panels(const PointwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t P = kPanelChannels, kPanelDepth = 256;
+  constexpr int R = kTileRows, C = kTileVectors * kLanes<A>, L = kLanes<A>;
+  const Map& x = args.x;
+  const Map& dy = args.y;
+  const int64_t total = x.n * x.h * x.w;
+  Scratch scratch(2 * Scratch::bytes<A>(P * kPanelDepth) + R * Scratch::bytes<A>(kPanelDepth) +
+                  R * Scratch::bytes<A>(C));
+  A* z = scratch.take<A>(P * kPanelDepth);
+  A* panel = scratch.take<A>(P * kPanelDepth);
+  A *copies[R], *sums[R];
+  for (A*& row : copies) row = scratch.take<A>(kPanelDepth);
+  for (A*& row : sums) row = scratch.take<A>(C);
+  const Prologue<A> prologue(args);
+  for (int64_t unit = begin, stop; unit < end; unit = stop) {
+    stop = smaller(end, (unit / args.blocks + 1) * args.blocks);
+    const int64_t c = unit / args.blocks * args.panel, channels = smaller(args.panel, x.c - c);
+    const int64_t begin_row = unit % args.blocks * kBlockRows;
+    const int64_t end_row = smaller(begin_row + (stop - unit) * kBlockRows, dy.c);
+    for (int64_t first = 0; first < total; first += kPanelDepth) {
+      const Columns columns(x, first, smaller(kPanelDepth, total - first));
+      prologue.form(columns, c, channels, z, kPanelDepth);
+      for (int64_t k = 0; k < columns.count; k += L) {
+        for (int64_t l = 0; l < channels; l += L) {
+          Vec<A> tile[L];
+#pragma GCC unroll 16
+          for (int r = 0; r < L; ++r) tile[r] = load(z + (l + r) * kPanelDepth + k);
+          transpose<A>(tile);
+#pragma GCC unroll 16
+          for (int r = 0; r < L; ++r) store(panel + (k + r) * P + l, tile[r]);
+        }
+      }
+      const bool in_place = columns.in_place<A>(dy);
+      for (int64_t o = begin_row; o < end_row; o += R) {
+        const int64_t rows = smaller(R, end_row - o);
+        const A* in[R];
+        for (int r = 0; r < R; ++r) {
+          if (!in_place && r < rows) columns.read(dy, o + r, copies[r]);
+          in[r] = in_place ? columns.row<A>(dy, r < rows ? o + r : o) : copies[r];
+        }
+        for (int64_t j = 0; j < channels; j += C) {
+          const int64_t count = smaller(C, channels - j);
+          A* dw = static_cast<A*>(args.grad_weight) + o * x.c + c + j;
+          A* out[R];
+          for (int r = 0; r < R; ++r) out[r] = first == 0 && r < rows ? dw + r * x.c : sums[r];
+          pointwise_tile<A>(in, 1, panel + j, P, columns.count, out, count);
+          for (int64_t r = 0; first > 0 && r < rows; ++r) {
+            for (int64_t l = 0; l < count; ++l) dw[r * x.c + l] += sums[r][l];
+          }
+        }
+      }
+    }
+  }
+}
+
 static void pointwise_grad_weight(const PointwiseArgs& args, int64_t begin, int64_t end) {
-  args.wide ? pointwise_grad_weight_of<double>(args, begin, end)
-            : pointwise_grad_weight_of<float>(args, begin, end);
+  if (args.wide) {
+    args.blocks > 0 ? pointwise_grad_weight_panels<double>(args, begin, end)
+                    : pointwise_grad_weight_dots<double>(args, begin, end);
+  } else {
+    args.blocks > 0 ? pointwise_grad_weight_panels<float>(args, begin, end)
+                    : pointwise_grad_weight_dots<float>(args, begin, end);
+  }
 }

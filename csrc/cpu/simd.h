@@ -366,6 +366,23 @@ REVK_INLINE Vec<A> odds(Vec<A> a, Vec<A> b) {
 #endif
 }
 
+// kLanes vectors of kLanes lanes: rows become columns.
+template <class A>
+REVK_INLINE void transpose(Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+#pragma GCC unroll 4
+  for (int h = 1; h < L; h *= 2) {
+    Vec<A> next[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      next[i] = evens<A>(v[2 * i], v[2 * i + 1]);
+      next[i + L / 2] = odds<A>(v[2 * i], v[2 * i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) v[i] = next[i];
+  }
+}
+
 // v[F] consecutive vectors -> v[r] holds elements r, r + F, r + 2 F, ...
 template <class A, int F>
 REVK_INLINE void split(Vec<A>* v) {
