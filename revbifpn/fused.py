@@ -14,8 +14,8 @@ that batch statistics need. Only one full plane per branch exists, p, over which
 is written; everything else lives for a chunk of samples at a time.
 
 Under autocast the planes e, d, p and their gradients are of its dtype; statistics, gates and sums are float32. Forward
-and recompute call the same kernels, on the same chunks where results could depend on them (cuBLAS's), so that p comes out
-the same bit for bit.
+and recompute call the same kernels, on the same chunks where results could depend on them (cuBLAS's), so that p comes
+out the same bit for bit.
 """
 
 from __future__ import annotations
