@@ -30,3 +30,36 @@ def poison(bytes_: int = 1 << 22) -> None:
     """Fill a block of memory with NaN and free it, so that an output that a kernel leaves unwritten shows."""
     for size in (bytes_, bytes_ >> 4, bytes_ >> 8, bytes_ >> 12):
         torch.full((size // 4,), float("nan"))
+
+
+# The same map in other memory layouts.
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def channel_half(t: Tensor) -> Tensor:
+    """The second half of twice as many channels."""
+    return torch.cat([t * 0, t], 1)[:, t.shape[1] :]
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.channels_last)
+
+
+def every_second_column(t: Tensor) -> Tensor:
+    return torch.stack([t, t * 0], -1).flatten(-2)[..., ::2]
+
+
+def left_columns(t: Tensor) -> Tensor:
+    """Rows with as many elements again between them."""
+    return torch.cat([t, t * 0], -1)[..., : t.shape[-1]]
+
+
+def transposed(t: Tensor) -> Tensor:
+    """Columns outermost in memory, samples innermost."""
+    return t.transpose(0, 3).contiguous().transpose(0, 3)
+
+
+LAYOUTS = (contiguous, channel_half, channels_last, every_second_column, left_columns, transposed)

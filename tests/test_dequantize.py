@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from revkernels.testing import implementations
+from revkernels.testing import LAYOUTS, channel_half, contiguous, implementations
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RUNS = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("dequantize_", d)}
@@ -21,30 +21,6 @@ def steps(*shape):
     return y
 
 
-def contiguous(t):
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def channel_half(t):
-    return torch.cat([t * 0, t], 1)[:, t.shape[1] :]
-
-
-def channels_last(t):
-    return t.clone(memory_format=torch.channels_last)
-
-
-def every_second_column(t):
-    return torch.stack([t, t * 0], -1).flatten(-2)[..., ::2]
-
-
-def left_columns(t):
-    return torch.cat([t, t * 0], -1)[..., : t.shape[-1]]
-
-
-def transposed(t):
-    return t.transpose(0, 3).contiguous().transpose(0, 3)
-
-
 def one_sample(t):
     return t[:1].expand_as(t)
 
@@ -53,7 +29,6 @@ def one_column(t):
     return t[..., :1].expand_as(t)
 
 
-LAYOUTS = [contiguous, channel_half, channels_last, every_second_column, left_columns, transposed]
 READ_LAYOUTS = [*LAYOUTS, one_sample, one_column]
 
 

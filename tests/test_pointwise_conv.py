@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from revkernels import reference
 from revkernels.reference import accumulate_dtype
-from revkernels.testing import implementations, poison, relative_error
+from revkernels.testing import LAYOUTS, implementations, poison, relative_error
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CONV = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("pointwise_conv_", d)}
@@ -66,31 +66,6 @@ def double(values):
     return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
 
 
-def contiguous(t):
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def channel_half(t):
-    return torch.cat([t * 0, t], 1)[:, t.shape[1] :]
-
-
-def channels_last(t):
-    return t.clone(memory_format=torch.channels_last)
-
-
-def every_second_column(t):
-    return torch.stack([t, t * 0], -1).flatten(-2)[..., ::2]
-
-
-def left_columns(t):
-    return torch.cat([t, t * 0], -1)[..., : t.shape[-1]]
-
-
-def transposed(t):
-    return t.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-LAYOUTS = [contiguous, channel_half, channels_last, every_second_column, left_columns, transposed]
 PAIRS = list(itertools.product(LAYOUTS, LAYOUTS))
 
 
