@@ -1,6 +1,7 @@
 """Triton kernels, one file per fused op; importing this needs triton.
 
 ``LAUNCHERS`` maps each op to the Python function that launches its kernel and has the op's schema.
+``COMPOSED`` are the ops of which that is another op's kernel and a product of cuBLAS.
 ``INTERPRETED`` tells whether kernels run under Triton's interpreter, where they take CPU tensors.
 """
 
@@ -28,3 +29,4 @@ LAUNCHERS: dict[str, Callable] = {
     "se_gate": se_gate.se_gate,
     "se_gate_grad": se_gate.se_gate_grad,
 }
+COMPOSED = {"pointwise_conv_", "pointwise_conv_grad_weight"}
