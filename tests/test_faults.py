@@ -407,7 +407,16 @@ def test_self_check_goes_on_after_a_fault(module, stream):
     assert not model.rev_stack.self_check
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a process in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @MODULES
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stream", [None, "fixed32"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["forward", "recompute"])
 def test_interrupt_in_a_hook_of_the_user(module, stream, recompute, passes):
