@@ -314,29 +314,29 @@ def _depthwise_conv_grad_weight(x, dy, scale, shift, kernel, stride):  # noqa: A
     return dw.to(reference.accumulate_dtype(x.dtype))
 
 
-def _gated(x, scale, shift, gate):  # noqa: ANN001, ANN202
-    z = _activated(x, scale, shift)
+def _bn_act(x, scale, shift, gate, act="hardswish"):  # noqa: ANN001, ANN202
+    z = _activated(x, scale, shift, act)
     return z if gate is None else z * gate[..., None, None].to(z.dtype)
 
 
 def _convolve_(y, x, weight, *prologue):  # noqa: ANN001, ANN202
-    y.copy_(F.conv2d(_gated(x, *prologue).to(y.dtype), weight.to(y.dtype)))
+    y.copy_(F.conv2d(_bn_act(x, *prologue).to(y.dtype), weight.to(y.dtype)))
 
 
 def _multiply_(y, x, weight, *prologue):  # noqa: ANN001, ANN202
     weight = weight.flatten(1).to(y.dtype).expand(len(x), -1, -1)
-    torch.bmm(weight, _gated(x, *prologue).to(y.dtype).flatten(2), out=y.flatten(2))
+    torch.bmm(weight, _bn_act(x, *prologue).to(y.dtype).flatten(2), out=y.flatten(2))
 
 
 def _convolution_grad_weight(x, dy, *prologue):  # noqa: ANN001, ANN202
     weight, mask = dy.new_empty(dy.shape[1], x.shape[1], 1, 1), [False, True, False]
-    backward, z = torch.ops.aten.convolution_backward, _gated(x, *prologue).to(dy.dtype)
+    backward, z = torch.ops.aten.convolution_backward, _bn_act(x, *prologue).to(dy.dtype)
     dw = backward(dy, z, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)[1]
     return dw.to(reference.accumulate_dtype(x.dtype))
 
 
 def _product_grad_weight(x, dy, *prologue):  # noqa: ANN001, ANN202
-    z, acc = _gated(x, *prologue).to(dy.dtype).flatten(2).transpose(1, 2), reference.accumulate_dtype(x.dtype)
+    z, acc = _bn_act(x, *prologue).to(dy.dtype).flatten(2).transpose(1, 2), reference.accumulate_dtype(x.dtype)
     if acc == dy.dtype and dy.is_cpu:
         return dy.new_zeros(dy.shape[1], x.shape[1]).addbmm_(dy.flatten(2), z)[..., None, None]
     return torch.bmm(dy.flatten(2), z).sum(0, dtype=acc)[..., None, None]
@@ -370,11 +370,6 @@ def _bn_stats(x):  # noqa: ANN001, ANN202
         return mean, rstd.square().reciprocal()
     var, mean = torch.var_mean(x.to(reference.accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
     return mean, var
-
-
-def _bn_act(x, scale, shift, gate, act):  # noqa: ANN001, ANN202
-    z = _activated(x, scale, shift, act)
-    return z if gate is None else z * gate[..., None, None].to(z.dtype)
 
 
 def _bn_act_squeeze(x, scale, shift, act):  # noqa: ANN001, ANN202
