@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from revbifpn.engine.anomaly import names_of
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
+from revbifpn.engine.anomaly import names_of
+from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
 from revbifpn.streams import StreamFormat
-from revbifpn.engine.tape import Stored, Tape
 from revkernels import reference
 
 

@@ -153,7 +153,7 @@ class Encoded:
 
 
 def as_map(x: Tensor) -> Tensor:
-    """x ``[N, C, ...]`` of any number of dimensions as kernels take it, ``[N, C, H, W]``; a view wherever x is a stream."""
+    """x of any number of dimensions, ``[N, C, ...]``, as kernels take it, ``[N, C, H, W]``: a view of a stream."""
     if x.dim() == 4:
         return x
     return x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1) if x.dim() > 1 else x.reshape(*x.shape, 1, 1, 1)

@@ -62,9 +62,7 @@ class Gradient:
 class Pullback(Protocol):
     """The vector-Jacobian product of one call of a branch; good for one use."""
 
-    def __call__(
-        self, du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]
-    ) -> Sequence[Tensor | None]:
+    def __call__(self, du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> Sequence[Tensor | None]:
         """Add the inputs' gradients to ``into`` and return the parameters'.
 
         Args:
@@ -120,7 +118,7 @@ class ModuleBranch:
     between forward and backward, parameters swapped in by ``torch.func.functional_call``, cached parametrisations, and
     checkpoints inside, whose own second call runs in the same scene.
 
-    Both calls run with gradients enabled, on inputs that want one: kernels may differ without (attention's, recurrent
+    Both calls run with gradients enabled, on inputs that want one: without, kernels may differ (attention's, recurrent
     layers').
     """
 
@@ -131,8 +129,8 @@ class ModuleBranch:
         parameters = list(self.module.parameters())
         if any(map(is_lazy, parameters)):
             raise RuntimeError(
-                f"{type(self.module).__name__} has parameters that are not initialised yet (a Lazy layer): call it once "
-                "on an input of its own before the reversible block that it is in"
+                f"{type(self.module).__name__} has parameters that are not initialised yet (a Lazy layer): call it "
+                "once on an input of its own before the reversible block that it is in"
             )
         return parameters
 
@@ -159,11 +157,12 @@ class ModuleBranch:
         self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Contribution, Pullback]:
         # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
-        inputs, parameters = [_wanting(values(x).data) for x in inputs], _leaves(parameters)
+        inputs = [_wanting(values(x).data) if need else values(x).data for x, need in zip(inputs, needs, strict=True)]
+        parameters = _leaves(parameters)
         replay = Replay(self.module, record, self._named(parameters))
         with torch.enable_grad():
             p = replay.call(*inputs)
-        return Contribution(p.detach()), self._pullback(p, inputs, needs, parameters, replay.run)
+        return Contribution(p.detach()), self._pullback(p, inputs, parameters, replay.run)
 
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
         inputs = [_wanting(values(x).detach().clone()) for x in inputs]
@@ -171,8 +170,7 @@ class ModuleBranch:
         with torch.enable_grad(), Autocast.current(inputs[0].device).restore(), uncached_parametrizations():
             p = torch.func.functional_call(self.module, self._named(parameters), tuple(inputs))
         check_finite(self.module, p)
-        needs = [x.requires_grad for x in inputs]
-        return Contribution(p.detach()), self._pullback(p, inputs, needs, parameters, lambda function: function())
+        return Contribution(p.detach()), self._pullback(p, inputs, parameters, lambda function: function())
 
     def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip((name for name, _ in self.module.named_parameters()), parameters, strict=True))
@@ -181,7 +179,6 @@ class ModuleBranch:
         self,
         p: Tensor,
         inputs: Sequence[Tensor],
-        needs: Sequence[bool],
         parameters: Sequence[Tensor],
         run: Callable[[Callable[[], Any]], Any],
     ) -> Pullback:
@@ -189,12 +186,8 @@ class ModuleBranch:
 
         def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if p.requires_grad:
-                # Leaves of our own take the gradients, rather than autograd.grad: checkpoints of the old kind need it.
-                unwanted = [x for x, need in zip(inputs, needs, strict=True) if x.requires_grad and not need]
-                wanted = [t for t in (*inputs, *parameters) if t.requires_grad and not any(t is x for x in unwanted)]
-                if wanted:
-                    leaves = wanted if unwanted else None
-                    run(lambda: torch.autograd.backward(p, du.to(p.dtype), inputs=leaves))
+                # Into leaves of our own, not by autograd.grad, which checkpoints of the reentrant kind refuse.
+                run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
             for x, total in zip(inputs, into, strict=True):
                 if x.grad is not None and total is not None:
                     total.tensor().add_(x.grad)

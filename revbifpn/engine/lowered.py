@@ -57,7 +57,7 @@ class Lowered:
     def advance_(
         self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Tensor | Encoded], grid: Grid | None
     ) -> None:
-        """``y <- s y + sum_k contribution_k + sum_j c_j linear_j``; ``linear`` holds the values of the linear sources."""
+        """``y <- s y + sum_k contribution_k + sum_j c_j linear_j``, from the values of the linear sources."""
         if self.coupling.scale != 1:
             y.mul_(self.coupling.scale)
         self.add_(y, [*contributions, *self._linear(linear)], subtract=False, grid=grid)
@@ -95,9 +95,7 @@ class Lowered:
         """Per contribution of a branch, its gradient and the sums that its ``center`` asks for."""
         return [(dy, None)] * len(contributions)
 
-    def stored(
-        self, y: Tensor | None, inputs: Sequence[Tensor], linear: Sequence[Tensor]
-    ) -> Tensor:
+    def stored(self, y: Tensor | None, inputs: Sequence[Tensor], linear: Sequence[Tensor]) -> Tensor:
         """The coupled target as an ordinary differentiable tensor; ``y = None`` is zero."""
         if y is not None and self.coupling.scale != 1:
             y = self.coupling.scale * y

@@ -1,9 +1,9 @@
 """The autograd nodes of a pass. Activations and their gradients do not travel through autograd.
 
-A :class:`~revbifpn.engine.state.State` owns the streams ``y`` and, in backward, their gradients ``dy``; autograd carries
-only a 0-dim token from node to node, which puts the nodes in order. Going backward, each node recomputes its branches,
-subtracts what they had added (so ``y`` becomes the input of that coupling again, in the same memory) and accumulates
-into ``dy`` in place::
+A :class:`~revbifpn.engine.state.State` owns the streams ``y`` and, in backward, their gradients ``dy``; autograd
+carries only a 0-dim token from node to node, which puts the nodes in order. Going backward, each node recomputes its
+branches, subtracts what they had added (so ``y`` becomes the input of that coupling again, in the same memory) and
+accumulates into ``dy`` in place::
 
     enter --token--> step --token--> ... --token--> leave       ordinary tensors come in at enter and go out at leave,
                                           \\-------> read        or through a function of one level, at read
@@ -26,6 +26,7 @@ from revbifpn.engine.lowered import Lowered
 from revbifpn.engine.record import Backends
 from revbifpn.engine.state import PartGradient, State
 from revkernels.functional import forbid_double_backward
+
 
 def forbid_second_derivative() -> None:
     """Raise inside a backward that is being differentiated itself; nodes call it first in ``backward``."""

@@ -196,7 +196,7 @@ class State:
         undoes = needs_input and not lowered.creates and not self.stored
         gradients: list[Tensor | None] = [None] * len(parameters)
         if pulls or undoes:
-            contributions, pullbacks = self._replayed(lowered, calls, parameters, needs_input and pulls)
+            contributions, pullbacks = self._replayed(lowered, calls, parameters, needs_input)
             if undoes:
                 self.subtract(lowered, contributions)
                 if self.observer is not None:

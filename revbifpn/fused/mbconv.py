@@ -258,7 +258,7 @@ class FusedMBConv:
 
     @explicit
     def infer(self, x: Tensor | Encoded) -> Contribution:
-        """The contribution from running statistics, a chunk of samples at a time: planes stay in cache, norms are folded."""
+        """The contribution from running statistics, by chunks of samples: planes stay in cache, norms are folded."""
         weights = self.weights
         norm0, norm1, norm2 = (None if n is None else _running(n, n.running_mean) for n in self.norms)
         affine0 = NO_PROLOGUE if norm0 is None else norm0.affine
@@ -355,7 +355,7 @@ class FusedMBConv:
     def recompute(
         self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> tuple[Contribution, Pullback]:
-        """The contribution again (without reductions, but in float64) and its vector-Jacobian product; see :class:`Branch`."""
+        """The contribution again (without reductions, except in float64) and its vector-Jacobian product."""
         (x,) = inputs
         weights = self.named(parameters)
         if x.dtype == torch.float64:

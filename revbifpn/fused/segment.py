@@ -37,7 +37,9 @@ class Segment(nn.Module):
 def add_contribution(contribution: Contribution, onto: Tensor | None) -> Tensor:
     """``onto + a p + b`` as a new tensor; ``onto = None`` is zero."""
     out = torch.zeros_like(contribution.p) if onto is None else onto.clone(memory_format=torch.contiguous_format)
-    torch.ops.revkernels.couple_(out, [contribution.p], [contribution.scale], [contribution.shift], [1], "nearest", False)
+    torch.ops.revkernels.couple_(
+        out, [contribution.p], [contribution.scale], [contribution.shift], [1], "nearest", False
+    )
     return out
 
 
@@ -66,7 +68,9 @@ class FusedSegment:
         return out if self.merge is None else add_contribution(self.merge.evaluate(out, update=update), None)
 
     @explicit
-    def _run(self, inputs: Sequence[Tensor | Encoded], planes: list | None = None) -> tuple[Contribution, list[FusedRecord]]:
+    def _run(
+        self, inputs: Sequence[Tensor | Encoded], planes: list | None = None
+    ) -> tuple[Contribution, list[FusedRecord]]:
         """The segment's map and the records of its parts, whose d and p are added to ``planes`` if wanted."""
         y, *merged = inputs
         records = []
