@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
@@ -513,48 +511,28 @@ def test_step_after_an_exception_is_right(error, recompute):
 # Memory ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def states_made(monkeypatch):
-    """Weak references to the states of the passes in the block, with the cycle collector off."""
-    states, init = [], tape.State.__init__
-
-    def record(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        states.append(weakref.ref(self))
-
-    monkeypatch.setattr(tape.State, "__init__", record)
-    gc.collect()
-    gc.disable()
-    try:
-        yield states
-    finally:
-        gc.enable()
-
-
 @pytest.mark.parametrize("backward", [False, True])
-def test_streams_are_freed_without_the_cycle_collector(backward, monkeypatch):
+def test_streams_are_freed_without_the_cycle_collector(backward, passes):
     net, (x,) = network("growing, then not")
-    with states_made(monkeypatch) as states:
-        loss = sum(y.sum() for y in net(x))
-        if backward:
-            loss.backward()
-            assert states[0]().grads == []
-        assert states[0]().streams == [], "the outputs alone are kept, and with backward not even those"
-        del loss
-        assert [s() for s in states] == [None]
+    loss = sum(y.sum() for y in net(x))
+    if backward:
+        loss.backward()
+        assert passes[0]().grads == []
+    assert passes[0]().streams == [], "the outputs alone are kept, and with backward not even those"
+    del loss
+    assert [owner() for owner in passes] == [None]
 
 
-def test_streams_are_freed_after_an_exception(monkeypatch):
+def test_streams_are_freed_after_an_exception(passes):
     torch.manual_seed(0)
     net = four(Bomb)
     x = torch.randn(3, 8, 6, 6)
-    with states_made(monkeypatch) as states:
-        for recompute in (False, True):
-            net.blocks[1].f.xform_0_1.fuse = (recompute, ValueError)
-            with contextlib.suppress(ValueError):
-                net(x).sum().backward()
-        net.zero_grad(set_to_none=True)
-        assert [s() for s in states] == [None, None]
+    for recompute in (False, True):
+        net.blocks[1].f.xform_0_1.fuse = (recompute, ValueError)
+        with contextlib.suppress(ValueError):
+            net(x).sum().backward()
+    net.zero_grad(set_to_none=True)
+    assert [owner() for owner in passes] == [None, None]
 
 
 def deep(depth, reversible):
@@ -562,7 +540,7 @@ def deep(depth, reversible):
     return ReversibleSequence(*blocks, reversible=reversible)
 
 
-@pytest.mark.parametrize("coupler", [tape.Coupler, FusedCoupler])
+@couplers
 def test_peak_memory_does_not_grow_with_depth(coupler):
     peaks = {}
     for reversible in (True, False):
