@@ -20,7 +20,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed;
 @pytest.fixture
 def passes(monkeypatch):
     """Weak references to what owns the streams of each pass, reversible or stored; the cycle collector is off."""
-    from revbifpn import tape
+    from revbifpn.engine.state import State
+    from revbifpn.engine.tape import Stored
 
     made = []
 
@@ -31,7 +32,7 @@ def passes(monkeypatch):
 
         return run
 
-    for owner in (tape.State, tape.Stored):
+    for owner in (State, Stored):
         monkeypatch.setattr(owner, "__init__", recorded(owner.__init__))
     gc.collect()
     gc.disable()

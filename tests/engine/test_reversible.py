@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from revbifpn import RevBlock, ReversibleSequence, RevSilo, check_invertible, memory, tape
-from revbifpn.fast import FusedCoupler
+from revbifpn import RevBlock, ReversibleSequence, RevSilo, check_invertible, memory
+from revbifpn.engine.lowered import Coupler
+from revbifpn.fused import FusedCoupler
 from revbifpn.mbconv import MBConv
 from revbifpn.reversible import Coupling, Part, PerLevel, Reversible, Upsampled, is_recomputing, recomputed
 
@@ -107,10 +108,10 @@ NETWORKS = {
     "empty": (lambda: ReversibleSequence(), (8,)),
 }
 networks = pytest.mark.parametrize("name", NETWORKS)
-couplers = pytest.mark.parametrize("coupler", [tape.Coupler, FusedCoupler])
+couplers = pytest.mark.parametrize("coupler", [Coupler, FusedCoupler])
 
 
-def network(name, coupler=tape.Coupler, dtype=F64):
+def network(name, coupler=Coupler, dtype=F64):
     torch.manual_seed(0)
     make, channels = NETWORKS[name]
     net = make().to(dtype)
@@ -257,7 +258,7 @@ TRANSFORMS = {
 transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 
 
-def with_transform(transform, coupler=tape.Coupler):
+def with_transform(transform, coupler=Coupler):
     torch.manual_seed(0)
     net = four(TRANSFORMS[transform]).double()
     net.coupler = coupler()
