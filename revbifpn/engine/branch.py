@@ -148,7 +148,7 @@ class ModuleBranch:
     def record(self, *inputs: Tensor) -> tuple[Contribution, Record]:
         inputs = [values(x).detach() for x in inputs]
         recorder = Recorder(self.module, inputs)
-        with uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
+        with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
             p = _call(self.module, [_wanting(x) for x in inputs])
         check_finite(self.module, p)
         return Contribution(p.detach()), recorder.finish()
