@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from revbifpn.streams import OverflowCounter
 
@@ -256,10 +256,21 @@ class Average:
                 groups[own.dtype].append((own, given))
             for group in groups.values():
                 owns, givens = map(list, zip(*group, strict=True))
-                (average.multi_avg_fn or get_swa_multi_avg_fn())(owns, givens, self.count)
+                (average.multi_avg_fn or _mean)(owns, givens, self.count)
         if not self.on_host:
             self.count += 1
 
     def count_replay(self) -> None:
         if self.on_host:
             self.average.n_averaged += 1
+
+
+def _mean(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+    """``a <- a + (v - a) / (n + 1)``; PyTorch's own reads n on the host."""
+    if not averages[0].is_floating_point():
+        for average, value in zip(averages, values, strict=True):
+            average.copy_(average + (value - average) / (count + 1))
+        return
+    steps = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(steps, 1 / (count + 1))
+    torch._foreach_add_(averages, steps)
