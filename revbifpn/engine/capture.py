@@ -64,11 +64,11 @@ def _why_not(op: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> 
     """Why a graph cannot hold a call of an op; empty if it can."""
     if torch.Tag.data_dependent_output in op.tags:
         return _READ
-    if torch.Tag.dynamic_output_shape in op.tags:
-        return "makes a tensor whose shape depends on values"
     if op.overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_):
         masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
         return "indexes with a mask, so that shapes depend on values" if masks else ""
+    if torch.Tag.dynamic_output_shape in op.tags and kwargs.get("output_size") is None:
+        return "makes a tensor whose shape depends on values"
     if kwargs.get("pin_memory") or op.overloadpacket is _aten._pin_memory:
         return "allocates pinned memory"
     if op is _aten._to_copy.default:
