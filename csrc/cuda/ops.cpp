@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "../storage.h"
 #include "kernels.h"
 
 namespace revkernels {
@@ -27,12 +28,6 @@ using cuda::Map;
 using cuda::Stream;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
 
 Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -64,6 +59,7 @@ Map map_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
   check_plane(name, t.size(2), t.size(3));
+  check_storage(t, name);
   return {t.const_data_ptr(), t.size(0),   t.size(1),   t.size(2),  t.size(3),
           t.stride(0),        t.stride(1), t.stride(2), t.stride(3)};
 }
@@ -76,6 +72,7 @@ void check_same_device(const Tensor& t, const char* name, const Tensor& x) {
 // Contiguous, and in `dtype` unless it has x's dtype and `or_own` allows that.
 Tensor small_tensor(const Tensor& t, const char* name, const Tensor& x, bool or_own) {
   check_same_device(t, name, x);
+  check_storage(t, name);
   const ScalarType dtype = t.scalar_type();
   const bool keep = dtype == sum_dtype(x) || (or_own && dtype == x.scalar_type());
   return torch::stable::contiguous(keep ? t : torch::stable::to(t, sum_dtype(x)));
@@ -267,6 +264,7 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   const Dtype dtype = dtype_of(x, "x");
   check_same_device(dy, "dy", x);
   dtype_of(dy, "dy");
+  check_storage(dy, "dy");
   // Mixed dtypes do not occur in training, and are not worth kernels of their own.
   const Tensor grad =
       dy.scalar_type() == x.scalar_type() ? dy : torch::stable::to(dy, x.scalar_type());

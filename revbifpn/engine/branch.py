@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.record import (
-    Autocast,
     Record,
     Recorder,
     Replay,
@@ -162,32 +161,29 @@ class ModuleBranch:
         replay = Replay(self.module, record, self._named(parameters))
         with torch.enable_grad():
             p = replay.call(*inputs)
-        return Contribution(p.detach()), self._pullback(p, inputs, parameters, replay.run)
+        return Contribution(p.detach()), self._pullback(p, inputs, parameters, replay)
 
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
-        inputs = [_wanting(values(x).detach().clone()) for x in inputs]
+        inputs = [_wanting(_copy(values(x).detach())) for x in inputs]
         parameters = _leaves(parameters)
-        with torch.enable_grad(), Autocast.current(inputs[0].device).restore(), uncached_parametrizations():
-            p = torch.func.functional_call(self.module, self._named(parameters), tuple(inputs))
+        named = self._named(parameters)
+        recorder = Recorder(self.module, inputs)
+        with torch.enable_grad(), recorder.autocast.restore(), uncached_parametrizations():
+            p = torch.func.functional_call(self.module, named, tuple(inputs))
         check_finite(self.module, p)
-        return Contribution(p.detach()), self._pullback(p, inputs, parameters, lambda function: function())
+        replay = Replay(self.module, recorder.finish(), named, kept=True)
+        return Contribution(p.detach()), self._pullback(p, inputs, parameters, replay)
 
     def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip((name for name, _ in self.module.named_parameters()), parameters, strict=True))
 
-    def _pullback(
-        self,
-        p: Tensor,
-        inputs: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        run: Callable[[Callable[[], Any]], Any],
-    ) -> Pullback:
+    def _pullback(self, p: Tensor, inputs: Sequence[Tensor], parameters: Sequence[Tensor], replay: Replay) -> Pullback:
         _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
 
         def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if p.requires_grad:
                 # Into leaves of our own, not by autograd.grad, which checkpoints of the reentrant kind refuse.
-                run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
+                replay.run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
             for x, total in zip(inputs, into, strict=True):
                 if x.grad is not None and total is not None:
                     total.tensor().add_(x.grad)
@@ -208,6 +204,11 @@ def _call(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
 def _wanting(x: Tensor) -> Tensor:
     """x, a leaf, as an input that wants a gradient."""
     return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with x's strides, on which the order of sums may depend."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:

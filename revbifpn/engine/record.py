@@ -186,20 +186,20 @@ def updates_statistics(module: nn.Module) -> bool:
 
 
 @contextmanager
-def flags(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
-    """Give every submodule its recorded training flag, and let no norm layer touch its running statistics."""
+def flags(module: nn.Module, training: Sequence[bool], *, tracking: bool = False) -> Iterator[None]:
+    """Give every submodule its recorded training flag; unless ``tracking``, no norm layer updates its statistics."""
     modules = list(module.modules())
     now = [m.training for m in modules]
-    tracking = []
+    stopped = []
     try:
         for m, flag in zip(modules, training, strict=True):
             m.training = flag
-            if updates_statistics(m):
-                tracking.append(m)
+            if not tracking and updates_statistics(m):
+                stopped.append(m)
                 m.track_running_stats = False
         yield
     finally:
-        for m in tracking:
+        for m in stopped:
             m.track_running_stats = True
         for m, flag in zip(modules, now, strict=True):
             m.training = flag
@@ -286,27 +286,35 @@ class Replay:
         module: that was called.
         record: of the call.
         parameters: by name, the values that it used.
+        kept: the graph is that of the recorded call, whose lazy parts must save the same tensors: norms go on updating
+            statistics, those of copies.
     """
 
-    def __init__(self, module: nn.Module, record: Record, parameters: dict[str, Tensor]) -> None:
-        self.module, self.record = module, record
-        state = parameters | record.buffers.restore()
-        self._within, self._state = _Within(module), {f"module.{name}": value for name, value in state.items()}
+    def __init__(self, module: nn.Module, record: Record, parameters: dict[str, Tensor], *, kept: bool = False) -> None:
+        self.module, self.record, self.parameters, self.kept = module, record, parameters, kept
+        self._within = _Within(module)
         self._generators = record.random and record.random[0]
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """``function()`` with everything that was recorded in force; random numbers go on from one run to the next."""
+        """``function()`` with everything that was recorded in force.
+
+        Buffers are at every run what the recorded call found; random numbers go on from one run to the next.
+        """
         record = self.record
+        copies = {name: b.clone() for name, b in self.module.named_buffers()} if self.kept else {}
+        state = self.parameters | copies | record.buffers.restore()
         with ExitStack() as scene:
             scene.enter_context(recomputing())
-            scene.enter_context(flags(self.module, record.training))
+            scene.enter_context(flags(self.module, record.training, tracking=self.kept))
             scene.enter_context(uncached_parametrizations())
             scene.enter_context(record.autocast.restore())
             if self._generators is not None:
                 devices = self._generators.devices
                 scene.enter_context(torch.random.fork_rng(devices=devices))
                 self._generators.put()
-            result = torch.func.functional_call(self._within, self._state, (function,))
+            result = torch.func.functional_call(
+                self._within, {f"module.{name}": value for name, value in state.items()}, (function,)
+            )
             if self._generators is not None:
                 self._generators = Generators(torch.get_rng_state(), devices, _device_states(devices))
         return result

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from revkernels.registry import OPS
+from revkernels.storage import checked
 from revkernels.triton import bn_act, bn_fold, couple, dequantize, pointwise_conv, se_gate
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
-LAUNCHERS: dict[str, Callable] = {
+_LAUNCHERS: dict[str, Callable] = {
     "couple_": couple.couple_,
     "couple_adjoint": couple.couple_adjoint,
     "dequantize_": dequantize.dequantize_,
@@ -29,4 +31,5 @@ LAUNCHERS: dict[str, Callable] = {
     "se_gate": se_gate.se_gate,
     "se_gate_grad": se_gate.se_gate_grad,
 }
+LAUNCHERS = {op: checked(OPS[op].overload._schema, launcher) for op, launcher in _LAUNCHERS.items()}
 COMPOSED = {"pointwise_conv_", "pointwise_conv_grad_weight"}

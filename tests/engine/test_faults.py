@@ -5,13 +5,11 @@ or backward, so that they hit every part of it: couplings, recomputes, pullbacks
 """
 
 import copy
-import gc
 import inspect
 import itertools
 import os
 import signal
 import sys
-import weakref
 
 import pytest
 import torch
@@ -21,19 +19,17 @@ from torch import nn
 import revbifpn
 import revkernels
 from revbifpn import check_invertible, fast, fused, monitor_drift, range_report
-from revbifpn.engine.state import State
-from revbifpn.engine.tape import Stored
 from revbifpn.mbconv import MBConv
 from revbifpn.memory import PeakMemory
 from revbifpn.reversible import is_recomputing
+from tests import networks
+from tests.networks import F32, MODULES, REVERSIBLE, TWO_LEVELS, identical
 
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
 MESSAGE = "raised by the test"
 MOMENTS = (0.0, 0.03, 0.25, 0.5, 0.75, 1.0)  # of all calls that may fail
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 STREAMS = pytest.mark.parametrize("stream", [None, "fixed32", "fixed16"])
-REVERSIBLE = pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
 # Plain float streams that are stored have PyTorch's own backward.
 OWN_BACKWARD = pytest.mark.parametrize(
     ("module", "stream", "reversible"),
@@ -46,21 +42,12 @@ OWN_BACKWARD = pytest.mark.parametrize(
     ],
 )
 
-NARROW = {
+TINY = TWO_LEVELS | {
     "stem_downsampling": 1,
     "channels": [12, 8],
-    "dwk": [3, 3],
-    "dwkp": [0, 0],
-    "inv_blk_rep": 1,
-    "expand_ratios": [1, 2],
-    "se_ratios": [0.25, 0.0],
     "num_ext_layers": 1,
     "stochastic_depth": 0.3,
     "head_channels": [8, 8],
-    "head_dwk": [3, 3],
-    "head_dwkp": [0, 0],
-    "head_expand_ratios": [1, 2],
-    "head_se_ratios": [0.25, 0.25],
     "fc_features": 16,
     "head_dropout": 0.2,
     "classes": 5,
@@ -75,13 +62,13 @@ def chunks_of_one_sample(monkeypatch):
 
 def network(module, **options):
     torch.manual_seed(0)
-    model = module.RevBiFPN(**(NARROW | options))
+    model = module.RevBiFPN(**(TINY | options))
     model.rev_stack.self_check = False  # as after a first step; has its own test
     return model
 
 
 def image():
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return networks.image(F32, 3, 16, 16)
 
 
 def forward(model):
@@ -107,10 +94,6 @@ def step(model):
     loss = forward(model)
     loss.backward()
     return [loss.detach(), *gradients(model)]
-
-
-def identical(found, wanted):
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # Faults ----------------------------------------------------------------------------------------
@@ -205,26 +188,6 @@ def statistics(model):
     for name, buffer in model.named_buffers():
         found.setdefault(name.rpartition(".")[0], []).append(buffer.clone())
     return found
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Weak references to the owners of all passes' streams, with the cycle collector off."""
-    made = []
-
-    def recorded(init):
-        def run(self, *args, **kwargs):
-            init(self, *args, **kwargs)
-            made.append(weakref.ref(self))
-
-        return run
-
-    for owner in (State, Stored):
-        monkeypatch.setattr(owner, "__init__", recorded(owner.__init__))
-    gc.collect()
-    gc.disable()
-    yield made
-    gc.enable()
 
 
 def alive(passes):

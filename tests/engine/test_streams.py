@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import revbifpn
 from revbifpn import (
     RevBlock,
     ReversibleSequence,
@@ -21,8 +20,9 @@ from revbifpn import (
 )
 from revbifpn.configs import CONFIGS
 from revbifpn.memory import MIB, measure_sample
+from tests.networks import F32, MODULES, NARROW, REVERSIBLE, identical
+from tests.networks import image as draw
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 FORMATS = pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
 REDUCED = pytest.mark.parametrize("reduced", [False, True], ids=["float32", "bfloat16"])
 DEPTHS = pytest.mark.parametrize("scale", ["s0", "s3", "s6"])
@@ -31,13 +31,13 @@ DEPTHS = pytest.mark.parametrize("scale", ["s0", "s3", "s6"])
 def narrow(module, scale="s0", **options):
     """A published scale's depth, ratios and kernels, on few channels."""
     torch.manual_seed(0)
-    arguments = CONFIGS[f"revbifpn_{scale}"].arguments()
-    arguments |= {"channels": [48, 16, 16, 24], "head_channels": [16, 16, 16, 16], "fc_features": 32, "classes": 10}
-    return module.RevBiFPN(**(arguments | {"head_dropout": 0.0} | options))
+    few = ("channels", "head_channels", "fc_features", "classes", "head_dropout")
+    arguments = CONFIGS[f"revbifpn_{scale}"].arguments() | {name: NARROW[name] for name in few}
+    return module.RevBiFPN(**(arguments | options))
 
 
-def image(batch=4, size=64):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+def image(batch=4):
+    return draw(F32, batch)
 
 
 def autocast(reduced=True):
@@ -53,10 +53,6 @@ def step(model, x, reduced, optimizer=None):
     if optimizer is not None:
         optimizer.step()
     return [p.grad for p in model.parameters()]
-
-
-def identical(found, wanted):
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # --- inversion ------------------------------------------------------------------------------------
@@ -306,7 +302,7 @@ def test_dtypes_that_an_exact_stream_cannot_give_back(module, dtype):
 
 
 @MODULES
-@pytest.mark.parametrize("reversible", [True, False])
+@REVERSIBLE
 def test_second_and_double_backward_say_what_to_use(module, reversible):
     model = narrow(module, stream="fixed32", reversible=reversible)
     loss = model(image()).sum()
@@ -318,7 +314,7 @@ def test_second_and_double_backward_say_what_to_use(module, reversible):
 
 
 @FORMATS
-@pytest.mark.parametrize("reversible", [True, False])
+@REVERSIBLE
 def test_containers_take_a_stream(stream, reversible):
     net = blocks(stream)
     net.reversible = reversible

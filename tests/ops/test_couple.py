@@ -413,7 +413,7 @@ def test_native_fixed_point_streams_refuse_what_they_cannot_hold():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             couple(*arguments)
-    with pytest.raises(RuntimeError, match="p: dtype Short is not supported"):
+    with pytest.raises(RuntimeError, match=r"p\[0\]: dtype Short is not supported"):
         run(y, [y.short()], [None], [None], [1], "bilinear", False, 8)
     with pytest.raises(RuntimeError, match="dy: dtype Short is not supported"):
         ADJOINT["cpp-cpu"][0](y.short(), [None], [None], [2], "bilinear")
