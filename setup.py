@@ -10,6 +10,9 @@ Environment variables:
     Comma-separated ``cpp``, ``cuda``: parts that must be built, parts that are left out.
 ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``
     Host compiler, CUDA toolkit, architectures of the CUDA kernels (``8.0;9.0+PTX``), parallel compilations.
+``REVKERNELS_CUDART``
+    ``static`` (default) or ``shared``: the CUDA runtime that the CUDA kernels are linked with. ``shared`` lets another
+    library stand in for it, as ``tests/null_gpu`` does.
 """
 
 from __future__ import annotations
@@ -204,7 +207,7 @@ class Native(Extension):
         if self.nvcc:
             compiler = [self.nvcc, f"-ccbin={self.cxx}"]
             flags = [*NVCC_FLAGS, *gencode(self.archs)]
-            libraries = ["-ltorch_cuda", "-ltorch_cpu", "-cudart=static"]
+            libraries = ["-ltorch_cuda", "-ltorch_cpu", f"-cudart={_cudart()}"]
         else:
             compiler, flags, libraries = [self.cxx], CXX_FLAGS, ["-ltorch_cpu"]
         about = {
@@ -233,6 +236,13 @@ class Native(Extension):
                 lines.append(f"  flags = {_ninja_join(module)}")
         lines.append(f"build {output}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
+
+
+def _cudart() -> str:
+    kind = os.environ.get("REVKERNELS_CUDART") or "static"
+    if kind not in ("static", "shared"):
+        raise SystemExit(f"REVKERNELS_CUDART: {kind!r} is unknown; choose from static, shared")
+    return kind
 
 
 def _ninja_join(words: list[str]) -> str:

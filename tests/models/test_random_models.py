@@ -48,10 +48,10 @@ def step(net, x):
     )
 
 
-@pytest.mark.parametrize("reversible", [True, False])
 QUICK = (0, 1, 2, 28)  # 28: neck and merge of a level work in chunks of their own sizes
 
 
+@pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize(
     "seed", [seed if seed in QUICK else pytest.param(seed, marks=pytest.mark.slow) for seed in range(60)]
 )
