@@ -20,6 +20,18 @@ std::vector<std::string> ops() {
       "depthwise_conv",
       "depthwise_conv_grad_input",
       "depthwise_conv_grad_weight",
+      "dequantize_",
+      "pointwise_conv_",
+      "pointwise_conv_grad_weight",
+      "bn_stats",
+      "bn_fold",
+      "bn_fold_grad",
+      "bn_act",
+      "bn_act_squeeze",
+      "bn_act_grad_sums",
+      "bn_act_grad",
+      "se_gate",
+      "se_gate_grad",
   };
 }
 
