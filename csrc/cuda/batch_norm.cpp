@@ -35,6 +35,7 @@ void* running_of(const std::optional<Tensor>& t, const char* name, const Tensor&
                       t->scalar_type() == mean.scalar_type(),
                   name, ": expected a contiguous [", mean.size(0), "] of mean's dtype, got ",
                   shape_of(*t), " of ", torch::headeronly::toString(t->scalar_type()));
+  check_storage(*t, name);
   return t->mutable_data_ptr();
 }
 
@@ -60,7 +61,16 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var
     check_same_device(*batches, "batches", mean);
     STD_TORCH_CHECK(batches->scalar_type() == ScalarType::Long && batches->numel() == 1,
                     "batches: expected one int64, got ", shape_of(*batches));
+    check_storage(*batches, "batches");
   }
+  const std::vector<Argument> arguments = {{running_mean, "running_mean"},
+                                           {running_var, "running_var"},
+                                           {batches, "batches"},
+                                           {mean, "mean"},
+                                           {var, "var"},
+                                           {weight, "weight"},
+                                           {bias, "bias"}};
+  for (int written = 0; written < 3; ++written) check_apart(arguments[written], arguments);
   Tensor rstd = new_sums(mean, {c}), scale = new_sums(mean, {c}), shift = new_sums(mean, {c});
   const Fold fold{w.data(),
                   b.data(),
@@ -96,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold_grad(
     STD_TORCH_CHECK(gate->dim() == 2 && gate->size(0) == n && gate->size(1) == c,
                     "gate: expected [", n, ", ", c, "], got ", shape_of(*gate));
     check_same_device(*gate, "gate", mean);
+    check_storage(*gate, "gate");
     g = gate->scalar_type() == sum_dtype(mean) ? *gate : torch::stable::to(*gate, sum_dtype(mean));
   }
   const Values p(dpool, "dpool", mean, {n, c});
@@ -175,6 +186,7 @@ struct Gradient {
       : kept(dz.scalar_type() == x.scalar_type() ? dz : torch::stable::to(dz, x.scalar_type())),
         map(map_of(kept, "dz")) {
     check_same_device(dz, "dz", x);
+    check_storage(dz, "dz");
     check_shape(map, dz, "dz", in.n, in.c, in.h, in.w);
   }
 };

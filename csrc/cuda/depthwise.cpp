@@ -78,6 +78,7 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   const Dtype dtype = dtype_of(x, "x");
   check_same_device(dy, "dy", x);
   dtype_of(dy, "dy");
+  check_storage(dy, "dy");
   // Mixed dtypes do not occur in training, and are not worth kernels of their own.
   const Tensor grad =
       dy.scalar_type() == x.scalar_type() ? dy : torch::stable::to(dy, x.scalar_type());

@@ -17,6 +17,7 @@ void dequantize_(const Tensor& x, const Tensor& y, int64_t fraction_bits) {
   const Map in = map_of(y, "y");
   check_shape(in, y, "y", out.n, out.c, out.h, out.w);
   check_distinct(out, "x");
+  check_apart({x, "x"}, {{y, "y"}});
   STD_TORCH_CHECK(fraction_bits >= -8 && fraction_bits <= 24,
                   "fraction_bits: expected -8 to 24, got ", fraction_bits);
   if (x.numel() == 0) return;

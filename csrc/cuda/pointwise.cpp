@@ -41,6 +41,9 @@ void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optio
       "weight: expected [O, C, 1, 1] with C = ", in.c, ", got ", shape_of(weight));
   check_shape(out, y, "y", in.n, weight.size(0), in.h, in.w);
   check_distinct(out, "y");
+  check_storage(weight, "weight");
+  check_apart({y, "y"},
+              {{x, "x"}, {weight, "weight"}, {scale, "scale"}, {shift, "shift"}, {gate, "gate"}});
   const Prologue prologue(scale, shift, gate, x, in);
   if (y.numel() == 0) return;
   if (x.numel() == 0) {
@@ -74,6 +77,8 @@ Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   dtype_of(x, "x");
   dtype_of(dy, "dy");
   check_same_device(dy, "dy", x);
+  check_storage(x, "x");
+  check_storage(dy, "dy");
   // Mixed dtypes do not occur in training: both in that of the sums.
   const bool mixed = x.scalar_type() != dy.scalar_type();
   const Tensor z = mixed ? as(x, sum_dtype(x)) : x, g = mixed ? as(dy, sum_dtype(x)) : dy;

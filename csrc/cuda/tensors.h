@@ -21,18 +21,13 @@
 #include <utility>
 #include <vector>
 
+#include "../storage.h"
 #include "kernels.h"
 
 namespace revkernels::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -64,6 +59,7 @@ inline Map map_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
   check_plane(name, t.size(2), t.size(3));
+  check_storage(t, name);
   return {t.const_data_ptr(), t.size(0),   t.size(1),   t.size(2),  t.size(3),
           t.stride(0),        t.stride(1), t.stride(2), t.stride(3)};
 }
@@ -76,6 +72,7 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& x
 // Contiguous, and in the sums' dtype unless it has x's own and `or_own` allows that.
 inline Tensor small_tensor(const Tensor& t, const char* name, const Tensor& x, bool or_own) {
   check_same_device(t, name, x);
+  check_storage(t, name);
   const ScalarType dtype = t.scalar_type();
   const bool keep = dtype == sum_dtype(x) || (or_own && dtype == x.scalar_type());
   const Tensor kept = keep ? t : torch::stable::to(t, sum_dtype(x));
@@ -87,11 +84,7 @@ inline Tensor dense(const Tensor& t, const char* name, const Tensor& x,
                     std::initializer_list<int64_t> shape) {
   bool fits = t.dim() == int64_t(shape.size());
   for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == shape.begin()[d];
-  if (!fits) {
-    std::string wanted;
-    for (int64_t size : shape) wanted += (wanted.empty() ? "[" : ", ") + std::to_string(size);
-    STD_TORCH_CHECK(false, name, ": expected ", wanted, "], got ", shape_of(t));
-  }
+  STD_TORCH_CHECK(fits, name, ": expected ", text_of(shape), ", got ", shape_of(t));
   return small_tensor(t, name, x, false);
 }
 

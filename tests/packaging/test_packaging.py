@@ -1,0 +1,295 @@
+"""The build finds torch, says what it leaves out, and packs what it should; what is tested is what is installed."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import revkernels
+from revkernels import dispatch
+
+ROOT = Path(__file__).parents[2]
+TINY_MODULE = """
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C"};
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddStringConstant(module, "about", REVKERNELS_FLAGS " " REVKERNELS_TORCH_VERSION);
+  PyModule_AddIntConstant(module, "float32", aoti_torch_dtype_float32());
+  return module;
+}
+"""
+
+needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests are not in a checkout")
+needs_build_tools = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("setuptools", "ninja", "pybind11"))) or shutil.which("g++") is None,
+    reason="setuptools, ninja, pybind11 and g++ are needed to build without isolation",
+)
+loaded = pytest.mark.parametrize("name", [n for n in ("cpp", "cuda") if dispatch.STATUS[n].loaded])
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """setup.py as a module, with no torch in sight and no variable set."""
+    spec = importlib.util.spec_from_file_location("revkernels_build_backend", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    for name in ("PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the project whose C++ is one tiny module, so that building takes seconds."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    built = shutil.ignore_patterns("*.so", "_skipped.json", "__pycache__")
+    for name in ("revkernels", "revbifpn", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "module.cpp").write_text(TINY_MODULE)
+    return tmp_path
+
+
+def run_hook(tree: Path, hook: str, **variables: str) -> subprocess.CompletedProcess:
+    """Call a hook of the build backend as a frontend does, in the environment of the tests."""
+    code = f"import setup; setup.{hook}('dist')"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REVKERNELS_")} | variables
+    return subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def fake_torch(folder: Path, version: str, cuda: str | None = None) -> Path:
+    """A folder like site-packages in which only torch's version can be read."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    return folder
+
+
+def fake_nvcc(home: Path, version: str) -> Path:
+    """A CUDA toolkit whose nvcc only tells its version."""
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+# --- what is installed ----------------------------------------------------------------------------
+
+
+def test_tests_run_the_installed_package():
+    installed = [d for d in importlib.metadata.distributions(name="revbifpn-fast") if d.read_text("RECORD")]
+    if not installed and "REVKERNELS_REQUIRE" not in os.environ:
+        pytest.skip("revbifpn-fast is not installed; the source tree is tested")
+    (distribution,) = installed
+    editable = json.loads(distribution.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable", False)
+    expected = ROOT if editable else distribution.locate_file(".")
+    assert os.path.samefile(Path(revkernels.__file__).parents[1], expected)
+    assert distribution.version == revkernels.__version__
+
+
+@loaded
+def test_module_lies_beside_the_package(name):
+    assert os.path.samefile(Path(dispatch.STATUS[name].module.__file__).parent, Path(revkernels.__file__).parent)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+@loaded
+def test_module_uses_no_unstable_symbol_of_libtorch(name):
+    command = ["nm", "-D", "--undefined-only", "--demangle", dispatch.STATUS[name].module.__file__]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "torch" in symbols
+    assert re.findall(r"\b(?:at|c10|caffe2|torch)::.*", symbols) == []
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+@loaded
+def test_module_brings_no_thread_pool_and_no_cuda_runtime(name):
+    command = ["readelf", "-d", dispatch.STATUS[name].module.__file__]
+    dynamic = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert "libtorch_cpu.so" in needed
+    assert [n for n in needed if n.startswith(("libgomp", "libomp", "libiomp", "libcudart", "libtorch_python"))] == []
+
+
+@pytest.mark.parametrize("name", ["cpp", "cuda", "triton"])
+def test_requiring_an_implementation_that_is_missing_fails_at_import(name, tmp_path):
+    variables = {"REVKERNELS_REQUIRE": name, "REVKERNELS_DISABLE": name}
+    command = [sys.executable, "-c", "import revkernels"]
+    process = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
+    assert process.returncode != 0
+    assert f"REVKERNELS_REQUIRE asks for '{name}'" in process.stderr
+
+
+# --- finding torch, compilers and architectures ------------------------------------------------------
+
+
+@needs_checkout
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [
+        ([], None),
+        (["2.9.1"], None),
+        (["1.13.1+cu117"], None),
+        (["2.10.0"], "2.10.0"),
+        (["2.9.1", "2.13.0+cpu"], "2.13.0+cpu"),
+        (["3.0.0.dev20270101", "2.13.0"], "3.0.0.dev20270101"),
+    ],
+)
+def test_torch_of_the_target_is_built_against_and_not_downloaded(backend, monkeypatch, tmp_path, versions, found):
+    folders = [fake_torch(tmp_path / version, version) for version in versions]
+    monkeypatch.setattr(backend, "_site_folders", lambda: iter([tmp_path / "without", *folders]))
+    result = backend.find_torch()
+    assert (result and result.version) == found
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        assert hook() == ([] if found else ["torch>=2.10"])
+
+
+@needs_checkout
+@pytest.mark.parametrize("variable", ["PATH", "VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_torch_of_an_activated_environment_is_found(backend, monkeypatch, tmp_path, variable):
+    site_packages = fake_torch(tmp_path / "lib" / "python3.11" / "site-packages", "2.13.0")
+    assert site_packages not in backend._site_folders()
+    (tmp_path / ("conda-meta" if variable == "CONDA_PREFIX" else "pyvenv.cfg")).touch()
+    monkeypatch.setenv(variable, str(tmp_path / "bin" if variable == "PATH" else tmp_path))
+    assert site_packages in backend._site_folders()
+
+
+@needs_checkout
+def test_cuda_is_left_out_for_a_torch_without_cuda(backend, tmp_path):
+    fake_torch(tmp_path, "2.13.0+cpu")
+    with pytest.raises(backend.Skip, match=r"torch 2\.13\.0\+cpu is built without CUDA"):
+        backend.find_nvcc(backend.Torch(tmp_path / "torch", "2.13.0+cpu", None))
+
+
+@needs_checkout
+def test_cuda_takes_the_nvcc_of_torchs_major_version(backend, monkeypatch, tmp_path):
+    torch_13 = backend.Torch(tmp_path / "torch", "2.13.0+cu130", "93.0")
+    old, new = fake_nvcc(tmp_path / "cuda-92.8", "92.8"), fake_nvcc(tmp_path / "cuda-93.2", "93.2")
+    monkeypatch.setenv("CUDA_HOME", str(old.parents[1]))
+    with pytest.raises(backend.Skip, match=rf"needs nvcc 93\.x; found {old} \(92\.8\)"):
+        backend.find_nvcc(torch_13)
+    monkeypatch.setenv("CUDA_PATH", str(new.parents[1]))
+    assert backend.find_nvcc(torch_13) == str(new)
+
+
+@needs_checkout
+def test_a_compiler_asked_for_by_name_is_not_replaced_by_another(backend, monkeypatch):
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable) + os.pathsep + os.defpath)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(backend.Skip, match="no-such-compiler"):
+        backend.find_cxx()
+
+
+@needs_checkout
+def test_architectures_become_flags_of_nvcc(backend):
+    sass, ptx = "-gencode=arch=compute_{0},code=sm_{0}", "-gencode=arch=compute_{0},code=compute_{0}"
+    assert backend.gencode("8.0;9.0a+PTX") == [sass.format("80"), sass.format("90a"), ptx.format("90a")]
+    assert backend.gencode("8.0 10.0, 12.0") == [sass.format("80"), sass.format("100"), sass.format("120")]
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: 'Hopper'"):
+        backend.gencode("Hopper")
+
+
+@needs_checkout
+@pytest.mark.parametrize(
+    ("version", "wanted"),
+    [("2.10.1+cpu", "torchvision==0.25.*"), ("2.13.0", "torchvision==0.28.*"), ("2.14.0", "torchvision>=0.29")],
+)
+def test_torchvision_goes_with_the_torch_that_is_there(backend, monkeypatch, version, wanted):
+    monkeypatch.setattr(backend, "find_torch", lambda: backend.Torch(Path(), version, None))
+    assert backend.torchvision_requirement() == wanted
+    assert wanted in backend.extras()["bench"]
+
+
+@needs_checkout
+def test_torchvision_is_the_newest_where_torch_will_be(backend, monkeypatch):
+    monkeypatch.setattr(backend, "find_torch", lambda: None)
+    assert backend.torchvision_requirement() == "torchvision>=0.29"
+
+
+# --- what is packed ---------------------------------------------------------------------------------
+
+
+@needs_checkout
+@needs_build_tools
+def test_wheel_holds_both_packages_and_the_module_and_nothing_else(tree):
+    build_lib = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = tree / "build" / build_lib / "revkernels" / "_C_stale.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    process = run_hook(tree, "build_wheel", REVKERNELS_REQUIRE="cpp", REVKERNELS_DISABLE="cuda")
+    assert process.returncode == 0, process.stderr
+    (wheel,) = (tree / "dist").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"revkernels", "revbifpn"}
+    assert len([name for name in names if name.endswith(".so")]) == 1
+    for source in [*tree.glob("revkernels/**/*.py"), *tree.glob("revbifpn/**/*.py")]:
+        assert source.relative_to(tree).as_posix() in names
+    assert not list(tree.glob("revkernels/*.so")), "an ordinary build leaves nothing in the source tree"
+    zipfile.ZipFile(wheel).extractall(tree / "unpacked")
+    (module,) = (tree / "unpacked").glob("revkernels/_C*.so")
+    spec = importlib.util.spec_from_file_location("_C", module)
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    assert "TORCH_TARGET_VERSION" in tiny.about
+    assert torch.__version__ in tiny.about
+    assert tiny.float32 == 6  # answered by libtorch
+
+
+@needs_checkout
+@needs_build_tools
+def test_without_a_compiler_the_wheel_is_pure_python_and_says_why(tree):
+    process = run_hook(tree, "build_wheel", CXX="no-such-compiler")
+    assert process.returncode == 0, process.stderr
+    assert "the cpp kernels are NOT built: no C++ compiler was found" in process.stderr
+    (wheel,) = (tree / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    record = json.loads(zipfile.ZipFile(wheel).read("revkernels/_skipped.json"))
+    assert record.keys() == {"cpp", "cuda"}
+    assert "no-such-compiler" in record["cpp"]
+
+
+@needs_checkout
+@needs_build_tools
+@pytest.mark.parametrize("part", ["cpp", "cuda"])
+def test_requiring_a_part_that_cannot_be_built_fails_the_installation(tree, part):
+    process = run_hook(tree, "build_wheel", CXX="no-such-compiler", REVKERNELS_REQUIRE=part)
+    assert process.returncode != 0
+    assert f"REVKERNELS_REQUIRE asks for {part}" in process.stderr
+
+
+@needs_checkout
+def test_a_part_that_does_not_exist_is_refused(backend, monkeypatch):
+    monkeypatch.setenv("REVKERNELS_REQUIRE", "cpp,cudda")
+    with pytest.raises(SystemExit, match=r"REVKERNELS_REQUIRE: unknown part \['cudda'\]"):
+        backend._listed("REVKERNELS_REQUIRE")
+
+
+@needs_checkout
+@needs_build_tools
+def test_sdist_holds_every_source(tree):
+    shutil.rmtree(tree / "csrc")
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    process = run_hook(tree, "build_sdist")
+    assert process.returncode == 0, process.stderr
+    (sdist,) = (tree / "dist").iterdir()
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"setup.py", "pyproject.toml", "revkernels/registry.py", "tests/conftest.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", "_skipped.json"))]
