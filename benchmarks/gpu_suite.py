@@ -140,7 +140,7 @@ def _tests(machine: Machine) -> Iterator[Part]:
     model = ("-k", "TestModel and not published") if machine.dry else ("-k", "TestModel")
     yield Part("tests-ops", (_pytest(gpu, "-k", "TestOps"),), environment=environment)
     yield Part("tests-model", (_pytest(gpu, *model),), environment=environment)
-    others = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "in DEVICES" in path.read_text()]
+    others = [path for path in sorted((ROOT / "tests" / "ops").glob("test_*.py")) if "in DEVICES" in path.read_text()]
     select = ("-k", "cpp-cpu and not any_factors") if machine.dry else ("-k", "cuda")
     yield Part("tests-kernels", (_pytest(*map(str, others), *select),), environment=environment)
 

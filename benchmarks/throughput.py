@@ -45,10 +45,10 @@ from benchmarks.common import Column, UsageError
 from benchmarks.memory_vs_hrnet import CHECKPOINTED, FAST, REVBIFPN, REVERSIBLE, STORED
 from benchmarks.rivals import RIVALS, import_timm
 from revbifpn.configs import CONFIGS
+from revbifpn.engine.tape import Stored
 from revbifpn.estimate import StepEstimator
 from revbifpn.memory import MIB, PeakMemory, measure_sample, measure_step
 from revbifpn.streams import FIXED16, FIXED32, FLOAT32
-from revbifpn.tape import Stored
 
 COMPILED, PUBLISHED = "compiled", "published"
 GRAPH = "+graph"
@@ -161,7 +161,7 @@ class CheckpointedRevBiFPN(revbifpn.RevBiFPN_S):
         for block in self.rev_stack.blocks:
             block.reversible = False
 
-    def _open(self, x: Tensor) -> Stored:
+    def open(self, x: Tensor) -> Stored:
         streams = (self.stem(x),)
         for block in self.rev_stack.blocks:
             out = checkpoint(block, *streams, use_reentrant=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revbifpn.anomaly import check_finite
+from revbifpn.engine.anomaly import check_finite
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1, "affine": True, "track_running_stats": True}
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from revbifpn.anomaly import names_of
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
+from revbifpn.engine.anomaly import names_of
+from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
 from revbifpn.streams import StreamFormat
-from revbifpn.tape import Stored, Tape
 from revkernels import reference
 
 
@@ -117,6 +117,8 @@ class RevBiFPN(nn.Module):
         reversible: True recomputes, False stores all activations; overrides ``disable_rev`` and ``disable_recomp``.
         stream: how the reversible streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a
             :class:`revbifpn.StreamFormat`; None is ``"float32"``, and under autocast ``"fixed32"``.
+        retain_graph: allow several backwards through one forward (two losses, gradients per task), as
+            ``backward(retain_graph=True)`` asks for; see :class:`revbifpn.reversible.Reversible`.
 
     Shapes:
         image ``[N, 3, H, W]``, float, H and W multiples of ``2^(d + L - 1)`` (32 for four levels); an unbatched
@@ -158,6 +160,7 @@ class RevBiFPN(nn.Module):
         *,
         reversible: bool | None = None,
         stream: str | StreamFormat | None = None,
+        retain_graph: bool = False,
     ) -> None:
         super().__init__()
         levels = len(channels)
@@ -195,7 +198,9 @@ class RevBiFPN(nn.Module):
             entering = channels[: layer if created else levels]
             blocks += [self._rev_blocks(entering, drop) for _ in range(inv_blk_rep)]
             blocks += [self._rev_silo(channels[: len(entering) + created], int(created), drop)]
-        self.rev_stack = ReversibleSequence(*blocks, stream=stream, start=1 if stem_downsampling else 0)
+        self.rev_stack = ReversibleSequence(
+            *blocks, stream=stream, retain_graph=retain_graph, start=1 if stem_downsampling else 0
+        )
         self.disable_rev = disable_rev if reversible is None else not reversible
 
         head_lists = (head_dwk, head_dwkp, head_expand_ratios, head_se_ratios)
@@ -326,6 +331,15 @@ class RevBiFPN(nn.Module):
         self.rev_stack.stream = stream
 
     @property
+    def retain_graph(self) -> bool:
+        """Whether several backwards may follow one forward; may be set at any time."""
+        return self.rev_stack.retain_graph
+
+    @retain_graph.setter
+    def retain_graph(self, retain: bool) -> None:
+        self.rev_stack.retain_graph = retain
+
+    @property
     def neck(self) -> Neck | None:
         """The neck, or None; it is a child of the stack in the published names."""
         return getattr(self.rev_stack, "recomp_op", None)
@@ -346,10 +360,10 @@ class RevBiFPN(nn.Module):
                 f"got {shape[-2]} x {shape[-1]}; pad or resize the image"
             )
 
-    def _open(self, x: Tensor) -> Tape | Stored:
-        """The streams of x, on their tape."""
-        mine = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
-        tape = self.rev_stack.open(self.stem(x), owned=mine)
+    def open(self, x: Tensor) -> Tape | Stored:
+        """The streams of x, on their tape, from which neck and head read."""
+        owned = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
+        tape = self.rev_stack.open(self.stem(x), owned=owned)
         self.rev_stack(tape)
         tape.finish()
         return tape
@@ -360,7 +374,7 @@ class RevBiFPN(nn.Module):
         return self.neck(tape.leave() if self.disable_recomp else tape)
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        pyramid = self._pyramid(self._open(x))
+        pyramid = self._pyramid(self.open(x))
         return pyramid if self.head is None else self.head(pyramid)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -407,7 +421,7 @@ class RevBiFPN(nn.Module):
             Streams ``[N, channels[i], H / 2^(d+i), W / 2^(d+i)]``, from high to low resolution.
         """
         self._check(x)
-        return self._open(x).leave()
+        return self.open(x).leave()
 
     @torch.no_grad()
     def inverse(self, streams: Sequence[Tensor]) -> Tensor:

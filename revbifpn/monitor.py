@@ -1,6 +1,6 @@
 """Looking at the streams of a model while it trains: reconstruction error, and the range of values.
 
-Both are :class:`revbifpn.tape.Observer` objects, hung on a reversible module for a while.
+Both are :class:`revbifpn.engine.state.Observer` objects, hung on a reversible module for a while.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from revbifpn.engine.lowered import Lowered
+from revbifpn.engine.state import Observer, State
 from revbifpn.reversible import Reversible
 from revbifpn.streams import FIXED16, MOST_BITS, StreamFormat, values
-from revbifpn.tape import Lowered, Observer, State
 
 
 def _stack(model: nn.Module) -> Reversible:
@@ -59,7 +60,7 @@ class Drift(Observer):
         x = self._inputs.pop((id(state), position))
         difference = (values(state.read(lowered.target)) - x).abs().max() if x.numel() else x.new_zeros(())
         scale = x.abs().max() if x.numel() else x.new_ones(())
-        name = " + ".join(map(state.name_of, lowered.branches))
+        name = " + ".join(map(state.name_of, lowered.branches)) or str(lowered.target)
         self.errors[name] = (difference / scale.clamp_min(torch.finfo(x.dtype).tiny)).item()
 
 

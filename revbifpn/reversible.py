@@ -7,7 +7,8 @@ what *transforms* compute from others,
 
 and is undone by subtracting the same sum: ``x_t = y_t - sum_k F_k(x_k)``, since the ``x_k`` are still there. A block is
 a sequence of couplings, a network a sequence of blocks, and backward runs the sequence in reverse: recompute ``F_k``,
-subtract, pull the gradient through (:mod:`revbifpn.tape`). Memory does not grow with depth.
+subtract, pull the gradient through. Memory does not grow with depth. This file says which couplings a block is made of;
+:mod:`revbifpn.engine.coupling` what a coupling is, :mod:`revbifpn.engine.state` how a pass runs it back and forth.
 
     >>> block = RevBlock(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
     >>> net = ReversibleSequence(block, ...)
@@ -26,22 +27,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from revbifpn.anomaly import names_of
-from revbifpn.branch import is_recomputing
+from revbifpn.engine.anomaly import names_of
+from revbifpn.engine.coupling import Coupling, Part, Upsampled
+from revbifpn.engine.lowered import Coupler
+from revbifpn.engine.record import is_recomputing
+from revbifpn.engine.state import Observer, State
+from revbifpn.engine.tape import Stored, Tape, TapeAt, open_tape, recomputed
 from revbifpn.streams import StreamFormat, resolve
-from revbifpn.tape import (
-    Coupler,
-    Coupling,
-    Observer,
-    Part,
-    State,
-    Stored,
-    Tape,
-    TapeAt,
-    Upsampled,
-    open_tape,
-    recomputed,
-)
 
 __all__ = [
     "Coupling",
@@ -69,9 +61,14 @@ class Reversible(nn.Module, ABC):
         self_check: with an exact stream, verify in backward that every transform is recomputed bit for bit, and raise
             an error that names the one that is not. The first step that passes switches it off.
         observer: looks at the streams around every coupling, see :mod:`revbifpn.monitor`.
+        retain_graph: allow several backwards through one forward, as ``backward(retain_graph=True)`` asks for (two
+            losses, gradients per task). Costs a copy of the streams from the first backward on, where a level was read
+            from the tape, and nothing where the streams left it; nothing is stored in forward then, whatever
+            ``reversible`` says of an exact stream.
     """
 
     reversible: bool = True
+    retain_graph: bool = False
     coupler: Coupler = Coupler()
     self_check: bool = True
     observer: Observer | None = None
@@ -113,7 +110,8 @@ class Reversible(nn.Module, ABC):
         """
         stream = resolve(self.stream, streams[0])
         if stream.exact or self.reversible or not torch.is_grad_enabled():
-            return open_tape(self, streams, self.coupler, stream, stored=not self.reversible, owned=owned)
+            stored, retain = not self.reversible, self.retain_graph
+            return open_tape(self, streams, self.coupler, stream, stored=stored, retain=retain, owned=owned)
         return Stored(self.coupler, streams)
 
     def forward(self, *streams: Tensor | Tape | Stored | TapeAt) -> Tensor | tuple[Tensor, ...] | None:
@@ -276,6 +274,7 @@ class ReversibleSequence(Reversible):
         blocks: reversible modules; each takes the streams that the one before it leaves.
         reversible: recompute (True) or store (False) activations.
         stream: see :attr:`Reversible.stream`.
+        retain_graph: see :class:`Reversible`.
         start: index of the first block in names.
     """
 
@@ -284,10 +283,11 @@ class ReversibleSequence(Reversible):
         *blocks: Reversible,
         reversible: bool = True,
         stream: str | StreamFormat | None = None,
+        retain_graph: bool = False,
         start: int = 0,
     ) -> None:
         super().__init__()
-        self.reversible, self.stream = reversible, stream
+        self.reversible, self.stream, self.retain_graph = reversible, stream, retain_graph
         for i, block in enumerate(blocks, start):
             if not isinstance(block, Reversible):
                 raise TypeError(f"blocks[{i - start}]: expected a Reversible, got {type(block).__name__}")
@@ -324,13 +324,7 @@ def check_invertible(module: Reversible, *streams: Tensor, rtol: float | None = 
     state = State(module.coupler, module, resolve(module.stream, streams[0]))
     state.enter(streams)
     entered = [y.clone() for y in state.streams]
-    recorded = []
-    for coupling in module.couplings():
-        lowered = state.lower(coupling)
-        recorded.append((lowered, state.advance(lowered, lowered.parameters())))
-    state.grads = [None] * len(state.streams)
-    for lowered, replays in reversed(recorded):
-        state.retreat(lowered, replays, lowered.parameters(), needs_input=True)
+    state.round_trip(module.couplings())
     errors = []
     inputs, state.streams = state.decoded(), entered
     for i, (inverted, x) in enumerate(zip(inputs, state.decoded(), strict=True)):

@@ -13,6 +13,7 @@ The rounding is done by the coupling (:func:`revkernels.couple_`); its gradient 
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import revkernels
 
 FLOAT32, FIXED32, FIXED16 = "float32", "fixed32", "fixed16"
 DEFAULT_BITS = {FIXED32: (12,), FIXED16: (9,)}
-MOST_BITS = {FIXED32: 24, FIXED16: 15}  # significant bits of a value, but for its sign
+MOST_BITS = {FIXED32: 24, FIXED16: 15}  # significant bits of a value, without its sign
 
 
 class StreamOverflowWarning(UserWarning):
@@ -96,7 +97,8 @@ class StreamFormat:
             return x.detach().clone(memory_format=torch.contiguous_format)
         dtype = torch.int16 if self.name == FIXED16 else torch.float32
         y = torch.zeros(x.shape, dtype=dtype, device=x.device)
-        return revkernels.couple_(y, [x.detach()], [1], fraction_bits=self.bits(level), overflow=overflow)
+        revkernels.couple_(as_map(y), [as_map(x.detach())], [1], fraction_bits=self.bits(level), overflow=overflow)
+        return y
 
     def decode(self, y: Tensor, level: int) -> Tensor | Encoded:
         """The values of a stored stream: itself, or a view that gives them where they are read."""
@@ -140,7 +142,7 @@ class Encoded:
 
     def to(self, dtype: torch.dtype) -> Tensor:
         x = torch.empty(self.y.shape, dtype=dtype, device=self.y.device)
-        torch.ops.revkernels.dequantize_(x, self.y, self.bits)
+        torch.ops.revkernels.dequantize_(as_map(x), as_map(self.y), self.bits)
         return x
 
     def __getitem__(self, rows: slice) -> Encoded:
@@ -148,6 +150,13 @@ class Encoded:
 
     def clone(self) -> Encoded:
         return Encoded(self.y.clone(), self.bits)
+
+
+def as_map(x: Tensor) -> Tensor:
+    """x of any number of dimensions, ``[N, C, ...]``, as kernels take it, ``[N, C, H, W]``: a view of a stream."""
+    if x.dim() == 4:
+        return x
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1) if x.dim() > 1 else x.reshape(*x.shape, 1, 1, 1)
 
 
 def values(x: Tensor | Encoded) -> Tensor:

@@ -23,10 +23,12 @@ FRACTION_BITS = range(-8, 25)
 _ops = torch.ops.revkernels
 
 
-def forbid_double_backward(name: str) -> None:
+def forbid_double_backward(name: str, why: str = "as its kernels have no second derivative") -> None:
     """Raise inside a backward that is itself being differentiated: a wrong second derivative would be silent."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name} is differentiable once: double backward (create_graph=True) is not supported")
+        raise RuntimeError(
+            f"{name} is differentiable once: double backward (create_graph=True) is not supported, {why}"
+        )
 
 
 def _check_map(

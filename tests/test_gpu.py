@@ -384,7 +384,7 @@ class TestOps:
 
 # Model ----------------------------------------------------------------------------------------------
 
-golden_spec = importlib.util.spec_from_file_location("golden", Path(__file__).with_name("test_golden.py"))
+golden_spec = importlib.util.spec_from_file_location("golden", Path(__file__).with_name("models") / "test_golden.py")
 golden = importlib.util.module_from_spec(golden_spec)
 golden_spec.loader.exec_module(golden)
 

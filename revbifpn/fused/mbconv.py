@@ -20,7 +20,7 @@ out the same bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import revkernels
-from revbifpn.anomaly import check_finite
-from revbifpn.branch import Gradient, Pullback, Term
+from revbifpn.engine.anomaly import check_finite
+from revbifpn.engine.branch import Contribution, Gradient, Pullback
 from revbifpn.mbconv import ConvNormAct, MBConv, SqueezeExcite
-from revbifpn.streams import Encoded, autocast_dtype
+from revbifpn.streams import Encoded
 
 _ops = torch.ops.revkernels
 
@@ -104,12 +104,6 @@ def _pointwise_grad_weight(x: Tensor | Encoded, dy: Tensor) -> Tensor:
     if isinstance(x, Encoded):
         return _ops.pointwise_conv_grad_weight(x.y, dy, *NO_PROLOGUE, None).mul_(x.unit)
     return _ops.pointwise_conv_grad_weight(x, dy, *NO_PROLOGUE, None)
-
-
-def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
-    """What a branch computes an input's planes in: autocast's dtype, or the input's."""
-    reduced = autocast_dtype(x.device) if x.dtype == torch.float32 else None
-    return reduced or x.dtype
 
 
 def explicit(method: Callable) -> Callable:
@@ -252,12 +246,9 @@ class FusedMBConv:
 
     # Forward ------------------------------------------------------------------------------------
 
-    def __call__(self, x: Tensor) -> Term:
-        return self.infer(x) if self.is_frozen() else self.compute(x)[0]
-
-    def evaluate(self, x: Tensor) -> Term:
-        """The term with the module as it is now, leaving no trace in its buffers."""
-        return self.infer(x) if self.is_frozen() else self.compute(x, update=False)[0]
+    def evaluate(self, x: Tensor | Encoded, update: bool = True) -> Contribution:
+        """The contribution with the module as it is now; ``update``: running statistics move, once."""
+        return self.infer(x) if self.is_frozen() else self.compute(x, update)[0]
 
     def is_frozen(self) -> bool:
         """Running statistics everywhere and nothing random: every sample is computed on its own."""
@@ -266,8 +257,8 @@ class FusedMBConv:
         return not random and not any(n.training or n.running_mean is None for n in self.norms if n is not None)
 
     @explicit
-    def infer(self, x: Tensor | Encoded) -> Term:
-        """The term from running statistics, a chunk of samples at a time: planes stay in cache, norms are folded."""
+    def infer(self, x: Tensor | Encoded) -> Contribution:
+        """The contribution from running statistics, by chunks of samples: planes stay in cache, norms are folded."""
         weights = self.weights
         norm0, norm1, norm2 = (None if n is None else _running(n, n.running_mean) for n in self.norms)
         affine0 = NO_PROLOGUE if norm0 is None else norm0.affine
@@ -280,24 +271,24 @@ class FusedMBConv:
                 source = _pointwise(weights.expand, source, NO_PROLOGUE, None, e)
             d = _depthwise(source, weights.depthwise, affine0, self.stride)
             _pointwise(weights.project, d, norm1.affine, _squeeze(d, norm1, weights).gate, rows(p, chunk))
-        term = self._term(p, FusedRecord((norm0, norm1, norm2)))
-        check_finite(self.module, term.p, term.scale, term.shift)
-        return term
+        contribution = self._contribution(p, FusedRecord((norm0, norm1, norm2)))
+        check_finite(self.module, contribution.p, contribution.scale, contribution.shift)
+        return contribution
 
-    def forward(self, x: Tensor) -> tuple[Term, FusedRecord]:
-        """The term and what its recompute needs; running statistics are updated here, once."""
-        term, record, _ = self.compute(x)
-        return term, record
+    def record(self, x: Tensor | Encoded) -> tuple[Contribution, FusedRecord]:
+        """The contribution and what its recompute needs; running statistics are updated here, once."""
+        contribution, record, _ = self.compute(x)
+        return contribution, record
 
     @explicit
-    def compute(self, x: Tensor | Encoded, update: bool = True) -> tuple[Term, FusedRecord, Tensor]:
-        """The term, its record and d."""
+    def compute(self, x: Tensor | Encoded, update: bool = True) -> tuple[Contribution, FusedRecord, Tensor]:
+        """The contribution, its record and d."""
         weights, norms = self.weights, self.norms
         p, record, d = self._run(x, weights, lambda k, plane: _observe(plane, norms[k], update))
         record = record._replace(keep=self._draw_keep(x))
-        term = self._term(p, record)
-        check_finite(self.module, term.p, term.scale, term.shift)
-        return term, record, d
+        contribution = self._contribution(p, record)
+        check_finite(self.module, contribution.p, contribution.scale, contribution.shift)
+        return contribution, record, d
 
     def _run(
         self, x: Tensor, weights: Weights, observe: Callable[[int, Tensor], Norm]
@@ -350,53 +341,53 @@ class FusedMBConv:
         return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
 
     @staticmethod
-    def _term(p: Tensor, record: FusedRecord) -> Term:
+    def _contribution(p: Tensor, record: FusedRecord) -> Contribution:
         """``keep BN_2(p)`` as the coupling's affine: ``[C']``, or ``[N, C']`` with stochastic depth."""
         norm = record.norms[2]
         scale, shift = norm.affine
         if record.keep is not None:
             scale, shift = record.keep[:, None] * scale, record.keep[:, None] * shift
-        return Term(p, scale, shift, norm.mean)
+        return Contribution(p, scale, shift, norm.mean)
 
     # Backward -----------------------------------------------------------------------------------
 
     @explicit
     def recompute(
         self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[Term, Pullback]:
-        """The term again (without reductions, but in float64) and its vector-Jacobian product; see :class:`Branch`."""
+    ) -> tuple[Contribution, Pullback]:
+        """The contribution again (without reductions, except in float64) and its vector-Jacobian product."""
         (x,) = inputs
         weights = self.named(parameters)
         if x.dtype == torch.float64:
             record = self._renew(record, weights, x)
         replay = self.replay(x, record, weights)
         replay.keep(d=not self.lean, e=not self.lean)
-        return self._term(replay.p, record), self._pullback(replay)
+        return self._contribution(replay.p, record), self._pullback(replay)
 
     def replay(self, x: Tensor | Encoded, record: FusedRecord, weights: Weights) -> Replay:
         """The backward on a given input."""
         return Replay(self, x.shape, x.device, lambda chunk: self.read(x, chunk), record, weights)
 
     @explicit
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Term, Pullback]:
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
         x = inputs[0].clone()
-        term, record, d = self.compute(x)
-        return self.restore(record, parameters, x, d, term.p)
+        contribution, record, d = self.compute(x)
+        return self.restore(record, parameters, x, d, contribution.p)
 
     @explicit
     def restore(
         self, record: FusedRecord, parameters: Sequence[Tensor], x: Tensor, d: Tensor, p: Tensor
-    ) -> tuple[Term, Pullback]:
+    ) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, from a stored d and p; p is overwritten."""
         replay = self.replay(x, record, self.named(parameters))
         replay.put(d, p)
-        return self._term(p, record), self._pullback(replay)
+        return self._contribution(p, record), self._pullback(replay)
 
     @staticmethod
     def _pullback(replay: Replay) -> Pullback:
         def pullback(du: Tensor, sums: Tensor, into: Sequence[Gradient | None]) -> list[Tensor | None]:
-            return replay.pull(du, sums, None if into[0] is None else _adder(into[0].tensor()))
+            return replay.pull(du, sums, None if into[0] is None else adder(into[0].tensor()))
 
         return pullback
 
@@ -404,7 +395,7 @@ class FusedMBConv:
 Emit = Callable[[slice, Tensor], None]  # takes the input's gradient, a chunk of samples at a time
 
 
-def _adder(total: Tensor) -> Emit:
+def adder(total: Tensor) -> Emit:
     def emit(chunk: slice, dx: Tensor) -> None:
         rows(total, chunk).add_(dx)
 
@@ -599,79 +590,3 @@ class Replay:
                 emit(chunk, _pointwise(w.expand.transpose(0, 1), de, NO_PROLOGUE, None, dx))
         self.e.clear()
         return dexpand, dgamma0, dbeta0
-
-
-def _plain_norm(norm: nn.Module | None) -> bool:
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
-
-
-def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = False) -> bool:
-    if type(layer) is not ConvNormAct:
-        return False
-    conv = layer.conv
-    if type(conv) is not nn.Conv2d:
-        return False
-    if depthwise:
-        fits = conv.groups == conv.in_channels == conv.out_channels
-    else:
-        fits = conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1)
-    return (
-        fits
-        and conv.bias is None
-        and conv.padding_mode == "zeros"
-        and conv.dilation == (1, 1)
-        and conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.kernel_size[0] % 2 == 1
-        and conv.padding == (conv.kernel_size[0] // 2,) * 2
-        and conv.stride[0] == conv.stride[1]
-        and _plain_norm(layer.norm)
-        and type(layer.act) is (act or type(None))
-    )
-
-
-def _submodules(module: nn.Module) -> list[nn.Module]:
-    """``module.modules()``, ten times as fast: this runs for every branch in every step."""
-    found = [module]
-    for m in found:
-        found += [child for child in m._modules.values() if child is not None]
-    return found
-
-
-def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether calling one of the modules does more than its class's ``forward``."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-        if "forward" in m.__dict__:
-            return True
-    return False
-
-
-def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
-    """Why :class:`FusedMBConv` cannot stand for ``transform`` on input x; empty when it can.
-
-    What does not fit (other norms or activations, hooks, parametrisations, empty batches, user modules) runs
-    through :class:`revbifpn.branch.Branch`.
-    """
-    if type(transform) is not MBConv:
-        return f"it is a {type(transform).__name__}, not an MBConv"
-    expand, se = transform.exp_conv, transform.se
-    if expand is not None and not _plain_conv_norm(expand, nn.Hardswish):
-        return "its expansion is not a 1x1 convolution followed by BatchNorm2d and Hardswish"
-    if not _plain_conv_norm(transform.dw_conv, nn.Hardswish, depthwise=True):
-        return "its depthwise convolution is not one followed by BatchNorm2d and Hardswish"
-    if not _plain_conv_norm(transform.project_conv, None):
-        return "its projection is not a 1x1 convolution followed by BatchNorm2d alone"
-    if se is not None:
-        kinds = [type(layer) for layer in se.se]
-        if kinds != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]:
-            return "its squeeze-excite is not of Hardswish and Hardsigmoid"
-    modules = _submodules(transform)
-    if has_hooks(modules):
-        return "a module in it has hooks or a forward of its own"
-    dtype, kinds = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
-    if kinds != {dtype} or dtype not in (torch.float32, torch.float64):
-        return f"its parameters and the stream are not all float32 or all float64 (the stream is {dtype})"
-    if 0 in x.shape:
-        return "the batch is empty"
-    return ""

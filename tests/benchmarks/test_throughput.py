@@ -12,7 +12,7 @@ from torch import nn
 import revbifpn
 import revbifpn.fast
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 common = importlib.import_module("benchmarks.common")
 rivals = importlib.import_module("benchmarks.rivals")
 throughput = importlib.import_module("benchmarks.throughput")

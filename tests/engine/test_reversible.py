@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from revbifpn import RevBlock, ReversibleSequence, RevSilo, check_invertible, memory, tape
-from revbifpn.fast import FusedCoupler
+from revbifpn import RevBlock, ReversibleSequence, RevSilo, check_invertible, memory
+from revbifpn.engine.lowered import Coupler
+from revbifpn.engine.state import State
+from revbifpn.fused import FusedCoupler
 from revbifpn.mbconv import MBConv
 from revbifpn.reversible import Coupling, Part, PerLevel, Reversible, Upsampled, is_recomputing, recomputed
 
@@ -109,10 +111,10 @@ NETWORKS = {
     "empty": (lambda: ReversibleSequence(), (8,)),
 }
 networks = pytest.mark.parametrize("name", NETWORKS)
-couplers = pytest.mark.parametrize("coupler", [tape.Coupler, FusedCoupler])
+couplers = pytest.mark.parametrize("coupler", [Coupler, FusedCoupler])
 
 
-def network(name, coupler=tape.Coupler, dtype=F64):
+def network(name, coupler=Coupler, dtype=F64):
     torch.manual_seed(0)
     make, channels = NETWORKS[name]
     net = make().to(dtype)
@@ -259,7 +261,7 @@ TRANSFORMS = {
 transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 
 
-def with_transform(transform, coupler=tape.Coupler):
+def with_transform(transform, coupler=Coupler):
     torch.manual_seed(0)
     net = four(TRANSFORMS[transform]).double()
     net.coupler = coupler()
@@ -516,13 +518,13 @@ def test_step_after_an_exception_is_right(error, recompute):
 @contextlib.contextmanager
 def states_made(monkeypatch):
     """Weak references to the states of the passes in the block, with the cycle collector off."""
-    states, init = [], tape.State.__init__
+    states, init = [], State.__init__
 
     def record(self, *args, **kwargs):
         init(self, *args, **kwargs)
         states.append(weakref.ref(self))
 
-    monkeypatch.setattr(tape.State, "__init__", record)
+    monkeypatch.setattr(State, "__init__", record)
     gc.collect()
     gc.disable()
     try:
@@ -562,7 +564,7 @@ def deep(depth, reversible):
     return ReversibleSequence(*blocks, reversible=reversible)
 
 
-@pytest.mark.parametrize("coupler", [tape.Coupler, FusedCoupler])
+@pytest.mark.parametrize("coupler", [Coupler, FusedCoupler])
 def test_peak_memory_does_not_grow_with_depth(coupler):
     peaks = {}
     for reversible in (True, False):

@@ -18,7 +18,7 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.configs import CONFIGS
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 SCALES = pytest.mark.parametrize("scale", range(7))
 F64, F32 = torch.float64, torch.float32

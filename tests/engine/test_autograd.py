@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
-from revbifpn import fast, tape
+from revbifpn import fast
+from revbifpn.engine.state import State
 from revbifpn.memory import measure_step
 from revbifpn.reversible import is_recomputing
 
@@ -673,13 +674,13 @@ def test_weight_changed_in_place_is_an_error(module, where):
 @SHAPES
 @pytest.mark.parametrize("backward", [False, True])
 def test_streams_are_freed_without_the_cycle_collector(module, options, backward, monkeypatch):
-    states, init = [], tape.State.__init__
+    states, init = [], State.__init__
 
     def record(self, *args, **kwargs):
         init(self, *args, **kwargs)
         states.append(weakref.ref(self))
 
-    monkeypatch.setattr(tape.State, "__init__", record)
+    monkeypatch.setattr(State, "__init__", record)
     model = narrow(module, **options)
     gc.collect()
     gc.disable()

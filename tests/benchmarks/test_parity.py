@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 common = importlib.import_module("benchmarks.common")
 parity = importlib.import_module("benchmarks.parity_digits")
 

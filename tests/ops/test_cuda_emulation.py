@@ -25,7 +25,7 @@ from revkernels.reference import accumulate_dtype
 from revkernels.registry import OPS
 from revkernels.testing import relative_error
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EPSILON = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-4, torch.bfloat16: 1e-4}

@@ -12,7 +12,7 @@ from torch import nn
 import revbifpn
 from revbifpn.memory import measure_step
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 common = importlib.import_module("benchmarks.common")
 memory = importlib.import_module("benchmarks.memory_vs_hrnet")
 rivals = importlib.import_module("benchmarks.rivals")

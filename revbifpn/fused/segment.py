@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revbifpn.branch import Gradient, Pullback, Term
-from revbifpn.fused import Emit, FusedMBConv, FusedRecord, Replay, Weights, _adder, explicit, join, rows
+from revbifpn.engine.branch import Contribution, Gradient, Pullback
+from revbifpn.fused.mbconv import Emit, FusedMBConv, FusedRecord, Replay, Weights, adder, explicit, join, rows
 from revbifpn.streams import Encoded
 
 
@@ -34,10 +34,12 @@ class Segment(nn.Module):
         return out if self.merge is None else self.merge(out)
 
 
-def add_term(term: Term, onto: Tensor | None) -> Tensor:
+def add_contribution(contribution: Contribution, onto: Tensor | None) -> Tensor:
     """``onto + a p + b`` as a new tensor; ``onto = None`` is zero."""
-    out = torch.zeros_like(term.p) if onto is None else onto.clone(memory_format=torch.contiguous_format)
-    torch.ops.revkernels.couple_(out, [term.p], [term.scale], [term.shift], [1], "nearest", False)
+    out = torch.zeros_like(contribution.p) if onto is None else onto.clone(memory_format=torch.contiguous_format)
+    torch.ops.revkernels.couple_(
+        out, [contribution.p], [contribution.scale], [contribution.shift], [1], "nearest", False
+    )
     return out
 
 
@@ -53,40 +55,44 @@ class FusedSegment:
         return self.neck.parameters() + ([] if self.merge is None else self.merge.parameters())
 
     @explicit
-    def __call__(self, y: Tensor | Encoded, *merged: Tensor) -> Term:
+    def evaluate(self, y: Tensor | Encoded, *merged: Tensor, update: bool = True) -> Contribution:
         chunks = [slice(0, y.shape[0])]
         if self.merge is not None and self.neck.is_frozen() and self.merge.is_frozen():
             chunks = self.neck.chunks(y.shape, y.device)  # samples on their own: the neck's map only for some at a time
-        return Term(join([self._map(rows(y, chunk), *(rows(m, chunk) for m in merged)) for chunk in chunks]))
+        return Contribution(
+            join([self._map(rows(y, chunk), *(rows(m, chunk) for m in merged), update=update) for chunk in chunks])
+        )
 
-    def _map(self, y: Tensor | Encoded, *merged: Tensor) -> Tensor:
-        out = add_term(self.neck(y), merged[0] if merged else None)
-        return out if self.merge is None else add_term(self.merge(out), None)
+    def _map(self, y: Tensor | Encoded, *merged: Tensor, update: bool) -> Tensor:
+        out = add_contribution(self.neck.evaluate(y, update=update), merged[0] if merged else None)
+        return out if self.merge is None else add_contribution(self.merge.evaluate(out, update=update), None)
 
     @explicit
-    def _run(self, inputs: Sequence[Tensor | Encoded], planes: list | None = None) -> tuple[Term, list[FusedRecord]]:
+    def _run(
+        self, inputs: Sequence[Tensor | Encoded], planes: list | None = None
+    ) -> tuple[Contribution, list[FusedRecord]]:
         """The segment's map and the records of its parts, whose d and p are added to ``planes`` if wanted."""
         y, *merged = inputs
         records = []
 
-        def run(branch: FusedMBConv, x: Tensor | Encoded) -> Term:
-            term, record, d = branch.compute(x)
+        def run(branch: FusedMBConv, x: Tensor | Encoded) -> Contribution:
+            contribution, record, d = branch.compute(x)
             records.append(record)
             if planes is not None:
-                planes.append((d, term.p))
-            return term
+                planes.append((d, contribution.p))
+            return contribution
 
-        out = add_term(run(self.neck, y), merged[0] if merged else None)
-        return Term(out if self.merge is None else add_term(run(self.merge, out), None)), records
+        out = add_contribution(run(self.neck, y), merged[0] if merged else None)
+        return Contribution(out if self.merge is None else add_contribution(run(self.merge, out), None)), records
 
-    def forward(self, *inputs: Tensor | Encoded) -> tuple[Term, list[FusedRecord]]:
+    def record(self, *inputs: Tensor | Encoded) -> tuple[Contribution, list[FusedRecord]]:
         """The segment's map, and what its recompute needs."""
         return self._run(inputs)
 
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]) -> tuple[Term, Pullback]:
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
         planes = []
-        term, records = self._run(inputs, planes)
+        contribution, records = self._run(inputs, planes)
         y, merged = inputs[0].clone(), inputs[1:]
 
         def pullback(*arguments: Any) -> list[Tensor | None]:
@@ -95,7 +101,7 @@ class FusedSegment:
             neck.put(*copies[0])
             return self._pullback(neck, records, parameters, merged, copies)(*arguments)
 
-        return term, pullback
+        return contribution, pullback
 
     def _replay_neck(self, y: Tensor | Encoded, records: list[FusedRecord], parameters: Sequence[Tensor]) -> Replay:
         return self.neck.replay(y, records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
@@ -155,7 +161,7 @@ class FusedSegment:
 
         def out(chunk: slice) -> Tensor:
             latest["p"] = p = neck.p_of(chunk)
-            return add_term(Term(p, *neck.affine2), rows(merged[0], chunk) if merged else None)
+            return add_contribution(Contribution(p, *neck.affine2), rows(merged[0], chunk) if merged else None)
 
         shape = (neck.n, neck.channels, *neck.out_size)
         dout = du.new_empty(shape, dtype=neck.dtype)
@@ -175,7 +181,7 @@ class FusedSegment:
 
 
 def _emit(gradient: Gradient | None) -> Emit | None:
-    return None if gradient is None else _adder(gradient.tensor())
+    return None if gradient is None else adder(gradient.tensor())
 
 
 def _writer(plane: Tensor) -> Emit:

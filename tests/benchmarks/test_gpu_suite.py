@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 suite = importlib.import_module("benchmarks.gpu_suite")
 Op, Part = suite.Op, suite.Part
 

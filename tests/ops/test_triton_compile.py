@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import revkernels  # noqa: E402
 from revkernels.triton import COMPOSED, INTERPRETED, LAUNCHERS  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = Path(revkernels.__file__).parents[1]  # of the package under test, installed or not
 ELEMENTWISE = {"couple_identity_kernel", "couple_upsampled_kernel", "dequantize_kernel"}
 ELEMENTWISE |= {"bn_act_kernel", "bn_act_grad_kernel"}

@@ -20,7 +20,9 @@ from torch import nn
 
 import revbifpn
 import revkernels
-from revbifpn import check_invertible, fast, fused, monitor_drift, range_report, tape
+from revbifpn import check_invertible, fast, fused, monitor_drift, range_report
+from revbifpn.engine.state import State
+from revbifpn.engine.tape import Stored
 from revbifpn.mbconv import MBConv
 from revbifpn.memory import PeakMemory
 from revbifpn.reversible import is_recomputing
@@ -217,7 +219,7 @@ def passes(monkeypatch):
 
         return run
 
-    for owner in (tape.State, tape.Stored):
+    for owner in (State, Stored):
         monkeypatch.setattr(owner, "__init__", recorded(owner.__init__))
     gc.collect()
     gc.disable()

@@ -679,6 +679,6 @@ def test_concurrent_downloads_all_succeed_and_leave_one_file(server):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_documentation_lists_the_published_files(config):
-    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     row = next(line for line in page.splitlines() if config.url in line)
     assert config.sha256 in row

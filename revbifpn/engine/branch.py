@@ -1,0 +1,232 @@
+"""A branch: a transform as a coupling runs it, forward once without a graph and once more, with one, in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from revbifpn.engine.anomaly import check_finite
+from revbifpn.engine.record import (
+    Autocast,
+    Record,
+    Recorder,
+    Replay,
+    changed_input,
+    flags,
+    recomputing,
+    uncached_parametrizations,
+)
+from revbifpn.streams import values
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a branch adds to a stream: ``scale * p + shift`` (``[C]`` or ``[N, C]`` each), upsampled by the coupling.
+
+    ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs.
+    """
+
+    p: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    center: Tensor | None = None
+
+
+class Gradient:
+    """The gradient of an input so far: a sum to be added to, made when its first addend comes."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.value: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """The sum, to be added to in place."""
+        if self.value is None:
+            self.value = torch.zeros_like(self.like, memory_format=torch.contiguous_format)
+        return self.value
+
+    def adopts(self, buffer: Tensor) -> bool:
+        """Whether nothing was added yet and :meth:`adopt` would take ``buffer``."""
+        return self.value is None and buffer.shape == self.like.shape
+
+    def adopt(self, buffer: Tensor) -> None:
+        """Take over a tensor that nobody else keeps as the sum's first addend."""
+        self.value = buffer
+
+
+class Pullback(Protocol):
+    """The vector-Jacobian product of one call of a branch; good for one use."""
+
+    def __call__(self, du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> Sequence[Tensor | None]:
+        """Add the inputs' gradients to ``into`` and return the parameters'.
+
+        Args:
+            du: gradient of the contribution, after the adjoint of upsampling.
+            sums: what the contribution's ``center`` asked for.
+            into: the gradient of every input; None where it is not wanted.
+
+        Returns:
+            One gradient per parameter, in the order of :meth:`Branch.parameters`; None for one that wants none.
+        """
+
+
+class Branch(Protocol):
+    """What a coupling runs for one of its terms. One is made per coupling and pass.
+
+    The contract: :meth:`record` and then :meth:`recompute`, on the same inputs and parameters, compute the same
+    function; with an exact stream they give the same bits. Only ``record``, and ``evaluate(update=True)``, leave a
+    trace: running statistics move once.
+    """
+
+    module: nn.Module
+
+    def parameters(self) -> list[Tensor]:
+        """The tensors that its pullback gives gradients of."""
+
+    def evaluate(self, *inputs: Tensor, update: bool = True) -> Contribution:
+        """Call the module as it is now; nothing is recorded. ``update``: buffers change as in any call."""
+
+    def record(self, *inputs: Tensor) -> tuple[Contribution, Any]:
+        """The contribution, and what :meth:`recompute` needs besides inputs and parameters."""
+
+    def recompute(
+        self, record: Any, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Contribution | None, Pullback]:
+        """The contribution again (None: a caller never needs it) and its pullback.
+
+        Args:
+            record: of the forward call.
+            parameters: the values used there, in the order of :meth:`parameters`.
+            inputs: the values used there; the pullback keeps references to them, not copies.
+            needs: which of the inputs a gradient is wanted for.
+        """
+
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
+        """:meth:`record` and :meth:`recompute` at once: the pullback keeps what it needs since forward."""
+
+
+class ModuleBranch:
+    """Any module as a branch: its vector-Jacobian product comes from autograd, on a graph built in backward.
+
+    Correct for random layers (generator states are replayed), BatchNorm (running statistics are updated once),
+    other buffers (the second call sees the values the first one saw, on copies), autocast, train/eval flags changed
+    between forward and backward, parameters swapped in by ``torch.func.functional_call``, cached parametrisations, and
+    checkpoints inside, whose own second call runs in the same scene.
+
+    Both calls run with gradients enabled, on inputs that want one: without, kernels may differ (attention's, recurrent
+    layers').
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def parameters(self) -> list[Tensor]:
+        parameters = list(self.module.parameters())
+        if any(map(is_lazy, parameters)):
+            raise RuntimeError(
+                f"{type(self.module).__name__} has parameters that are not initialised yet (a Lazy layer): call it "
+                "once on an input of its own before the reversible block that it is in"
+            )
+        return parameters
+
+    def evaluate(self, *inputs: Tensor, update: bool = True) -> Contribution:
+        module, inputs = self.module, tuple(map(values, inputs))
+        if update:
+            p = module(*inputs)
+        else:
+            buffers = {name: b.clone() for name, b in module.named_buffers()}
+            with torch.no_grad(), recomputing(), flags(module, [m.training for m in module.modules()]):
+                p = torch.func.functional_call(module, buffers, inputs)
+        check_finite(module, p)
+        return Contribution(p)
+
+    def record(self, *inputs: Tensor) -> tuple[Contribution, Record]:
+        inputs = [values(x).detach() for x in inputs]
+        recorder = Recorder(self.module, inputs)
+        with uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
+            p = _call(self.module, [_wanting(x) for x in inputs])
+        check_finite(self.module, p)
+        return Contribution(p.detach()), recorder.finish()
+
+    def recompute(
+        self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Contribution, Pullback]:
+        # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
+        inputs = [_wanting(values(x).data) if need else values(x).data for x, need in zip(inputs, needs, strict=True)]
+        parameters = _leaves(parameters)
+        replay = Replay(self.module, record, self._named(parameters))
+        with torch.enable_grad():
+            p = replay.call(*inputs)
+        return Contribution(p.detach()), self._pullback(p, inputs, parameters, replay.run)
+
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
+        inputs = [_wanting(values(x).detach().clone()) for x in inputs]
+        parameters = _leaves(parameters)
+        with torch.enable_grad(), Autocast.current(inputs[0].device).restore(), uncached_parametrizations():
+            p = torch.func.functional_call(self.module, self._named(parameters), tuple(inputs))
+        check_finite(self.module, p)
+        return Contribution(p.detach()), self._pullback(p, inputs, parameters, lambda function: function())
+
+    def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((name for name, _ in self.module.named_parameters()), parameters, strict=True))
+
+    def _pullback(
+        self,
+        p: Tensor,
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        run: Callable[[Callable[[], Any]], Any],
+    ) -> Pullback:
+        _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
+
+        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
+            if p.requires_grad:
+                # Into leaves of our own, not by autograd.grad, which checkpoints of the reentrant kind refuse.
+                run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
+            for x, total in zip(inputs, into, strict=True):
+                if x.grad is not None and total is not None:
+                    total.tensor().add_(x.grad)
+            return [q.grad for q in parameters]
+
+        return pullback
+
+
+def _call(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    try:
+        return module(*inputs)
+    except RuntimeError as error:
+        if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
+            raise changed_input(module) from error
+        raise
+
+
+def _wanting(x: Tensor) -> Tensor:
+    """x, a leaf, as an input that wants a gradient."""
+    return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
+
+
+def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [q.detach().requires_grad_(q.requires_grad) for q in parameters]
+
+
+def _expect_own(p: Tensor, known: set[int], module: nn.Module) -> None:
+    """Refuse a result that depends on tensors which want a gradient and would silently get none."""
+    seen, front = set(), [p.grad_fn]
+    while front:
+        node = front.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise RuntimeError(
+                f"{type(module).__name__} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
+                "neither its input nor one of its parameters, so a reversible block cannot give it one: register it "
+                "as a parameter, or detach it"
+            )
+        front += [function for function, _ in node.next_functions]

@@ -1,0 +1,100 @@
+"""What a coupling is: the one operation that every reversible block is made of.
+
+A *stream* is a tensor that a pass updates in place, a *part* a stream or one channel half of it. A coupling adds to
+its target what transforms compute from other parts, and may scale the target and add sources as they are:
+
+    forward     y_t <- s y_t + sum_k F_k(y_k) + sum_j c_j y_j,         k, j != t
+    inverse     y_t <- (y_t - sum_k F_k(y_k) - sum_j c_j y_j) / s
+    gradients   dy_k += J_k^T dy_t,   dy_j += c_j dy_t,   then   dy_t <- s dy_t
+
+The sources are the same before and after, so the same sum can be formed again from what the coupling leaves behind. A
+RevBlock is two couplings of the halves of a stream, a RevSilo one per level and direction, with s = 1 and no c. The
+coefficients s and c are those of dual-residual networks (x <- F(x) + (alpha - 1) x + y and y <- beta x, in place); they
+belong to the pass, which goes back with the coefficients that it went forward with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stream, or one channel half of it: the first half has the odd channel."""
+
+    level: int
+    half: int | None = None
+
+    def of(self, streams: Sequence[Tensor]) -> Tensor:
+        x = streams[self.level]
+        return x if self.half is None else x.chunk(2, dim=1)[self.half]
+
+    def overlaps(self, other: Part) -> bool:
+        return self.level == other.level and (self.half == other.half or None in (self.half, other.half))
+
+    def at(self, level: int) -> Part:
+        """The same part among the streams from ``level`` on."""
+        return replace(self, level=self.level + level)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """``target <- scale target + sum_k transform_k(source_k) + sum_j coefficient_j source_j``.
+
+    Args:
+        target: the part that is updated.
+        terms: ``(source, transform)`` each; the transform's result has the target's shape.
+        creates: the target starts from zero and is a new level.
+        linear: ``(source, coefficient)`` each, sources of the target's shape that are added as they are.
+        scale: of the target; not zero, or there is no inverse.
+
+    Raises:
+        ValueError: a source overlaps the target, ``scale`` is zero, or a created target has nothing to scale.
+    """
+
+    target: Part
+    terms: tuple[tuple[Part, nn.Module], ...] = ()
+    creates: bool = False
+    linear: tuple[tuple[Part, float], ...] = ()
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for argument, sources in (("terms", self.sources), ("linear", [source for source, _ in self.linear])):
+            for source in sources:
+                if source.overlaps(self.target):
+                    raise ValueError(
+                        f"{argument}: {source} overlaps the target {self.target}; what is added to x must not depend "
+                        "on x itself, or there is no inverse"
+                    )
+        if self.scale == 0:
+            raise ValueError("scale: expected a number other than 0, which has no inverse")
+        if self.creates and (self.scale != 1 or self.linear or not self.terms):
+            raise ValueError("creates: a new level starts from zero, with terms alone; leave scale and linear out")
+
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        """What the transforms read."""
+        return tuple(source for source, _ in self.terms)
+
+    @property
+    def transforms(self) -> tuple[nn.Module, ...]:
+        return tuple(transform for _, transform in self.terms)
+
+    def at(self, level: int) -> Coupling:
+        """The same coupling among the streams from ``level`` on."""
+        if level == 0:
+            return self
+        terms = tuple((source.at(level), transform) for source, transform in self.terms)
+        linear = tuple((source.at(level), coefficient) for source, coefficient in self.linear)
+        return replace(self, target=self.target.at(level), terms=terms, linear=linear)
+
+
+class Upsampled(nn.Sequential):
+    """A transform followed by upsampling: kernels that upsample while they add take the two apart."""
+
+    def __init__(self, transform: nn.Module, factor: int, mode: str) -> None:
+        super().__init__(transform, nn.Upsample(scale_factor=factor, mode=mode))
+        self.factor, self.mode = factor, mode

@@ -1,0 +1,134 @@
+"""How a coupling is run: one branch per transform, the update of the target in place, and its adjoint.
+
+This file does it in plain PyTorch, with upsampling inside the branches; :mod:`revbifpn.fused.coupling` on kernels that
+upsample while they add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from revbifpn.engine.anomaly import check_finite
+from revbifpn.engine.branch import Branch, Contribution, ModuleBranch
+from revbifpn.engine.coupling import Coupling, Part
+from revbifpn.streams import Encoded, as_map, values
+from revkernels import reference
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How an exact stream is updated: sums are rounded to multiples of ``2^-fraction_bits``."""
+
+    fraction_bits: int
+    overflow: Tensor | None = None  # counts values out of range, see :func:`revkernels.couple_`
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A coupling with the branches that run it on given streams."""
+
+    coupling: Coupling
+    branches: tuple[Branch, ...]
+
+    @property
+    def target(self) -> Part:
+        return self.coupling.target
+
+    @property
+    def creates(self) -> bool:
+        return self.coupling.creates
+
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        return self.coupling.sources
+
+    def parameters(self) -> list[Tensor]:
+        return [q for branch in self.branches for q in branch.parameters()]
+
+    def split(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Values for :meth:`parameters`, branch by branch."""
+        rest = iter(parameters)
+        return ([next(rest) for _ in branch.parameters()] for branch in self.branches)
+
+    def advance_(
+        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Tensor | Encoded], grid: Grid | None
+    ) -> None:
+        """``y <- s y + sum_k contribution_k + sum_j c_j linear_j``, from the values of the linear sources."""
+        if self.coupling.scale != 1:
+            y.mul_(self.coupling.scale)
+        self.add_(y, [*contributions, *self._linear(linear)], subtract=False, grid=grid)
+
+    def retreat_(
+        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Tensor | Encoded], grid: Grid | None
+    ) -> None:
+        """``y <- (y - sum_k contribution_k - sum_j c_j linear_j) / s``."""
+        self.add_(y, [*contributions, *self._linear(linear)], subtract=True, grid=grid)
+        if self.coupling.scale != 1:
+            y.div_(self.coupling.scale)
+
+    def _linear(self, inputs: Sequence[Tensor | Encoded]) -> Iterator[Contribution]:
+        for x, (_, coefficient) in zip(map(values, inputs), self.coupling.linear, strict=True):
+            yield Contribution(x, x.new_full((x.shape[1],), coefficient))
+
+    def add_(self, y: Tensor, contributions: Sequence[Contribution], *, subtract: bool, grid: Grid | None) -> None:
+        """``y <- y +/- sum_k contribution_k`` in place, rounded to ``grid``."""
+        for contribution in contributions:
+            if contribution.p.shape != y.shape:
+                raise ValueError(
+                    f"transform: expected a result of its target's shape {tuple(y.shape)}, got "
+                    f"{tuple(contribution.p.shape)}"
+                )
+        if grid is not None:
+            p = [as_map(contribution.p) for contribution in contributions]
+            scale, none = [contribution.scale for contribution in contributions], [None] * len(p)
+            plain = [1] * len(p), "nearest", subtract
+            reference.couple_(as_map(y), p, scale, none, *plain, grid.fraction_bits, grid.overflow)
+            return
+        for contribution in contributions:
+            y.add_(_plain(contribution), alpha=-1 if subtract else 1)
+
+    def adjoint(self, dy: Tensor, contributions: Sequence[Contribution]) -> list[tuple[Tensor, Tensor | None]]:
+        """Per contribution of a branch, its gradient and the sums that its ``center`` asks for."""
+        return [(dy, None)] * len(contributions)
+
+    def stored(self, y: Tensor | None, inputs: Sequence[Tensor], linear: Sequence[Tensor]) -> Tensor:
+        """The coupled target as an ordinary differentiable tensor; ``y = None`` is zero."""
+        if y is not None and self.coupling.scale != 1:
+            y = self.coupling.scale * y
+        for x, (_, coefficient) in zip(linear, self.coupling.linear, strict=True):
+            y = torch.add(y, x, alpha=coefficient)
+        return self.stored_sum(y, inputs)
+
+    def stored_sum(self, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        """``y + sum_k F_k(x_k)``, likewise."""
+        for branch, x in zip(self.branches, inputs, strict=True):
+            p = branch.module(x)
+            check_finite(branch.module, p)
+            y = p if y is None else y + p
+        return y
+
+
+def _plain(contribution: Contribution) -> Tensor:
+    """``scale p``: plain branches have no shift, linear sources one coefficient."""
+    p, scale = contribution.p, contribution.scale
+    return p if scale is None else p * scale.view(-1, *[1] * (p.dim() - 2))
+
+
+class Coupler:
+    """Chooses how couplings, and transforms between the streams and the pyramid, are run: here in plain PyTorch."""
+
+    def lower(self, coupling: Coupling, inputs: Sequence[Tensor | Encoded]) -> Lowered:
+        """The branches that run the coupling's transforms on ``inputs``, the values of their sources."""
+        return Lowered(coupling, tuple(map(ModuleBranch, coupling.transforms)))
+
+    def branch(self, transform: nn.Module, *inputs: Tensor | Encoded) -> Branch:
+        """The branch that runs a transform outside couplings."""
+        return ModuleBranch(transform)
+
+    def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
+        """``transform(*inputs)`` as an ordinary differentiable tensor."""
+        return transform(*inputs)

@@ -1,0 +1,168 @@
+"""The autograd nodes of a pass. Activations and their gradients do not travel through autograd.
+
+A :class:`~revbifpn.engine.state.State` owns the streams ``y`` and, in backward, their gradients ``dy``; autograd
+carries only a 0-dim token from node to node, which puts the nodes in order. Going backward, each node recomputes its
+branches, subtracts what they had added (so ``y`` becomes the input of that coupling again, in the same memory) and
+accumulates into ``dy`` in place::
+
+    enter --token--> step --token--> ... --token--> leave       ordinary tensors come in at enter and go out at leave,
+                                          \\-------> read        or through a function of one level, at read
+
+Parameters are inputs of their node, so ``torch.autograd.grad``, hooks, gradient accumulation and DDP see them as usual.
+Nodes point to the state alone, so that no reference cycle keeps the streams alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revbifpn.engine.branch import Branch, Gradient
+from revbifpn.engine.coupling import Part
+from revbifpn.engine.lowered import Lowered
+from revbifpn.engine.record import Backends
+from revbifpn.engine.state import PartGradient, State
+from revkernels.functional import forbid_double_backward
+
+
+def forbid_second_derivative() -> None:
+    """Raise inside a backward that is being differentiated itself; nodes call it first in ``backward``."""
+    forbid_double_backward(
+        "a reversible pass",
+        "as its backward recomputes activations in place. For second derivatives build the model from plain PyTorch "
+        "(revbifpn, not revbifpn.fast) with reversible=False, stream='float32' and se_sig_act=torch.nn.Sigmoid",
+    )
+
+
+class Enter(torch.autograd.Function):
+    """Ordinary tensors become the pass's streams; backward hands out their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, state: State, owned: bool, *inputs: Tensor) -> Tensor:
+        ctx.state = state
+        ctx.set_materialize_grads(False)
+        state.enter(inputs, owned)
+        return inputs[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, token: None) -> tuple:
+        forbid_second_derivative()
+        state = ctx.state
+        state.expect(0)
+        grads = state.grads
+        state.release()
+        return None, None, *grads
+
+
+class Step(torch.autograd.Function):
+    """One coupling: forward is :meth:`State.advance`, backward :meth:`State.retreat`."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, state: State, lowered: Lowered, *parameters: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.lowered = state, lowered
+        ctx.calls = state.advance(lowered, parameters)
+        ctx.position = state.position
+        ctx.save_for_backward(*parameters)
+        return token.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, token: None) -> tuple:
+        forbid_second_derivative()
+        state = ctx.state
+        state.expect(ctx.position)
+        with state.going_back():
+            gradients = state.retreat(ctx.lowered, ctx.calls, ctx.saved_tensors, ctx.needs_input_grad[0])
+        return None, None, None, *gradients
+
+
+class Leave(torch.autograd.Function):
+    """The streams go out as ordinary tensors. Saving them lets autograd notice an in-place change by their user."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, state: State) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.position = state, state.position
+        streams = state.decoded()
+        ctx.save_for_backward(*streams)
+        return streams
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        forbid_second_derivative()
+        # The caller may still hold the outputs, and autograd may share the gradients: the pass works on copies.
+        ctx.state.reenter(ctx.position, ctx.saved_tensors, grads)
+        return None, None
+
+
+class Read(torch.autograd.Function):
+    """``transform(y_level, *others)`` without a graph; backward recomputes it and adds to ``dy_level``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, state: State, level: int, branch: Branch, stored: bool, count: int, *tensors: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.level, ctx.count, ctx.position = state, level, count, state.position
+        others, parameters = tensors[:count], tensors[count:]
+        inputs = [state.read(Part(level)), *others]
+        contribution, ctx.call = state.call(branch, inputs, parameters, stored=stored)
+        ctx.save_for_backward(*tensors)
+        # A stored contribution belongs to the node, whose own output it must not be: that were a cycle.
+        return own(contribution.p.detach() if stored else contribution.p, *state.streams, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dp: Tensor | None) -> tuple:
+        forbid_second_derivative()
+        state, count = ctx.state, ctx.count
+        state.begin(ctx.position)
+        saved = ctx.saved_tensors
+        if dp is None:
+            return (None,) * (6 + len(saved))
+        others, parameters = saved[:count], saved[count:]
+        inputs = [state.read(Part(ctx.level)), *others]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6 : 6 + count]]
+        with state.going_back():
+            _, pullback = state.replay(ctx.call, parameters, inputs, needs)
+            dothers = [Gradient(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
+            into = PartGradient(state, Part(ctx.level)) if needs[0] else None
+            dparameters = pullback(dp, None, [into, *dothers])
+        return None, None, None, None, None, None, *_values(dothers), *dparameters
+
+
+class Recomputed(torch.autograd.Function):
+    """``transform(*inputs)`` without a graph, recomputed in backward from its saved inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Branch, count: int, *tensors: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.branch, ctx.count, ctx.backends = branch, count, Backends.current()
+        contribution, ctx.record = branch.record(*tensors[:count])
+        ctx.save_for_backward(*tensors)
+        return own(contribution.p, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dp: Tensor | None) -> tuple:
+        forbid_second_derivative()
+        saved = ctx.saved_tensors
+        if dp is None:
+            return (None,) * (2 + len(saved))
+        inputs, parameters = saved[: ctx.count], saved[ctx.count :]
+        needs = ctx.needs_input_grad[2 : 2 + ctx.count]
+        with ctx.backends.restore():
+            _, pullback = ctx.branch.recompute(ctx.record, parameters, inputs, needs)
+            dinputs = [Gradient(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+            dparameters = pullback(dp, None, dinputs)
+        return None, None, *_values(dinputs), *dparameters
+
+
+def _values(gradients: Sequence[Gradient | None]) -> list[Tensor | None]:
+    return [None if g is None else g.value for g in gradients]
+
+
+def own(p: Tensor, *held: Tensor) -> Tensor:
+    """p, or a copy where it shares memory with a tensor that somebody else holds: a transform may return its input."""
+    return p.clone() if any(torch._C._is_alias_of(p, t) for t in held) else p

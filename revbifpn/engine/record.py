@@ -1,0 +1,322 @@
+"""What one call of a module depended on besides its inputs and parameters, and how to put that in force again.
+
+A reversible pass keeps none of a transform's activations: backward calls the module a second time, which must compute
+the same function and leave no trace. A :class:`Recorder` watches the first call; a :class:`Replay` sets the scene for
+the second, and again for its gradient, since parts of a module (a checkpoint in it) may run only then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+_state = threading.local()
+
+
+def is_recomputing() -> bool:
+    """Whether the calling code runs for the second time, inside backward or ``inverse()``.
+
+    Forward hooks of modules inside a reversible block run in the forward and again in the recompute; a hook that
+    counts or logs asks this to act once.
+    """
+    return getattr(_state, "recomputing", False)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """What runs in the block is the second call."""
+    before, _state.recomputing = is_recomputing(), True
+    try:
+        yield
+    finally:
+        _state.recomputing = before
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type. The weight cache is left out: it would outlive the streams' versions."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> Autocast:
+        if not torch.amp.is_autocast_available(device.type):
+            return cls(device.type, False, None)
+        enabled = torch.is_autocast_enabled(device.type)
+        return cls(device.type, enabled, torch.get_autocast_dtype(device.type))
+
+    def restore(self) -> AbstractContextManager:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype, self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class Generators:
+    """States of the default random generators: the CPU's and those of the CUDA devices in use."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def current(cls, *tensors: Tensor) -> Generators:
+        return cls(torch.get_rng_state(), *get_device_states(*tensors))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Generators):
+            return NotImplemented
+        own, others = [self.cpu, *self.states], [other.cpu, *other.states]
+        return all(map(torch.equal, own, others))
+
+    def put(self) -> None:
+        torch.set_rng_state(self.cpu)
+        set_device_states(self.devices, self.states)
+
+
+# What decides between kernels, or their precision, for the whole process: (module, attribute).
+_SETTINGS = (
+    (torch.backends, "fp32_precision"),
+    (torch.backends.cuda.matmul, "fp32_precision"),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    (torch.backends.cudnn, "enabled"),
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "deterministic"),
+    (torch.backends.cudnn.conv, "fp32_precision"),
+    (torch.backends.cudnn.rnn, "fp32_precision"),
+    (torch.backends.mkldnn.conv, "fp32_precision"),
+    (torch.backends.mkldnn.rnn, "fp32_precision"),
+    (torch.backends.mkldnn.matmul, "fp32_precision"),
+)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Settings of PyTorch's backends that results depend on: TF32, reduced precision, determinism, autotuning."""
+
+    settings: tuple[Any, ...]
+    deterministic: tuple[bool, bool]
+    tunable: bool
+
+    @classmethod
+    def current(cls) -> Backends:
+        settings = tuple(getattr(owner, name) for owner, name in _SETTINGS)
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        tunable = torch.backends.cuda.is_built() and torch.cuda.tunable.is_enabled()
+        return cls(settings, (torch.are_deterministic_algorithms_enabled(), warn_only), tunable)
+
+    def put(self) -> None:
+        for (owner, name), now, value in zip(_SETTINGS, Backends.current().settings, self.settings, strict=True):
+            if now != value:
+                setattr(owner, name, value)
+        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
+        if torch.backends.cuda.is_built():
+            torch.cuda.tunable.enable(self.tunable)
+
+    @contextmanager
+    def restore(self) -> Iterator[None]:
+        now = Backends.current()
+        if now == self:
+            yield
+            return
+        self.put()
+        try:
+            yield
+        finally:
+            now.put()
+
+
+class Buffers:
+    """Buffers as a call found them: copies of those that it changed, the others themselves and their versions."""
+
+    def __init__(self, changed: dict[str, Tensor], unchanged: dict[str, tuple[Tensor, int]]) -> None:
+        self.changed, self.unchanged = changed, unchanged
+
+    def restore(self) -> dict[str, Tensor]:
+        """What a second call is to see, and may change."""
+        for name, (buffer, version) in self.unchanged.items():
+            if version_of(buffer) != version:
+                raise RuntimeError(
+                    f"buffer {name!r} was modified in place between a reversible forward and its backward, which needs "
+                    "it as it was (statistics of a norm in eval mode, say, after a forward in train mode)"
+                )
+        unchanged = {name: buffer for name, (buffer, _) in self.unchanged.items()}
+        return unchanged | {name: buffer.clone() for name, buffer in self.changed.items()}
+
+
+def version_of(x: Tensor) -> int:
+    """Number of in-place changes so far, where it is counted."""
+    return 0 if x.is_inference() else x._version
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one call of a module depended on besides its inputs and parameters.
+
+    Attributes:
+        random: states of the generators before and after; None: the call drew no random numbers.
+        training: flag of every submodule, in the order of ``modules()``.
+    """
+
+    autocast: Autocast
+    random: tuple[Generators, Generators] | None
+    training: tuple[bool, ...]
+    buffers: Buffers
+
+
+def updates_statistics(module: nn.Module) -> bool:
+    """A BatchNorm whose output does not depend on the running statistics that it updates."""
+    known = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return known and module.training and module.track_running_stats
+
+
+@contextmanager
+def flags(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
+    """Give every submodule its recorded training flag, and let no norm layer touch its running statistics."""
+    modules = list(module.modules())
+    now = [m.training for m in modules]
+    tracking = []
+    try:
+        for m, flag in zip(modules, training, strict=True):
+            m.training = flag
+            if updates_statistics(m):
+                tracking.append(m)
+                m.track_running_stats = False
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
+        for m, flag in zip(modules, now, strict=True):
+            m.training = flag
+
+
+@contextmanager
+def uncached_parametrizations() -> Iterator[None]:
+    """Parametrised weights are computed where they are used: one that ``parametrize.cached()`` keeps from another call
+    hangs on that call's graph, or on none."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
+
+
+class Recorder:
+    """Watches one call: made before it; :meth:`finish` after it gives the record.
+
+    Args:
+        module: that is called.
+        inputs: of the call.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        self.module, self.inputs = module, inputs
+        skipped = {id(b) for m in module.modules() if updates_statistics(m) for b in m.buffers(recurse=False)}
+        self.buffers = {name: b for name, b in module.named_buffers() if id(b) not in skipped}
+        self.before = {name: (b.clone(), version_of(b)) for name, b in self.buffers.items()}
+        self.versions = [version_of(x) for x in inputs]
+        self.training = tuple(m.training for m in module.modules())
+        self.autocast = Autocast.current(inputs[0].device)
+        self.generators = Generators.current(*inputs)
+
+    def finish(self) -> Record:
+        """The record.
+
+        Raises:
+            RuntimeError: the call changed its input in place.
+        """
+        if self.versions != [version_of(x) for x in self.inputs]:
+            raise changed_input(self.module)
+        generators, random = Generators.current(*self.inputs), None
+        if generators != self.generators:
+            random = self.generators, generators
+        now, changed, unchanged = dict(self.module.named_buffers()), {}, {}
+        for name, (value, version) in self.before.items():
+            buffer = self.buffers[name]
+            if now.get(name) is buffer and version_of(buffer) == version:
+                unchanged[name] = buffer, version
+            else:
+                changed[name] = value
+        return Record(self.autocast, random, self.training, Buffers(changed, unchanged))
+
+
+def changed_input(module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"{type(module).__name__} changes its input in place, which a reversible block needs as it was: "
+        "use inplace=False in its first layer"
+    )
+
+
+class _Within(nn.Module):
+    """Calls a function; :func:`torch.func.functional_call` of this swaps the parameters of ``module`` meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+class Replay:
+    """A module as a recorded call found it, on given parameters.
+
+    Args:
+        module: that was called.
+        record: of the call.
+        parameters: by name, the values that it used.
+    """
+
+    def __init__(self, module: nn.Module, record: Record, parameters: dict[str, Tensor]) -> None:
+        self.module, self.record = module, record
+        state = parameters | record.buffers.restore()
+        self._within, self._state = _Within(module), {f"module.{name}": value for name, value in state.items()}
+        self._generators = record.random and record.random[0]
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """``function()`` with everything that was recorded in force; random numbers go on from one run to the next."""
+        record = self.record
+        with ExitStack() as scene:
+            scene.enter_context(recomputing())
+            scene.enter_context(flags(self.module, record.training))
+            scene.enter_context(uncached_parametrizations())
+            scene.enter_context(record.autocast.restore())
+            if self._generators is not None:
+                devices = self._generators.devices
+                scene.enter_context(torch.random.fork_rng(devices=devices))
+                self._generators.put()
+            result = torch.func.functional_call(self._within, self._state, (function,))
+            if self._generators is not None:
+                self._generators = Generators(torch.get_rng_state(), devices, _device_states(devices))
+        return result
+
+    def call(self, *inputs: Tensor) -> Tensor:
+        """The module's second call.
+
+        Raises:
+            RuntimeError: it drew other random numbers than the first.
+        """
+        p = self.run(lambda: self.module(*inputs))
+        if self.record.random is not None and self._generators != self.record.random[1]:
+            raise RuntimeError(
+                f"{type(self.module).__name__} did not draw the same random numbers in backward as in forward: another "
+                "thread drew from the same generator meanwhile. Random layers in several threads cannot be recomputed; "
+                "train in several processes, or use reversible=False"
+            )
+        return p
+
+
+def _device_states(devices: Sequence[int]) -> list[Tensor]:
+    return [torch.cuda.get_rng_state(device) for device in devices]

@@ -1,0 +1,141 @@
+"""The tape: what a pass writes on while it runs forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from revbifpn.engine.branch import Branch, ModuleBranch
+from revbifpn.engine.coupling import Coupling, Part
+from revbifpn.engine.lowered import Coupler
+from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
+from revbifpn.engine.state import State
+from revbifpn.streams import FIXED16, StreamFormat, autocast_dtype
+
+
+class Tape:
+    """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.token: Tensor | None = None  # None: nothing is recorded
+
+    def step(self, coupling: Coupling) -> None:
+        """Apply a coupling to the streams, recorded if the pass is."""
+        lowered = self.state.lower(coupling)
+        if self.token is None:
+            self.state.apply(lowered)
+        else:
+            self.token = Step.apply(self.token, self.state, lowered, *lowered.parameters())
+
+    def finish(self) -> None:
+        """All couplings have been applied."""
+        self.state.overflow.report()
+
+    def leave(self) -> tuple[Tensor, ...]:
+        """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
+        if self.token is None:
+            return self.state.decoded()
+        return Leave.apply(self.token, self.state)
+
+    def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
+        """``transform(stream, *others)``; the streams stay on the tape.
+
+        Args:
+            stored: keep what the transform computes for backward, instead of recomputing it there.
+        """
+        stream = self.state.read(Part(level))
+        branch = self.state.coupler.branch(transform, stream, *others)
+        if self.token is None:
+            return own(_recomputed(branch, stream, *others), *self.state.streams)
+        stored = stored and not self.state.retain
+        return Read.apply(self.token, self.state, level, branch, stored, len(others), *others, *branch.parameters())
+
+
+def recomputed(transform: nn.Module, *inputs: Tensor) -> Tensor:
+    """``transform(*inputs)``, keeping the inputs instead of the activations in between."""
+    return _recomputed(ModuleBranch(transform), *inputs)
+
+
+def _recomputed(branch: Branch, *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return branch.evaluate(*inputs).p
+    return Recomputed.apply(branch, len(inputs), *inputs, *branch.parameters())
+
+
+class Stored:
+    """The same couplings with ordinary autograd: every step makes new tensors and keeps what backward needs."""
+
+    def __init__(self, coupler: Coupler, inputs: Sequence[Tensor]) -> None:
+        self.coupler = coupler
+        self._levels: list[Tensor | list[Tensor]] = list(inputs)  # a level in use by halves is a list of two
+
+    def _get(self, part: Part) -> Tensor:
+        level = self._levels[part.level]
+        if part.half is None:
+            return torch.cat(level, dim=1) if isinstance(level, list) else level
+        if not isinstance(level, list):
+            level = self._levels[part.level] = list(level.chunk(2, dim=1))
+        return level[part.half]
+
+    def step(self, coupling: Coupling) -> None:
+        target = coupling.target
+        inputs = [self._get(source) for source in coupling.sources]
+        linear = [self._get(source) for source, _ in coupling.linear]
+        y = self.coupler.lower(coupling, inputs).stored(None if coupling.creates else self._get(target), inputs, linear)
+        if coupling.creates:
+            self._levels.append(y.to(self._get(Part(0)).dtype))
+        elif target.half is None:
+            self._levels[target.level] = y
+        else:
+            self._levels[target.level][target.half] = y
+
+    def leave(self) -> tuple[Tensor, ...]:
+        return tuple(self._get(Part(i)) for i in range(len(self._levels)))
+
+    def finish(self) -> None:
+        """All couplings have been applied."""
+
+    def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
+        """As :meth:`Tape.read`."""
+        stream = self._get(Part(level))
+        if stored:
+            return self.coupler.apply(transform, stream, *others)
+        return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
+
+
+@dataclass(frozen=True)
+class TapeAt:
+    """A tape as a block sees it whose stream 0 is the tape's stream ``level``."""
+
+    tape: Tape | Stored | TapeAt
+    level: int
+
+    def step(self, coupling: Coupling) -> None:
+        self.tape.step(coupling.at(self.level))
+
+
+def open_tape(
+    root: nn.Module,
+    inputs: Sequence[Tensor],
+    coupler: Coupler,
+    stream: StreamFormat,
+    *,
+    stored: bool = False,
+    retain: bool = False,
+    owned: bool = False,
+) -> Tape:
+    """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
+    gradient_dtype = None
+    if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
+        gradient_dtype = autocast_dtype(inputs[0].device) or torch.float32
+    tape = Tape(State(coupler, root, stream, stored and not retain, retain, gradient_dtype))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in chain(inputs, root.parameters())):
+        tape.token = Enter.apply(tape.state, owned, *inputs)
+    else:
+        tape.state.enter(inputs, owned)
+    return tape

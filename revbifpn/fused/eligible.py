@@ -1,0 +1,93 @@
+"""Which transforms run on fused kernels, and why another does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from revbifpn.mbconv import ConvNormAct, MBConv
+from revbifpn.streams import Encoded, autocast_dtype
+
+
+def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
+    """What a branch computes an input's planes in: autocast's dtype, or the input's."""
+    reduced = autocast_dtype(x.device) if x.dtype == torch.float32 else None
+    return reduced or x.dtype
+
+
+def _plain_norm(norm: nn.Module | None) -> bool:
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
+
+
+def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = False) -> bool:
+    if type(layer) is not ConvNormAct:
+        return False
+    conv = layer.conv
+    if type(conv) is not nn.Conv2d:
+        return False
+    if depthwise:
+        fits = conv.groups == conv.in_channels == conv.out_channels
+    else:
+        fits = conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1)
+    return (
+        fits
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and conv.dilation == (1, 1)
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.kernel_size[0] % 2 == 1
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and conv.stride[0] == conv.stride[1]
+        and _plain_norm(layer.norm)
+        and type(layer.act) is (act or type(None))
+    )
+
+
+def _submodules(module: nn.Module) -> list[nn.Module]:
+    """``module.modules()``, ten times as fast: this runs for every branch in every step."""
+    found = [module]
+    for m in found:
+        found += [child for child in m._modules.values() if child is not None]
+    return found
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether calling one of the modules does more than its class's ``forward``."""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+        if "forward" in m.__dict__:
+            return True
+    return False
+
+
+def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
+    """Why :class:`revbifpn.fused.mbconv.FusedMBConv` cannot stand for ``transform`` on input x; empty when it can.
+
+    What does not fit (other norms or activations, hooks, parametrisations, empty batches, user modules) runs
+    through :class:`revbifpn.engine.branch.ModuleBranch`.
+    """
+    if type(transform) is not MBConv:
+        return f"it is a {type(transform).__name__}, not an MBConv"
+    expand, se = transform.exp_conv, transform.se
+    if expand is not None and not _plain_conv_norm(expand, nn.Hardswish):
+        return "its expansion is not a 1x1 convolution followed by BatchNorm2d and Hardswish"
+    if not _plain_conv_norm(transform.dw_conv, nn.Hardswish, depthwise=True):
+        return "its depthwise convolution is not one followed by BatchNorm2d and Hardswish"
+    if not _plain_conv_norm(transform.project_conv, None):
+        return "its projection is not a 1x1 convolution followed by BatchNorm2d alone"
+    if se is not None:
+        kinds = [type(layer) for layer in se.se]
+        if kinds != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]:
+            return "its squeeze-excite is not of Hardswish and Hardsigmoid"
+    modules = _submodules(transform)
+    if has_hooks(modules):
+        return "a module in it has hooks or a forward of its own"
+    dtype, kinds = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
+    if kinds != {dtype} or dtype not in (torch.float32, torch.float64):
+        return f"its parameters and the stream are not all float32 or all float64 (the stream is {dtype})"
+    if 0 in x.shape:
+        return "the batch is empty"
+    return ""
