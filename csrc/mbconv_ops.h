@@ -10,6 +10,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "mbconv.h"
@@ -298,8 +299,16 @@ torch::stable::Tensor mbconv_recompute_op(
   return squeezed;
 }
 
+// In the order of the forward's parameters; empty where a part is absent.
+using MBConvGradients =
+    std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+               torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+               torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+               torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+               torch::stable::Tensor>;
+
 template <class Backend>
-std::vector<torch::stable::Tensor> mbconv_backward_op(
+MBConvGradients mbconv_backward_op(
     const torch::stable::Tensor& du, std::optional<torch::stable::Tensor> sums,
     const torch::stable::Tensor& x, std::optional<int64_t> fraction_bits,
     std::optional<torch::stable::Tensor> expand, const torch::stable::Tensor& depthwise,
@@ -340,27 +349,28 @@ std::vector<torch::stable::Tensor> mbconv_backward_op(
     STD_TORCH_CHECK(add || dx->is_contiguous(), "dx: expected a contiguous tensor");
   }
 
-  // In the order of the forward's parameters.
-  std::vector<torch::stable::Tensor> gradients;
-  const auto make = [&](std::vector<int64_t> shape) {
-    gradients.push_back(call.sums(shape));
-    return gradients.back().data_ptr();
-  };
   const int64_t channels = m.expanded(), k = m.depthwise.size, r = m.se.hidden;
+  const int64_t c0 = m.expands() ? channels : 0, c1 = m.squeezes() ? channels : 0;
+  const auto shaped = [&](int64_t rows, int64_t columns) {
+    return rows * columns == 0 ? call.sums({0}) : call.sums({rows, columns, 1, 1});
+  };
+  MBConvGradients gradients{shaped(c0, m.x.c),     call.sums({c0}),
+                            call.sums({c0}),       call.sums({channels, 1, k, k}),
+                            call.sums({channels}), call.sums({channels}),
+                            shaped(r, c1),         call.sums({r}),
+                            shaped(c1, r),         call.sums({c1}),
+                            shaped(out, channels), call.sums({out}),
+                            call.sums({out})};
   Gradients g;
-  const auto norm = [&](int64_t i, int64_t c) { g.gamma[i] = make({c}), g.beta[i] = make({c}); };
-  if (m.expands()) {
-    g.expand = make({channels, m.x.c, 1, 1});
-    norm(0, channels);
-  }
-  g.depthwise = make({channels, 1, k, k});
-  norm(1, channels);
-  if (m.squeezes()) {
-    g.w1 = make({r, channels, 1, 1}), g.b1 = make({r});
-    g.w2 = make({channels, r, 1, 1}), g.b2 = make({channels});
-  }
-  g.project = make({out, channels, 1, 1});
-  norm(2, out);
+  std::apply(
+      [&](const auto&... tensors) {
+        void** const to[] = {&g.expand,  &g.gamma[0], &g.beta[0], &g.depthwise, &g.gamma[1],
+                             &g.beta[1], &g.w1,       &g.b1,      &g.w2,        &g.b2,
+                             &g.project, &g.gamma[2], &g.beta[2]};
+        size_t i = 0;
+        ((*to[i++] = tensors.data_ptr()), ...);
+      },
+      gradients);
 
   Workspace pieces = call.workspace(workspace);
   Backend backend(x, m.sums);
