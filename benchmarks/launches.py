@@ -57,12 +57,8 @@ def count(make: Callable[[], nn.Module]) -> Counter[str]:
     torch.manual_seed(0)
     model = make().train()
     images, labels = torch.randn(SHAPE), torch.zeros(SHAPE[0], dtype=torch.long)
-    chunk, fused.CHUNK_BYTES["cpu"] = fused.CHUNK_BYTES["cpu"], fused.CHUNK_BYTES["cuda"]
-    try:
-        with Operations() as operations:
-            F.cross_entropy(model(images), labels).backward()
-    finally:
-        fused.CHUNK_BYTES["cpu"] = chunk
+    with fused.chunks_of(fused.chunk_bytes(torch.device("cuda"))), Operations() as operations:
+        F.cross_entropy(model(images), labels).backward()
     return operations.calls
 
 
