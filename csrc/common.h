@@ -105,6 +105,9 @@ REVK_HD PhaseTaps depthwise_phase(int64_t h, int64_t k, int64_t s) {
   return {tap, padded / s, tap < k ? ceil_div(k - tap, s) : 0};
 }
 
+// Samples summed into one partial weight gradient: fixed, so that results do not depend on threads.
+constexpr int64_t kSamplesPerPartial = 8;
+
 REVK_HD int64_t depthwise_out_size(int64_t size, int64_t s) { return ceil_div(size, s); }
 
 // --- activation -------------------------------------------------------------------------------
