@@ -18,11 +18,12 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
     torch::stable::fill_(var, std::numeric_limits<double>::quiet_NaN());
     return {mean, var};
   }
-  const Tensor moments = new_sums(x, {in.n, in.c, 2});
+  const Tensor moments = torch::stable::new_empty(x, {in.n, in.c, 2}, ScalarType::Double);
+  double* planes = static_cast<double*>(moments.mutable_data_ptr());
   run(x, [&](Stream stream) {
-    cuda::bn_moments(dtype, in, moments.mutable_data_ptr(), stream);
-    cuda::bn_merge(dtype, moments.const_data_ptr(), in.n, in.c, in.h * in.w,
-                   mean.mutable_data_ptr(), var.mutable_data_ptr(), nullptr, stream);
+    cuda::bn_moments(dtype, in, planes, stream);
+    cuda::bn_merge(dtype, planes, in.n, in.c, in.h * in.w, mean.mutable_data_ptr(),
+                   var.mutable_data_ptr(), nullptr, stream);
   });
   return {mean, var};
 }
@@ -205,7 +206,8 @@ Tensor bn_act_grad_sums(const Tensor& dz, const Tensor& x, const Tensor& scale, 
   const Tensor partial = parts == 1 ? sums : new_sums(x, {parts, 5, in.n, in.c});
   run(x, [&](Stream stream) {
     cuda::bn_act_grad_sums(dtype, gradient.map, in, vectors.norm(), center.data(),
-                           partial.mutable_data_ptr(), sums.mutable_data_ptr(), stream);
+                           partial.mutable_data_ptr(), sums.mutable_data_ptr(), in.n * in.c,
+                           stream);
   });
   return sums;
 }
@@ -222,8 +224,8 @@ Tensor bn_act_grad(const Tensor& dz, const Tensor& x, const Tensor& scale, const
   Tensor dx = new_tensor(x, {in.n, in.c, in.h, in.w});
   if (dx.numel() == 0) return dx;
   run(x, [&](Stream stream) {
-    cuda::bn_act_grad(dtype, gradient.map, in, vectors.norm(), {pool.data(), a.data(), b.data()},
-                      output_of(dx), stream);
+    cuda::bn_act_grad(dtype, dtype, gradient.map, in, vectors.norm(),
+                      {pool.data(), a.data(), b.data()}, output_of(dx), stream);
   });
   return dx;
 }

@@ -2,6 +2,7 @@
 //
 //   pooled[n, c]  = sum_hw h(u) / (H W)
 //   sums[:, n, c] = sum_hw (dz h(u), dz h'(u), dz h'(u) (x - mean), h'(u), h'(u) (x - mean))
+//   sums[:, n, c] = sum_hw (du, du (p - mean)) of the coupling
 //
 // Per value one or two reads and 8 or 21 FLOPs: bound by memory. A plane's sums are folded as a
 // tree, its parts (beyond 16384 pixels) in order: no atomics, and the same bits in any batch.
@@ -43,17 +44,17 @@ __device__ __forceinline__ const T* plane_of(const Map& m, const Place& place) {
   return static_cast<const T*>(m.data) + place.sample * m.stride_n + place.channel * m.stride_c;
 }
 
-// The group's sums, [parts, K, planes].
+// The group's sums: [K, planes] of every part, a sum's rows `stride` apart.
 template <class A, int K>
 __device__ __forceinline__ void finish(const PlaneLanes& walk, const Place& place,
-                                       const Sums<A, K>& sums, A* out) {
+                                       const Sums<A, K>& sums, A* out, int64_t stride) {
   REVK_SHARED(shared);
   const auto add = [](const Sums<A, K>& a, const Sums<A, K>& b) { return a + b; };
   const Sums<A, K> total = fold_lanes(sums, walk.lanes, reinterpret_cast<Sums<A, K>*>(shared), add);
   if (!place.exists || (threadIdx.x & unsigned(walk.lanes - 1)) != 0) return;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    out[(int64_t(place.part) * K + k) * walk.planes + place.plane] = total.value[k];
+    out[(int64_t(place.part) * K + k) * stride + place.plane] = total.value[k];
   }
 }
 
@@ -78,13 +79,13 @@ __global__ void __launch_bounds__(kMaxThreads)
     });
   }
   sums.value[0] /= A(walk.pixels);
-  finish(walk, place, sums, out);
+  finish(walk, place, sums, out, walk.planes);
 }
 
 template <class T, int V>
 __global__ void __launch_bounds__(kMaxThreads)
     bn_act_grad_sums_kernel(const PlaneLanes walk, const Map dz, const Map x, const Norm norm,
-                            const void* mean, accumulate_t<T>* out) {
+                            const void* mean, accumulate_t<T>* out, int64_t stride) {
   using A = accumulate_t<T>;
   const Place place(walk);
   Sums<A, 5> sums = {};
@@ -109,7 +110,32 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     });
   }
-  finish(walk, place, sums, out);
+  finish(walk, place, sums, out, stride);
+}
+
+template <class T, class D, int V>
+__global__ void __launch_bounds__(kMaxThreads)
+    coupling_sums_kernel(const PlaneLanes walk, const Map du, const Map p, const void* mean,
+                         accumulate_t<T>* out, int64_t stride) {
+  using A = accumulate_t<T>;
+  const Place place(walk);
+  Sums<A, 2> sums = {};
+  if (place.exists) {
+    const A center = entry<A>(mean, place.channel, A(0));
+    const T* plane = plane_of<T>(p, place);
+    const D* gradient = plane_of<D>(du, place);
+    for_chunks<V>(walk, place, [&](unsigned chunk) {
+      A in[V], din[V];
+      walk.load<T>(p, plane, chunk, in);
+      walk.load<D>(du, gradient, chunk, din);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        sums.value[0] += din[i];
+        sums.value[1] = multiply_add(din[i], in[i] - center, sums.value[1]);
+      }
+    });
+  }
+  finish(walk, place, sums, out, stride);
 }
 
 }  // namespace
@@ -127,23 +153,50 @@ void bn_act_squeeze(Dtype dtype, const Map& x, const Norm& norm, void* partial, 
       REVK_LAUNCH(kernel, walk.blocks(walk.parts), kMaxThreads, kMaxThreads * sizeof(A), stream,
                   walk, x, norm, static_cast<A*>(walk.parts == 1 ? pooled : partial));
     });
-    if (walk.parts > 1) fold_parts(dtype, partial, walk.parts, walk.planes, pooled, false, stream);
+    if (walk.parts > 1) {
+      fold_parts(dtype, partial, walk.parts, 1, walk.planes, pooled, walk.planes, false, stream);
+    }
   });
 }
 
 void bn_act_grad_sums(Dtype dtype, const Map& dz, const Map& x, const Norm& norm, const void* mean,
-                      void* partial, void* sums, Stream stream) {
+                      void* partial, void* sums, int64_t stride, Stream stream) {
   dispatch(dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
     const PlaneLanes walk({dz, x}, tag);
+    const bool whole = walk.parts == 1;
     dispatch_chunk<T>(walk.vector, [&](auto v) {
       const auto kernel = bn_act_grad_sums_kernel<T, decltype(v)::value>;
       REVK_LAUNCH(kernel, walk.blocks(walk.parts), kMaxThreads, kMaxThreads * 5 * sizeof(A), stream,
-                  walk, dz, x, norm, mean, static_cast<A*>(walk.parts == 1 ? sums : partial));
+                  walk, dz, x, norm, mean, static_cast<A*>(whole ? sums : partial),
+                  whole ? stride : walk.planes);
     });
-    if (walk.parts > 1)
-      fold_parts(dtype, partial, walk.parts, 5 * walk.planes, sums, false, stream);
+    if (!whole) fold_parts(dtype, partial, walk.parts, 5, walk.planes, sums, stride, false, stream);
+  });
+}
+
+void coupling_sums(Dtype dtype, Dtype du_dtype, const Map& du, const Map& p, const void* mean,
+                   void* partial, void* sums, int64_t stride, Stream stream) {
+  dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const auto launch = [&](auto gradient) {
+      using D = decltype(gradient);
+      const PlaneLanes walk({du, p}, gradient);  // chunks of the wider type
+      const bool whole = walk.parts == 1;
+      dispatch_chunk<D>(walk.vector, [&](auto v) {
+        const auto kernel = coupling_sums_kernel<T, D, decltype(v)::value>;
+        REVK_LAUNCH(kernel, walk.blocks(walk.parts), kMaxThreads, kMaxThreads * 2 * sizeof(A),
+                    stream, walk, du, p, mean, static_cast<A*>(whole ? sums : partial),
+                    whole ? stride : walk.planes);
+      });
+      if (!whole) {
+        fold_parts(dtype, partial, walk.parts, 2, walk.planes, sums, stride, false, stream);
+      }
+    };
+    if (du_dtype == dtype) return launch(tag);
+    if constexpr (sizeof(T) == 2) launch(float{});
   });
 }
 

@@ -25,6 +25,7 @@ __device__ __forceinline__ void fold_channel(const Fold& fold, int64_t c, A mean
   static_cast<A*>(fold.rstd)[c] = n.rstd;
   static_cast<A*>(fold.scale)[c] = n.scale;
   static_cast<A*>(fold.shift)[c] = n.shift;
+  if (fold.mean != nullptr) static_cast<A*>(fold.mean)[c] = mean;
   const A momentum = A(fold.momentum), unbiased = A(fold.count) / A(fold.count - 1);
   if (fold.running_mean != nullptr) {
     A* running = static_cast<A*>(fold.running_mean) + c;
@@ -55,7 +56,7 @@ struct Merge {
 // moments[n, c] = mean, sum of squared deviations
 template <class T, int V>
 __global__ void __launch_bounds__(kMaxThreads)
-    bn_moments_kernel(const PlaneLanes walk, const Map x, accumulate_t<T>* out) {
+    bn_moments_kernel(const PlaneLanes walk, const Map x, double* out) {
   using A = accumulate_t<T>;
   REVK_SHARED(shared);
   const int group = int(threadIdx.x) / walk.lanes, lane = int(threadIdx.x) & (walk.lanes - 1);
@@ -120,7 +121,7 @@ struct ChannelLane {
 
 template <class A>
 __global__ void __launch_bounds__(kMaxThreads)
-    bn_merge_kernel(const A* moments, int64_t samples, int64_t channels, int64_t area,
+    bn_merge_kernel(const double* moments, int64_t samples, int64_t channels, int64_t area,
                     const Results results) {
   REVK_SHARED(shared);
   const ChannelLane place;
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (place.channel < channels) {
 #pragma unroll 2
     for (int64_t n = place.lane; n < samples; n += kLanes) {
-      const A* in = moments + 2 * (n * channels + place.channel);
-      total = merge(total, Moments<A>{A(area), in[0], in[1]});
+      const double* in = moments + 2 * (n * channels + place.channel);
+      total = merge(total, Moments<A>{A(area), A(in[0]), A(in[1])});
     }
   }
   total = place.fold(total, reinterpret_cast<Moments<A>*>(shared), Merge{});
@@ -186,7 +187,7 @@ void as_sums(Dtype dtype, const F& f) {
 
 }  // namespace
 
-void bn_moments(Dtype dtype, const Map& x, void* moments, Stream stream) {
+void bn_moments(Dtype dtype, const Map& x, double* moments, Stream stream) {
   dispatch(dtype, [&](auto tag) {
     using T = decltype(tag);
     using A = accumulate_t<T>;
@@ -194,20 +195,20 @@ void bn_moments(Dtype dtype, const Map& x, void* moments, Stream stream) {
     dispatch_chunk<T>(walk.vector, [&](auto v) {
       const auto kernel = bn_moments_kernel<T, decltype(v)::value>;
       REVK_LAUNCH(kernel, walk.blocks(1), kMaxThreads, kMaxThreads * sizeof(Moments<A>), stream,
-                  walk, x, static_cast<A*>(moments));
+                  walk, x, moments);
     });
   });
 }
 
-void bn_merge(Dtype dtype, const void* moments, int64_t samples, int64_t channels, int64_t area,
+void bn_merge(Dtype dtype, const double* moments, int64_t samples, int64_t channels, int64_t area,
               void* mean, void* var, const Fold* fold, Stream stream) {
   const Results results{mean, var, fold != nullptr, fold != nullptr ? *fold : Fold{}};
   as_sums(dtype, [&](auto sum) {
     using A = decltype(sum);
     const auto kernel = bn_merge_kernel<A>;
     REVK_LAUNCH(kernel, unsigned(ceil_div(channels, kChannels)), kMaxThreads,
-                kMaxThreads * sizeof(Moments<A>), stream, static_cast<const A*>(moments), samples,
-                channels, area, results);
+                kMaxThreads * sizeof(Moments<A>), stream, moments, samples, channels, area,
+                results);
   });
 }
 

@@ -51,6 +51,7 @@ struct Output {
 struct Norm {
   const void *scale, *shift, *gate;
   Activation act;
+  int64_t gate_stride_n = 0, gate_stride_c = 1;  // 0 for C
 };
 
 // What its gradient takes beside: dpool [N, C], slope and offset [C], likewise; null for 0.
@@ -80,19 +81,26 @@ void depthwise_conv_grad_weight(Dtype dtype, const Map& x, const Map& dy, const 
                                 Stream stream);
 
 void bn_act(Dtype dtype, const Map& x, const Norm& norm, const Output& z, Stream stream);
-void bn_act_grad(Dtype dtype, const Map& dz, const Map& x, const Norm& norm, const NormGrad& grad,
-                 const Output& dx, Stream stream);
+// dz has x's dtype, or is float32 beside 16 bits.
+void bn_act_grad(Dtype dtype, Dtype dz_dtype, const Map& dz, const Map& x, const Norm& norm,
+                 const NormGrad& grad, const Output& dx, Stream stream);
 
 // Into how many parts a plane is split: `partial` holds [parts, N, C] or [parts, 5, N, C] sums.
 int64_t plane_parts(const Map& x);
 void bn_act_squeeze(Dtype dtype, const Map& x, const Norm& norm, void* partial, void* pooled,
                     Stream stream);
+// Five sums [N, C], `stride` apart.
 void bn_act_grad_sums(Dtype dtype, const Map& dz, const Map& x, const Norm& norm, const void* mean,
-                      void* partial, void* sums, Stream stream);
+                      void* partial, void* sums, int64_t stride, Stream stream);
+// Two sums [N, C], `stride` apart: sum_hw du, sum_hw du (p - mean). du may be float32 beside 16-bit
+// p, as in bn_act_grad dz beside x.
+void coupling_sums(Dtype dtype, Dtype du_dtype, const Map& du, const Map& p, const void* mean,
+                   void* partial, void* sums, int64_t stride, Stream stream);
 
-// out[i] = sum_s partial[s, i] over `parts` of `size` sums each, in order; with `add` onto out.
-void fold_parts(Dtype dtype, const void* partial, int64_t parts, int64_t size, void* out, bool add,
-                Stream stream);
+// out[r, i] = sum_s partial[s, r, i] over `parts` of `rows` x `size` sums each, in order; with
+// `add` onto out, whose rows are `stride` apart.
+void fold_parts(Dtype dtype, const void* partial, int64_t parts, int64_t rows, int64_t size,
+                void* out, int64_t stride, bool add, Stream stream);
 // rows[r, begin .. pitch) = 0 of `count` rows.
 void zero_tails(Dtype dtype, void* rows, int64_t count, int64_t pitch, int64_t begin,
                 Stream stream);
@@ -106,13 +114,14 @@ struct Fold {
   double momentum, eps;
   int64_t count;
   void *rstd, *scale, *shift;
+  void* mean = nullptr;  // a copy of the mean, null where it is not wanted
 };
 
 // moments [N, C, 2]: mean and sum of squared deviations of every plane.
-void bn_moments(Dtype dtype, const Map& x, void* moments, Stream stream);
+void bn_moments(Dtype dtype, const Map& x, double* moments, Stream stream);
 // Mean and biased variance (or null) of every channel from its planes' moments over `area` pixels
 // each, and in the same launch their fold, where one is given. In the type of the sums.
-void bn_merge(Dtype dtype, const void* moments, int64_t samples, int64_t channels, int64_t area,
+void bn_merge(Dtype dtype, const double* moments, int64_t samples, int64_t channels, int64_t area,
               void* mean, void* var, const Fold* fold, Stream stream);
 void bn_fold(Dtype dtype, int64_t channels, const void* mean, const void* var, const Fold& fold,
              Stream stream);

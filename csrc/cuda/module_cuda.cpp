@@ -32,6 +32,9 @@ std::vector<std::string> ops() {
       "bn_act_grad",
       "se_gate",
       "se_gate_grad",
+      "mbconv",
+      "mbconv_recompute",
+      "mbconv_backward",
   };
 }
 

@@ -6,13 +6,16 @@ namespace {
 
 template <class A>
 __global__ void __launch_bounds__(kMaxThreads)
-    fold_parts_kernel(const A* partial, int64_t parts, int64_t size, A* out, bool add) {
+    fold_parts_kernel(const A* partial, int64_t parts, int64_t rows, int64_t size, A* out,
+                      int64_t stride, bool add) {
   const int64_t i = int64_t(blockIdx.x) * kMaxThreads + threadIdx.x;
-  if (i >= size) return;
-  A sum = add ? out[i] : A(0);
+  if (i >= rows * size) return;
+  const int64_t row = i / size;
+  A* to = out + row * stride + (i - row * size);
+  A sum = add ? *to : A(0);
 #pragma unroll 4
-  for (int64_t s = 0; s < parts; ++s) sum += partial[s * size + i];
-  out[i] = sum;
+  for (int64_t s = 0; s < parts; ++s) sum += partial[s * rows * size + i];
+  *to = sum;
 }
 
 // rows[r, begin .. pitch) = 0
@@ -26,14 +29,14 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 }  // namespace
 
-void fold_parts(Dtype dtype, const void* partial, int64_t parts, int64_t size, void* out, bool add,
-                Stream stream) {
-  const unsigned blocks = unsigned(ceil_div(size, kMaxThreads));
+void fold_parts(Dtype dtype, const void* partial, int64_t parts, int64_t rows, int64_t size,
+                void* out, int64_t stride, bool add, Stream stream) {
+  const unsigned blocks = unsigned(ceil_div(rows * size, kMaxThreads));
   const auto launch = [&](auto sum) {
     using A = decltype(sum);
     const auto kernel = fold_parts_kernel<A>;
-    REVK_LAUNCH(kernel, blocks, kMaxThreads, 0, stream, static_cast<const A*>(partial), parts, size,
-                static_cast<A*>(out), add);
+    REVK_LAUNCH(kernel, blocks, kMaxThreads, 0, stream, static_cast<const A*>(partial), parts, rows,
+                size, static_cast<A*>(out), stride, add);
   };
   dtype == Dtype::float64 ? launch(double{}) : launch(float{});
 }

@@ -124,7 +124,7 @@ void pointwise_grad_weight(const Tensor& like, Dtype dtype, void* dw, const Map&
       to = products->mutable_data_ptr();
     }
     multiply(dtype, device, {to, a.batch, dy.c, x.c, outputs, x.c, 1}, a, b, false, true);
-    if (to != dw) fold_parts(dtype, to, a.batch, outputs, dw, onto, stream);
+    if (to != dw) fold_parts(dtype, to, a.batch, 1, outputs, dw, outputs, onto, stream);
   };
 
   if (is_dense(dy) && (x.n == 1 || x.n * outputs * sum_bytes <= kPartialBytes)) {

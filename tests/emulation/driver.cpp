@@ -116,12 +116,13 @@ const char* emulate_bn_act(int64_t reverse, int64_t dtype, const Map* x, const v
   });
 }
 
-const char* emulate_bn_act_grad(int64_t reverse, int64_t dtype, const Map* dz, const Map* x,
-                                const void* scale, const void* shift, const void* gate,
-                                const void* dpool, const void* slope, const void* offset,
-                                int64_t act, void* dx, int64_t stride_n, int64_t stride_c) {
+const char* emulate_bn_act_grad(int64_t reverse, int64_t dtype, int64_t dz_dtype, const Map* dz,
+                                const Map* x, const void* scale, const void* shift,
+                                const void* gate, const void* dpool, const void* slope,
+                                const void* offset, int64_t act, void* dx, int64_t stride_n,
+                                int64_t stride_c) {
   return emulate(reverse, [&] {
-    bn_act_grad(Dtype(dtype), *dz, *x, {scale, shift, gate, Activation(act)},
+    bn_act_grad(Dtype(dtype), Dtype(dz_dtype), *dz, *x, {scale, shift, gate, Activation(act)},
                 {dpool, slope, offset}, {dx, stride_n, stride_c}, nullptr);
   });
 }
@@ -138,15 +139,23 @@ const char* emulate_bn_act_squeeze(int64_t reverse, int64_t dtype, const Map* x,
 
 const char* emulate_bn_act_grad_sums(int64_t reverse, int64_t dtype, const Map* dz, const Map* x,
                                      const void* scale, const void* shift, const void* mean,
-                                     int64_t act, void* partial, void* sums) {
+                                     int64_t act, void* partial, void* sums, int64_t stride) {
   return emulate(reverse, [&] {
     bn_act_grad_sums(Dtype(dtype), *dz, *x, {scale, shift, nullptr, Activation(act)}, mean, partial,
-                     sums, nullptr);
+                     sums, stride, nullptr);
+  });
+}
+
+const char* emulate_coupling_sums(int64_t reverse, int64_t dtype, int64_t du_dtype, const Map* du,
+                                  const Map* p, const void* mean, void* partial, void* sums,
+                                  int64_t stride) {
+  return emulate(reverse, [&] {
+    coupling_sums(Dtype(dtype), Dtype(du_dtype), *du, *p, mean, partial, sums, stride, nullptr);
   });
 }
 
 // Statistics, and their fold in the same launch where there is a weight.
-const char* emulate_bn_stats(int64_t reverse, int64_t dtype, const Map* x, void* moments,
+const char* emulate_bn_stats(int64_t reverse, int64_t dtype, const Map* x, double* moments,
                              void* mean, void* var, const void* weight, const void* bias,
                              void* running_mean, void* running_var, void* batches, double momentum,
                              double eps, void* rstd, void* scale, void* shift) {
@@ -214,9 +223,10 @@ const char* emulate_convert(int64_t reverse, int64_t from, const Map* x, int64_t
 }
 
 const char* emulate_fold_parts(int64_t reverse, int64_t dtype, const void* partial, int64_t parts,
-                               int64_t size, void* out, int64_t add) {
-  return emulate(reverse,
-                 [&] { fold_parts(Dtype(dtype), partial, parts, size, out, add != 0, nullptr); });
+                               int64_t rows, int64_t size, void* out, int64_t stride, int64_t add) {
+  return emulate(reverse, [&] {
+    fold_parts(Dtype(dtype), partial, parts, rows, size, out, stride, add != 0, nullptr);
+  });
 }
 
 const char* emulate_zero_tails(int64_t reverse, int64_t dtype, void* rows, int64_t count,

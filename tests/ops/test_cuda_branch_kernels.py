@@ -144,7 +144,12 @@ def bn_act_grad(x, dz, act, given):
     scale, shift, slope, offset, gate, dpool = vectors(n, c, x.dtype, 4)
     optional = [v if keep else None for v, keep in zip((gate, dpool, slope, offset), given, strict=True)]
     wanted = exact(reference.bn_act_grad, dz, x, scale, shift, *optional, act)
-    call = Call("bn_act_grad", x.dtype).add(dz, x).vectors(scale, shift, *optional).add(ACTS.index(act))
+    call = (
+        Call("bn_act_grad", x.dtype)
+        .add(DTYPES.index(dz.dtype), dz, x)
+        .vectors(scale, shift, *optional)
+        .add(ACTS.index(act))
+    )
     return call.expect(wanted, x.dtype).add(c * h * w, h * w)
 
 
@@ -163,14 +168,31 @@ def bn_act_grad_sums(x, dz, act):
     wide = accumulate_dtype(x.dtype)
     wanted = exact(reference.bn_act_grad_sums, dz, x, scale, shift, mean, act)
     call = Call("bn_act_grad_sums", x.dtype).add(dz, x).vectors(scale, shift, mean).add(ACTS.index(act))
-    return call.room(4 * 5 * n * c, wide).expect(wanted, wide)
+    return call.room(4 * 5 * n * c, wide).expect(*apart(wanted, wide)).add(n * c + 3)
+
+
+def apart(sums, dtype):
+    """Sums with three numbers between one and the next, which stay as they are."""
+    start = torch.full((len(sums), sums[0].numel() + 3), 7.0, dtype=dtype)
+    wanted = start.double().clone()
+    wanted[:, :-3] = sums.flatten(1)
+    return wanted, dtype, start
+
+
+def coupling_sums(p, du):
+    n, c = p.shape[:2]
+    wide = accumulate_dtype(p.dtype)
+    mean, *_ = vectors(n, c, p.dtype, 1)
+    (wanted,) = reference.couple_adjoint(du.double(), [p.double()], [mean.double()], [1], "nearest")[1]
+    call = Call("coupling_sums", p.dtype).add(DTYPES.index(du.dtype), du, p).vectors(mean)
+    return call.room(4 * 2 * n * c, wide).expect(*apart(wanted, wide)).add(n * c + 3)
 
 
 def bn_stats(x, fold):
     n, c, h, w = x.shape
     wide = accumulate_dtype(x.dtype)
     mean, var = exact(reference.bn_stats, x)
-    call = Call("bn_stats", x.dtype).add(x).room(2 * n * c, wide).expect(mean, wide).expect(var, wide)
+    call = Call("bn_stats", x.dtype).add(x).room(2 * n * c, torch.float64).expect(mean, wide).expect(var, wide)
     if not fold:
         return call.vectors(*[None] * 5).add(0.1, 1e-3).vectors(None, None, None)
     weight, bias, running_mean, running_var, *_ = vectors(n, c, x.dtype, 4)
@@ -270,6 +292,8 @@ def test_maps_match_the_reference(library, act, dtype):  # noqa: F811
         dz = (layout if index % 3 else channels_last)(*size, dtype) * 0.5
         given = [bool(index >> bit & 1) for bit in range(4)]
         run(library, bn_act_grad(x, dz, act, given), EPSILON[dtype])
+        if dtype.itemsize == 2:  # a gradient of a float32 stream under autocast
+            run(library, bn_act_grad(x, layout(*size, torch.float32), act, given), EPSILON[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -287,6 +311,9 @@ def test_sums_over_planes_match_the_reference(library, act, dtype):  # noqa: F81
         x = layout(*size, dtype)
         run(library, bn_act_squeeze(x, act), tolerance)
         run(library, bn_act_grad_sums(x, (layout if index % 3 else channels_last)(*size, dtype), act), tolerance)
+        run(library, coupling_sums(x, layout(*size, dtype) * 0.5), tolerance)
+        if dtype.itemsize == 2:
+            run(library, coupling_sums(x, layout(*size, torch.float32)), tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -339,13 +366,14 @@ def test_conversions_match_the_reference(library, source, to):  # noqa: F811
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("add", [False, True])
 def test_parts_are_folded_in_order(library, dtype, add):  # noqa: F811
-    for count, size in ((1, 5), (7, 300)):
-        partial, start = random(count, size, dtype=dtype), random(size, dtype=dtype)
-        wanted = start.clone() if add else torch.zeros_like(start)
-        for row in partial:
-            wanted += row
-        call = Call("fold_parts", dtype).vectors(partial).add(count, size).expect(wanted, dtype, start).add(int(add))
-        (out,) = run(library, call, 0.0)
+    for count, rows, size in ((1, 1, 5), (7, 3, 100)):
+        partial, start = random(count, rows, size, dtype=dtype), random(rows, size + 2, dtype=dtype)
+        wanted = start.clone()
+        wanted[:, :size] *= int(add)
+        for part in partial:
+            wanted[:, :size] += part
+        call = Call("fold_parts", dtype).vectors(partial).add(count, rows, size).expect(wanted, dtype, start)
+        (out,) = run(library, call.add(size + 2, int(add)), 0.0)
         assert torch.equal(as_tensor(out, wanted), wanted)
 
 
@@ -400,6 +428,7 @@ def test_planes_of_many_pixels_are_summed_in_parts(library):  # noqa: F811
         x = contiguous(*size, torch.float32)
         run(library, bn_act_squeeze(x, "hardswish"), 2e-6)
         run(library, bn_act_grad_sums(x, x * 0.5, "hardswish"), 2e-6)
+        run(library, coupling_sums(x, x * 0.5), 2e-6)
 
 
 # --- under the sanitizers ---------------------------------------------------------------------------------
@@ -415,6 +444,7 @@ def sanitized_calls():
             yield bn_act_squeeze(x, "hardswish")
             yield bn_act_grad_sums(x, x * 0.5, "hardswish")
             yield bn_stats(x, True)
+            yield coupling_sums(x, layout(*size, torch.float32))
             yield convert(x, torch.float32, 1.0, True, half_channels)
             yield convert((100 * x).to(torch.int16), dtype, 0.5, False)
     for size in ((1, 1, 1), (19, 40, 7), (5, 70, 18)):
