@@ -79,7 +79,8 @@ class StreamFormat:
 
     def limit(self, level: int) -> float:
         """Values stay below this."""
-        return 2.0 ** (MOST_BITS[self.name] - self.bits(level)) if self.exact else float("inf")
+        bits = self.bits(level)
+        return float("inf") if bits is None else 2.0 ** (MOST_BITS[self.name] - bits)
 
     def check(self, x: Tensor) -> None:
         """Refuse inputs that transforms could not take back from this format, which gives them float32.
@@ -102,9 +103,10 @@ class StreamFormat:
         revkernels.couple_(as_map(y), [as_map(x.detach())], [1], fraction_bits=self.bits(level), overflow=overflow)
         return y
 
-    def decode(self, y: Tensor, level: int) -> Tensor | Encoded:
+    def decode(self, y: Tensor, level: int) -> Values:
         """The values of a stored stream: itself, or a view that gives them where they are read."""
-        return Encoded(y, self.bits(level)) if self.name == FIXED16 else y
+        bits = self.bits(level)
+        return Encoded(y, bits) if bits is not None and self.name == FIXED16 else y
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -154,6 +156,10 @@ class Encoded:
         return Encoded(self.y.clone(), self.bits)
 
 
+Values = Tensor | Encoded
+"""What a branch reads."""
+
+
 def as_map(x: Tensor) -> Tensor:
     """x of any number of dimensions, ``[N, C, ...]``, as kernels take it, ``[N, C, H, W]``: a view of a stream."""
     if x.dim() == 4:
@@ -161,7 +167,7 @@ def as_map(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1) if x.dim() > 1 else x.reshape(*x.shape, 1, 1, 1)
 
 
-def values(x: Tensor | Encoded) -> Tensor:
+def values(x: Values) -> Tensor:
     """A branch's input as a tensor."""
     return x.to(x.dtype) if isinstance(x, Encoded) else x
 
@@ -268,7 +274,8 @@ class OverflowCounter:
     def _exchange(cls, copied: _Copied) -> list[_Copied]:
         """Counts that have arrived, each for one caller; the others wait with ``copied`` for the next."""
         with cls._lock:
-            waiting, arrived = [], []
+            waiting: list[_Copied] = []
+            arrived: list[_Copied] = []
             for entry in [*cls._on_their_way, copied]:
                 (arrived if entry.event.query() else waiting).append(entry)
             cls._on_their_way[:] = waiting

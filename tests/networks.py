@@ -15,7 +15,8 @@ import revbifpn
 from revbifpn import fast
 
 F64, F32 = torch.float64, torch.float32
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
+BOTH = {"plain": revbifpn, "fast": fast}
+MODULES = pytest.mark.parametrize("module", BOTH.values(), ids=BOTH)
 REVERSIBLE = pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
 
 # The published kernels and ratios on few channels, as shallow as they go, with nothing random.

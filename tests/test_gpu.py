@@ -5,12 +5,10 @@ With ``REVBIFPN_TEST_DEVICE=cpu`` what does not need CUDA itself runs on the CPU
 """
 
 import copy
-import importlib.util
 import itertools
 import os
 import time
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,8 @@ from revkernels import dispatch
 from revkernels.reference import accumulate_dtype
 from revkernels.registry import OPS
 from revkernels.testing import relative_error
+from tests.golden import values as golden
+from tests.networks import error
 
 DEVICE = os.environ.get("REVBIFPN_TEST_DEVICE", "cuda")
 SEED = int(os.environ.get("REVBIFPN_TEST_SEED") or time.time_ns() % 2**31)
@@ -292,9 +292,7 @@ def fill(call, g):
 def network_calls():
     """The distinct calls of every op in a training step of each scale, found on fake tensors."""
     found = {op: {} for op in OPS}
-    chunk = fused.CHUNK_BYTES["cpu"]
-    fused.CHUNK_BYTES["cpu"] = fused.CHUNK_BYTES[DEVICE]
-    try:
+    with fused.chunks_of(fused.chunk_bytes(torch.device(DEVICE))):
         for scale, (batch, resolution) in NETWORKS.items():
             calls = Calls()
             with FakeTensorMode(allow_non_fake_inputs=True):
@@ -303,8 +301,6 @@ def network_calls():
                     model(torch.randn(batch, 3, resolution, resolution)).sum().backward()
             for op in OPS:
                 found[op] |= calls.found[op]
-    finally:
-        fused.CHUNK_BYTES["cpu"] = chunk
     return found
 
 
@@ -384,10 +380,6 @@ class TestOps:
 
 # Model ----------------------------------------------------------------------------------------------
 
-golden_spec = importlib.util.spec_from_file_location("golden", Path(__file__).with_name("models") / "test_golden.py")
-golden = importlib.util.module_from_spec(golden_spec)
-golden_spec.loader.exec_module(golden)
-
 NARROW = {"channels": [48, 16, 16, 32], "head_channels": [16, 16, 16, 32], "fc_features": 32, "num_ext_layers": 1}
 
 
@@ -410,12 +402,6 @@ def gradients(model, x, autocast=None):
         loss = loss_of(model, x)
     loss.backward()
     return [p.grad.double() for p in model.parameters()]
-
-
-def error(found, wanted):
-    """``|found - wanted| / |wanted|`` over all parameters together."""
-    squares = [((a - b).square().sum(), b.square().sum()) for a, b in zip(found, wanted, strict=True)]
-    return (sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt().item()
 
 
 class TestModel:
@@ -556,10 +542,10 @@ class TestModel:
 
     @needs_cuda
     @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
-    def test_memory_per_sample_is_what_the_cpu_meter_says(self, reversible, monkeypatch):
+    def test_memory_per_sample_is_what_the_cpu_meter_says(self, reversible):
         """Within 15 %, what the allocator's rounding may add; both in chunks of the GPU's size."""
-        monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", fused.CHUNK_BYTES["cuda"])
         model = fast.revbifpn_s0(reversible=reversible)
-        metered = measure_sample(model, (3, 224, 224), batch=16, fake=True).bytes_per_sample
+        with fused.chunks_of(fused.chunk_bytes(torch.device(DEVICE))):
+            metered = measure_sample(model, (3, 224, 224), batch=16, fake=True).bytes_per_sample
         allocated = measure_sample(model, (3, 224, 224), batch=16, device=DEVICE).bytes_per_sample
         assert allocated == pytest.approx(metered, rel=0.15)

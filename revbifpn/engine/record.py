@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from revbifpn.engine.capture import NothingRandom
+from revbifpn.streams import is_capturing
 
 _state = threading.local()
 
@@ -85,21 +89,22 @@ class Generators:
         set_device_states(self.devices, self.states)
 
 
-# What decides between kernels, or their precision, for the whole process: (module, attribute).
+# What decides between kernels, or their precision, for the whole process: attributes of torch.backends.
 _SETTINGS = (
-    (torch.backends, "fp32_precision"),
-    (torch.backends.cuda.matmul, "fp32_precision"),
-    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
-    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
-    (torch.backends.cudnn, "enabled"),
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "deterministic"),
-    (torch.backends.cudnn.conv, "fp32_precision"),
-    (torch.backends.cudnn.rnn, "fp32_precision"),
-    (torch.backends.mkldnn.conv, "fp32_precision"),
-    (torch.backends.mkldnn.rnn, "fp32_precision"),
-    (torch.backends.mkldnn.matmul, "fp32_precision"),
+    "fp32_precision",
+    "cuda.matmul.fp32_precision",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+    "mkldnn.rnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision",
 )
+_read_settings = attrgetter(*_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -112,15 +117,16 @@ class Backends:
 
     @classmethod
     def current(cls) -> Backends:
-        settings = tuple(getattr(owner, name) for owner, name in _SETTINGS)
+        settings = _read_settings(torch.backends)
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         tunable = torch.backends.cuda.is_built() and torch.cuda.tunable.is_enabled()
         return cls(settings, (torch.are_deterministic_algorithms_enabled(), warn_only), tunable)
 
     def put(self) -> None:
-        for (owner, name), now, value in zip(_SETTINGS, Backends.current().settings, self.settings, strict=True):
+        for path, now, value in zip(_SETTINGS, Backends.current().settings, self.settings, strict=True):
             if now != value:
-                setattr(owner, name, value)
+                owner, _, name = path.rpartition(".")
+                setattr(attrgetter(owner)(torch.backends) if owner else torch.backends, name, value)
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         if torch.backends.cuda.is_built():
             torch.cuda.tunable.enable(self.tunable)
@@ -179,7 +185,7 @@ class Record:
 def updates_statistics(module: nn.Module) -> bool:
     """A BatchNorm whose output does not depend on the running statistics that it updates."""
     known = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return known and module.training and module.track_running_stats
+    return known and module.training and bool(module.track_running_stats)
 
 
 @contextmanager
@@ -187,17 +193,17 @@ def flags(module: nn.Module, training: Sequence[bool], *, tracking: bool = False
     """Give every submodule its recorded training flag; unless ``tracking``, no norm layer updates its statistics."""
     modules = list(module.modules())
     now = [m.training for m in modules]
-    stopped = []
+    stopped: list[Any] = []
     try:
         for m, flag in zip(modules, training, strict=True):
             m.training = flag
             if not tracking and updates_statistics(m):
                 stopped.append(m)
-                m.track_running_stats = False
+                stopped[-1].track_running_stats = False
         yield
     finally:
-        for m in stopped:
-            m.track_running_stats = True
+        for norm in stopped:
+            norm.track_running_stats = True
         for m, flag in zip(modules, now, strict=True):
             m.training = flag
 
@@ -229,7 +235,12 @@ class Recorder:
         self.versions = [version_of(x) for x in inputs]
         self.training = tuple(m.training for m in module.modules())
         self.autocast = Autocast.current(inputs[0].device)
-        self.generators = Generators.current(*inputs)
+        self.capturing = is_capturing(inputs[0].device)
+        self.generators = None if self.capturing else Generators.current(*inputs)
+
+    def watch(self) -> AbstractContextManager:
+        """Enter it around the call: a graph being captured has no states to compare, so nothing may be drawn."""
+        return NothingRandom(self.module) if self.capturing else nullcontext()
 
     def finish(self) -> Record:
         """The record.
@@ -239,9 +250,10 @@ class Recorder:
         """
         if self.versions != [version_of(x) for x in self.inputs]:
             raise changed_input(self.module)
-        generators, random = Generators.current(*self.inputs), None
-        if generators != self.generators:
-            random = self.generators, generators
+        random = None
+        if self.generators is not None:
+            generators = Generators.current(*self.inputs)
+            random = None if generators == self.generators else (self.generators, generators)
         now, changed, unchanged = dict(self.module.named_buffers()), {}, {}
         for name, (value, version) in self.before.items():
             buffer = self.buffers[name]

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
+from revbifpn import fast
 from revbifpn.memory import measure_step
 from revbifpn.reversible import is_recomputing
+from tests.marks import mostly_slow
 from tests.networks import (
     F32,
     F64,
@@ -30,6 +32,7 @@ from tests.networks import (
     stored_gradients,
 )
 
+SLOW_ON_PLAIN = pytest.mark.parametrize("module", mostly_slow([fast, revbifpn]), ids=["fast", "plain"])
 DEPTHS = {"s0": (2, 0.0), "s3": (3, 0.05), "s6": (5, 0.3)}  # num_ext_layers, stochastic_depth
 
 
@@ -37,7 +40,7 @@ DEPTHS = {"s0": (2, 0.0), "s3": (3, 0.05), "s6": (5, 0.3)}  # num_ext_layers, st
 
 
 @MODULES
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", mostly_slow(DEPTHS))
 def test_gradients_and_statistics_at_the_depth_of_a_scale(module, depth):
     ext, drop = DEPTHS[depth]
     options = {"num_ext_layers": ext, "inv_blk_rep": 2, "stochastic_depth": drop, "head_dropout": 0.3}
@@ -87,7 +90,7 @@ def test_each_switch_gives_equal_gradients(module, off):
     assert difference(gradients(narrow(module, **off, **options), image()), stored_gradients(image(), **options)) < 1e-9
 
 
-@MODULES
+@SLOW_ON_PLAIN
 def test_switches_store_what_their_names_say(module):
     """Kept between forward and backward: the neck's activations, the stack's, or both."""
     options = {"num_ext_layers": 2, "classes": None}
@@ -104,7 +107,7 @@ def test_switches_store_what_their_names_say(module):
     assert kept[True, True] - kept[False, False] == pytest.approx(neck + stack, rel=0.25)
 
 
-@MODULES
+@SLOW_ON_PLAIN
 def test_memory_does_not_grow_with_depth(module):
     peak = {
         (reversible, ext): measure_step(
@@ -140,7 +143,7 @@ def test_other_layers(module, options):
 
 
 @MODULES
-@REVERSIBLE
+@pytest.mark.parametrize("reversible", mostly_slow([True, False]))
 @pytest.mark.parametrize(
     "change",
     [
@@ -236,7 +239,7 @@ FREEZE = {
 
 @MODULES
 @pytest.mark.parametrize("part", FREEZE)
-@pytest.mark.parametrize("image_gradient", [False, True])
+@pytest.mark.parametrize("image_gradient", mostly_slow([True, False]))
 def test_frozen_parameters(module, part, image_gradient):
     def run(model):
         for name, parameter in model.named_parameters():
@@ -446,7 +449,7 @@ def test_functional_call_gives_gradients_to_the_substitutes(module):
 @MODULES
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("off", [{}, {"disable_rev": True}, {"disable_recomp": True}])
+@pytest.mark.parametrize("off", mostly_slow([{}, {"disable_rev": True}, {"disable_recomp": True}]))
 def test_no_graph_where_none_is_wanted(module, mode, training, off):
     model, twin = narrow(module, **off).train(training), narrow(revbifpn, reversible=False).train(training)
     with mode():
@@ -521,7 +524,7 @@ SHAPES = pytest.mark.parametrize(
 
 @MODULES
 @SHAPES
-@pytest.mark.parametrize("retain_graph", [True, False])
+@pytest.mark.parametrize("retain_graph", mostly_slow([True, False]))
 def test_second_backward_is_an_error(module, options, retain_graph):
     loss = scalar(narrow(module, **options)(image()))
     loss.backward(retain_graph=retain_graph)
@@ -601,7 +604,7 @@ def test_weight_changed_in_place_is_an_error(module, where):
 
 @MODULES
 @SHAPES
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", mostly_slow([True, False]))
 def test_streams_are_freed_without_the_cycle_collector(module, options, backward, passes):
     loss = scalar(narrow(module, **options)(image()))
     if backward:
@@ -621,7 +624,7 @@ def test_live_memory_does_not_grow_over_steps(module):
     assert kept[3] == kept[2] == kept[1]
 
 
-@MODULES
+@SLOW_ON_PLAIN
 def test_compiled_model_agrees(module):
     """Tracing is what can go wrong here; the code that inductor generates is not under test."""
     model = narrow(module, **TWO_LEVELS)

@@ -18,24 +18,32 @@ from torch import nn
 
 import revbifpn
 import revkernels
-from revbifpn import check_invertible, fast, fused, monitor_drift, range_report
+from revbifpn import check_invertible, fused, monitor_drift, range_report
 from revbifpn.mbconv import MBConv
 from revbifpn.memory import PeakMemory
 from revbifpn.reversible import is_recomputing
 from tests import networks
-from tests.networks import F32, MODULES, REVERSIBLE, TWO_LEVELS, identical
+from tests.marks import mostly_slow, slow
+from tests.networks import BOTH, F32, MODULES, TWO_LEVELS, identical
 
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
 MESSAGE = "raised by the test"
 MOMENTS = (0.0, 0.03, 0.25, 0.5, 0.75, 1.0)  # of all calls that may fail
 
-STREAMS = pytest.mark.parametrize("stream", [None, "fixed32", "fixed16"])
+STREAMS = pytest.mark.parametrize("stream", [None, "fixed16", *slow(["fixed32"])])
+REVERSIBLE = pytest.mark.parametrize("reversible", mostly_slow([True, False]), ids=["reversible", "stored"])
 # Plain float streams that are stored have PyTorch's own backward.
 OWN_BACKWARD = pytest.mark.parametrize(
     ("module", "stream", "reversible"),
     [
-        pytest.param(module, stream, reversible, id=f"{name}-{stream}-{'reversible' if reversible else 'stored'}")
-        for name, module in (("plain", revbifpn), ("fast", fast))
+        pytest.param(
+            module,
+            stream,
+            reversible,
+            id=f"{name}-{stream}-{'reversible' if reversible else 'stored'}",
+            marks=() if (name == "fast" and stream != "fixed32") or stream is None else pytest.mark.slow,
+        )
+        for name, module in BOTH.items()
         for stream in (None, "fixed32", "fixed16")
         for reversible in (True, False)
         if name == "fast" or stream is not None or reversible
@@ -55,9 +63,10 @@ TINY = TWO_LEVELS | {
 
 
 @pytest.fixture(autouse=True)
-def chunks_of_one_sample(monkeypatch):
+def chunks_of_one_sample():
     """So that a fault may come between two chunks."""
-    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1)
+    with fused.chunks_of(1):
+        yield
 
 
 def network(module, **options):
@@ -340,7 +349,7 @@ def test_forward_without_backward_frees_its_tensors(module, stream, reversible):
 
 
 @OWN_BACKWARD
-@pytest.mark.parametrize("disable_recomp", [True, False])
+@pytest.mark.parametrize("disable_recomp", mostly_slow([False, True]))
 def test_some_gradients_first(module, stream, reversible, disable_recomp):
     """A backward that stops at the head leaves the streams as they are; one through everything is right or refused."""
     model = network(module, stream=stream, reversible=reversible)
@@ -357,7 +366,7 @@ def test_some_gradients_first(module, stream, reversible, disable_recomp):
         assert identical(found, wanted)
 
 
-@pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
+@pytest.mark.parametrize("stream", ["fixed16", *slow(["fixed32"])])
 @MODULES
 def test_self_check_goes_on_after_a_fault(module, stream):
     model = network(module, stream=stream)

@@ -20,12 +20,20 @@ from revbifpn import (
 )
 from revbifpn.configs import CONFIGS
 from revbifpn.memory import MIB, measure_sample
-from tests.networks import F32, MODULES, NARROW, REVERSIBLE, identical
+from tests.marks import product
+from tests.networks import BOTH, F32, MODULES, NARROW, REVERSIBLE, identical
 from tests.networks import image as draw
 
 FORMATS = pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
-REDUCED = pytest.mark.parametrize("reduced", [False, True], ids=["float32", "bfloat16"])
-DEPTHS = pytest.mark.parametrize("scale", ["s0", "s3", "s6"])
+MATRIX = product(
+    "plain-s0-fixed32-float32",
+    "fast-s0-fixed32-float32",
+    "fast-s0-fixed16-bfloat16",
+    module=BOTH,
+    scale={name: name for name in ("s0", "s3", "s6")},
+    stream={name: name for name in ("fixed32", "fixed16")},
+    reduced={"float32": False, "bfloat16": True},
+)
 
 
 def narrow(module, scale="s0", **options):
@@ -58,10 +66,7 @@ def step(model, x, reduced, optimizer=None):
 # --- inversion ------------------------------------------------------------------------------------
 
 
-@MODULES
-@DEPTHS
-@FORMATS
-@REDUCED
+@MATRIX
 def test_image_comes_back_bit_for_bit_after_ten_steps(module, scale, stream, reduced):
     model = narrow(module, scale, stream=stream, stochastic_depth=0.0).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -103,10 +108,7 @@ def test_values_are_close_to_those_of_float_streams(module):
 # --- gradients ------------------------------------------------------------------------------------
 
 
-@MODULES
-@DEPTHS
-@FORMATS
-@REDUCED
+@MATRIX
 def test_reversible_gradients_equal_stored_ones_bit_for_bit(module, scale, stream, reduced):
     options = {"stream": stream, "stochastic_depth": 0.2}
     models = [narrow(module, scale, reversible=reversible, **options) for reversible in (True, False)]

@@ -1,13 +1,4 @@
-"""The published network: its numbers in closed form, its names and sizes.
-
-Weights, input and what is recorded are described in ``golden/README.md``.
-"""
-
-import gzip
-import json
-import math
-import zlib
-from pathlib import Path
+"""The published network: its numbers, names and sizes."""
 
 import pytest
 import torch
@@ -17,59 +8,10 @@ from torch import nn
 import revbifpn
 from revbifpn import fast
 from revbifpn.configs import CONFIGS
+from tests.golden.values import assert_matches, golden_input, golden_model, read, relative
+from tests.networks import F32, F64, MODULES
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 SCALES = pytest.mark.parametrize("scale", range(7))
-F64, F32 = torch.float64, torch.float32
-
-
-def read(name):
-    return json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
-
-
-def closed_form(name, shape):
-    j = torch.arange(1, math.prod(shape) + 1, dtype=F64)
-    return torch.sin(0.37 * j + (zlib.crc32(name.encode()) % 1000) / 100).reshape(shape)
-
-
-def weight(name, value):
-    s = closed_form(name, value.shape)
-    if name.endswith("running_mean") or name.endswith("bias"):
-        return 0.1 * s
-    if name.endswith("running_var"):
-        return 1 + 0.5 * s.square()
-    if name.endswith("norm.weight"):
-        return 1 + 0.1 * s
-    return s * math.sqrt(2 / math.prod(value.shape[1:]))
-
-
-def golden_model(module, scale, dtype, reversible):
-    make = getattr(module, f"revbifpn_s{scale}")
-    model = make(head_dropout=0.0, stochastic_depth=0.0, reversible=reversible).to(dtype)
-    state = model.state_dict()
-    model.load_state_dict({k: v if v.dtype == torch.long else weight(k, v) for k, v in state.items()})
-    return model
-
-
-def golden_input(shape, dtype):
-    j = torch.arange(1, math.prod(shape) + 1, dtype=F64)
-    return torch.sin(0.37 * j + 0.5).reshape(shape).to(dtype)
-
-
-def relative(norm, golden):
-    return abs(norm - golden) / golden
-
-
-def assert_matches(out, golden, tolerance):
-    """The eight recorded values to ``tolerance`` of the tensor's RMS, the norm to ``tolerance`` of itself."""
-    out = out.detach().double()
-    assert list(out.shape) == golden["shape"]
-    rms = golden["l2"] / math.sqrt(out.numel())
-    values = out.flatten()[golden["at"]]
-    assert (values - torch.tensor(golden["values"], dtype=F64)).abs().max() <= tolerance * rms
-    assert relative(out.norm().item(), golden["l2"]) <= tolerance
-
 
 CASES = [
     (revbifpn, "s0_4x64x64", F64, False),
