@@ -149,7 +149,7 @@ class ModuleBranch:
     def record(self, *inputs: Values) -> tuple[Contribution, Record]:
         tensors = [values(x).detach() for x in inputs]
         recorder = Recorder(self.module, tensors)
-        with uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
+        with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
             p = _call(self.module, [_wanting(x) for x in tensors])
         check_finite(self.module, p)
         return Contribution(p.detach()), recorder.finish()

@@ -20,6 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from revbifpn.engine.capture import NothingRandom
+from revbifpn.streams import is_capturing
+
 _state = threading.local()
 
 
@@ -232,7 +235,12 @@ class Recorder:
         self.versions = [version_of(x) for x in inputs]
         self.training = tuple(m.training for m in module.modules())
         self.autocast = Autocast.current(inputs[0].device)
-        self.generators = Generators.current(*inputs)
+        self.capturing = is_capturing(inputs[0].device)
+        self.generators = None if self.capturing else Generators.current(*inputs)
+
+    def watch(self) -> AbstractContextManager:
+        """Enter it around the call: a graph being captured has no states to compare, so nothing may be drawn."""
+        return NothingRandom(self.module) if self.capturing else nullcontext()
 
     def finish(self) -> Record:
         """The record.
@@ -242,9 +250,10 @@ class Recorder:
         """
         if self.versions != [version_of(x) for x in self.inputs]:
             raise changed_input(self.module)
-        generators, random = Generators.current(*self.inputs), None
-        if generators != self.generators:
-            random = self.generators, generators
+        random = None
+        if self.generators is not None:
+            generators = Generators.current(*self.inputs)
+            random = None if generators == self.generators else (self.generators, generators)
         now, changed, unchanged = dict(self.module.named_buffers()), {}, {}
         for name, (value, version) in self.before.items():
             buffer = self.buffers[name]

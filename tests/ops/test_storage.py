@@ -17,10 +17,9 @@ def arguments_of(op):
 
 
 def tensors_of(op):
-    """``(name, position, index in a list or None, written)`` of every tensor that the call of ``arguments_of`` gives."""
-    for position, (argument, value) in enumerate(
-        zip(OPS[op].overload._schema.arguments, arguments_of(op), strict=False)
-    ):
+    """``(name, position, index in a list or None, written)`` of every tensor among ``arguments_of(op)``."""
+    schema = OPS[op].overload._schema
+    for position, (argument, value) in enumerate(zip(schema.arguments, arguments_of(op), strict=False)):
         written = argument.alias_info is not None and argument.alias_info.is_write
         if isinstance(value, torch.Tensor):
             yield argument.name, position, None, written
@@ -74,7 +73,7 @@ def test_a_tensor_without_its_storage_is_refused_by_name(op, name, position, ind
 def test_an_empty_tensor_needs_no_storage(op):
     for _, call in implementations(op):
         arguments = arguments_of(op)
-        for name, position, index, _ in tensors_of(op):
+        for _, position, index, _ in tensors_of(op):
             tensor = get(arguments, position, index)
             if tensor.dim() and tensor.shape[0] == 2:  # samples
                 empty = tensor[:0].clone()
