@@ -7,7 +7,7 @@ from torch import nn
 from revbifpn import RevBlock, ReversibleSequence
 from revbifpn.reversible import Coupling, Part, Reversible, recomputed
 from tests.marks import product
-from tests.networks import F32, F64, MODULES, image, narrow
+from tests.networks import F32, F64, MODULES, MOSTLY_FAST, image, narrow
 
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
 
@@ -45,7 +45,7 @@ def model(module, neck, stream="float32", dtype=F32):
     return net.eval()
 
 
-@MODULES
+@MOSTLY_FAST
 @MATRIX
 def test_outputs_keep_their_values_through_backward(module, neck, stream):
     net = model(module, neck, stream)
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_stored_run(module, neck):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
+@MOSTLY_FAST
 @MATRIX
 def test_changing_an_output_in_place_changes_nothing_else(module, neck, stream):
     """The outputs are squared before they are changed, so autograd needs them as they were, and says so."""
@@ -82,7 +82,7 @@ def test_changing_an_output_in_place_changes_nothing_else(module, neck, stream):
         loss.backward()
 
 
-@MODULES
+@MOSTLY_FAST
 @MATRIX
 def test_outputs_that_nothing_needs_any_more_may_be_changed_in_place(module, neck, stream):
     gradients = []

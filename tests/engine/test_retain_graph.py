@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.marks import mostly_slow
-from tests.networks import F32, F64, MODULES, image, narrow
+from tests.networks import F32, F64, MODULES, MOSTLY_FAST, image, narrow
 
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
 KINDS = {"classes": {}, "pyramid": {"classes": None}, "streams": {"classes": None, "head_channels": None}}
@@ -46,7 +46,7 @@ def test_each_loss_has_its_own_gradients(module, head):
                 torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 @pytest.mark.parametrize("reversible", mostly_slow([True, False]))
 def test_repeated_backwards_of_exact_streams_are_the_same_bits(module, stream, reversible):
@@ -86,7 +86,7 @@ def test_a_backward_that_stopped_on_its_way_can_be_followed_by_another(module):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
+@MOSTLY_FAST
 @HEADS
 def test_by_default_a_second_backward_is_refused_and_the_message_leads(module, head):
     net = model(module, head)
