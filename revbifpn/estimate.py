@@ -8,7 +8,7 @@ device. At every moment t of it the memory alive is a line in the batch n, and t
 
 so it bends where another moment takes over, and the steeper line wins as n grows. Batches up to a *limit* are simulated
 as they are. Beyond it the peak is on the line through ``limit / 2`` and ``limit``: fake tensors cost nothing per
-element, but the fused branches work through a batch in chunks of :data:`revbifpn.fused.CHUNK_BYTES`, and every chunk is
+element, but the fused branches work through a batch in chunks of :func:`revbifpn.fused.chunk_bytes`, and every chunk is
 ops to simulate. Chunks are constant there: the limit is where the peak is ``SATURATED`` of them.
 """
 
@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -88,7 +87,7 @@ class StepEstimator:
         self.shape, self.dtype = (3, *sides), dtype
         self._model = _without_data(model)
         self._state_bytes = optimizer_states * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self._chunk = fused.CHUNK_BYTES.get(torch.device(device).type, fused.CHUNK_BYTES["cuda"])
+        self._chunk = fused.chunk_bytes(torch.device(device))
         self._steps: dict[int, StepMemory] = {}
         self._limit = 0
 
@@ -127,7 +126,7 @@ class StepEstimator:
 
     def _step(self, batch: int) -> StepMemory:
         if batch not in self._steps:
-            with _chunks_of(self._chunk):
+            with fused.chunks_of(self._chunk):  # it runs on the CPU, for another device
                 self._steps[batch] = measure_step(self._model, self.shape, batch=batch, dtype=self.dtype, fake=True)
         return self._steps[batch]
 
@@ -210,14 +209,3 @@ def _without_data(model: nn.Module) -> nn.Module:
         shell = torch.empty_like(t, device="cpu")
         shells[id(t)] = nn.Parameter(shell, t.requires_grad) if isinstance(t, nn.Parameter) else shell
     return copy.deepcopy(model, shells)
-
-
-@contextmanager
-def _chunks_of(size: int) -> Iterator[None]:
-    """Give the simulation, which runs on the CPU's shapes, the chunks of the device it stands for."""
-    before = fused.CHUNK_BYTES["cpu"]
-    fused.CHUNK_BYTES["cpu"] = size
-    try:
-        yield
-    finally:
-        fused.CHUNK_BYTES["cpu"] = before

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,7 +146,27 @@ def why_not(op: str, implementation: str, device: torch.device) -> str:
     if implementation == "triton" and device.type == "cpu" and status.module.INTERPRETED:
         return ""
     wanted = "cpu" if implementation == "cpp" else "cuda"
-    return "" if device.type == wanted else f"it runs on {wanted} tensors only"
+    if device.type != wanted:
+        return f"it runs on {wanted} tensors only"
+    if implementation == "cuda" and torch.cuda.is_available():
+        return why_no_code(status.module.build_info()["architectures"], torch.cuda.get_device_capability(device))
+    return ""
+
+
+def why_no_code(architectures: str, capability: tuple[int, int]) -> str:
+    """Why kernels built for ``architectures`` ("8.0;9.0+PTX") do not run on a GPU of this capability; empty if they do.
+
+    Machine code runs on its own major version, from its minor version on; PTX is compiled for anything newer.
+    """
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures):
+        built = (int(major), int(minor))
+        if (ptx and built <= capability) or (built[0] == capability[0] and built[1] <= capability[1]):
+            return ""
+    version = ".".join(map(str, capability))
+    return (
+        f"revkernels._C_cuda has no code for a GPU of capability {version}; it was built for {architectures}: "
+        f"build it again with TORCH_CUDA_ARCH_LIST={version}"
+    )
 
 
 def implementation(op: str, name: str, device: torch.device) -> Callable:

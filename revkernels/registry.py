@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revkernels import reference
+from revkernels import reference, reference_mbconv
 from revkernels.reference import accumulate_dtype
 from revkernels.storage import checked
 
@@ -49,7 +49,11 @@ OPS: dict[str, Op] = {}
 def _register(schema: str, fake: Callable) -> None:
     name, arguments = schema.split("(", 1)
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    op = Op(name, "(" + arguments, checked(overload_of(name)._schema, getattr(reference, name)), fake)
+    if name.startswith("mbconv"):  # its planes may be one another's memory, chunk by chunk
+        run = getattr(reference_mbconv, name)
+    else:
+        run = checked(overload_of(name)._schema, getattr(reference, name))
+    op = Op(name, "(" + arguments, run, fake)
     LIBRARY.impl(name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     OPS[name] = op
@@ -181,4 +185,54 @@ _register(
         _empty(dgate, w2.shape),
         _empty(dgate, w2.shape[:1]),
     ),
+)
+
+_CONVOLUTIONS = (
+    "Tensor? expand, Tensor depthwise, Tensor? squeeze, Tensor? squeeze_bias, Tensor? excite, Tensor? excite_bias, "
+    "Tensor project"
+)
+
+
+def _mbconv(x, fraction_bits, expand, gamma0, beta0, depthwise, *others) -> Tensor:  # noqa: ANN001
+    columns = reference_mbconv.norm_columns(expand, depthwise, others[6])
+    return _sums(others[-3], (4, sum(columns)))
+
+
+def _mbconv_recompute(x, fraction_bits, expand, depthwise, squeeze, squeeze_bias, *others) -> Tensor:  # noqa: ANN001
+    size = 0 if squeeze is None else x.shape[0] * (2 * squeeze.shape[1] + squeeze.shape[0])
+    return _empty(others[3], (size,))
+
+
+def _mbconv_backward(  # noqa: ANN202
+    du, sums, x, fraction_bits, expand, depthwise, squeeze, squeeze_bias, excite, excite_bias, project, norms, *others
+):  # noqa: ANN001
+    e, c = depthwise.shape[0], project.shape[0]
+    none = (0,)
+    norm0 = [none] * 3 if expand is None else [expand.shape, (e,), (e,)]
+    se = [none] * 4 if squeeze is None else [v.shape for v in (squeeze, squeeze_bias, excite, excite_bias)]
+    shapes = [*norm0, depthwise.shape, (e,), (e,), *se, project.shape, (c,), (c,)]
+    return tuple(_empty(norms, tuple(shape)) for shape in shapes)
+
+
+_register(
+    "mbconv(Tensor x, int? fraction_bits, Tensor? expand, Tensor? gamma0, Tensor? beta0, Tensor depthwise, "
+    "Tensor gamma1, Tensor beta1, Tensor? squeeze, Tensor? squeeze_bias, Tensor? excite, Tensor? excite_bias, "
+    "Tensor project, Tensor gamma2, Tensor beta2, Tensor(a!)? mean0, Tensor(b!)? var0, Tensor(c!)? batches0, "
+    "Tensor(d!)? mean1, Tensor(e!)? var1, Tensor(f!)? batches1, Tensor(g!)? mean2, Tensor(h!)? var2, "
+    "Tensor(i!)? batches2, bool[] batch, float[] momentum, float[] eps, int stride, int chunk, Tensor? norms, "
+    "Tensor(j!) p, Tensor(k!)? d, Tensor(l!) workspace) -> Tensor",
+    _mbconv,
+)
+_register(
+    f"mbconv_recompute(Tensor x, int? fraction_bits, {_CONVOLUTIONS}, Tensor norms, int stride, int chunk, "
+    "Tensor(a!) p, Tensor(b!)? d, Tensor(c!)? e, Tensor(d!) workspace) -> Tensor",
+    _mbconv_recompute,
+)
+_register(
+    f"mbconv_backward(Tensor du, Tensor? sums, Tensor x, int? fraction_bits, {_CONVOLUTIONS}, Tensor norms, "
+    "bool[] batch, Tensor? keep, int stride, int chunk, Tensor(a!)? p, Tensor? d, Tensor? e, Tensor? squeezed, "
+    "Tensor(b!)? dz, Tensor(c!)? dx, bool add, Tensor(d!) workspace) -> (Tensor expand, Tensor gamma0, Tensor beta0, "
+    "Tensor depthwise, Tensor gamma1, Tensor beta1, Tensor squeeze, Tensor squeeze_bias, Tensor excite, "
+    "Tensor excite_bias, Tensor project, Tensor gamma2, Tensor beta2)",
+    _mbconv_backward,
 )

@@ -292,9 +292,7 @@ def fill(call, g):
 def network_calls():
     """The distinct calls of every op in a training step of each scale, found on fake tensors."""
     found = {op: {} for op in OPS}
-    chunk = fused.CHUNK_BYTES["cpu"]
-    fused.CHUNK_BYTES["cpu"] = fused.CHUNK_BYTES[DEVICE]
-    try:
+    with fused.chunks_of(fused.chunk_bytes(torch.device(DEVICE))):
         for scale, (batch, resolution) in NETWORKS.items():
             calls = Calls()
             with FakeTensorMode(allow_non_fake_inputs=True):
@@ -303,8 +301,6 @@ def network_calls():
                     model(torch.randn(batch, 3, resolution, resolution)).sum().backward()
             for op in OPS:
                 found[op] |= calls.found[op]
-    finally:
-        fused.CHUNK_BYTES["cpu"] = chunk
     return found
 
 
@@ -546,10 +542,10 @@ class TestModel:
 
     @needs_cuda
     @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
-    def test_memory_per_sample_is_what_the_cpu_meter_says(self, reversible, monkeypatch):
+    def test_memory_per_sample_is_what_the_cpu_meter_says(self, reversible):
         """Within 15 %, what the allocator's rounding may add; both in chunks of the GPU's size."""
-        monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", fused.CHUNK_BYTES["cuda"])
         model = fast.revbifpn_s0(reversible=reversible)
-        metered = measure_sample(model, (3, 224, 224), batch=16, fake=True).bytes_per_sample
+        with fused.chunks_of(fused.chunk_bytes(torch.device(DEVICE))):
+            metered = measure_sample(model, (3, 224, 224), batch=16, fake=True).bytes_per_sample
         allocated = measure_sample(model, (3, 224, 224), batch=16, device=DEVICE).bytes_per_sample
         assert allocated == pytest.approx(metered, rel=0.15)

@@ -144,7 +144,7 @@ def select(flag: str, patterns: str, items: Sequence[Item], names: Callable[[Ite
     wanted = split(patterns)
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for item in items for name in names(item)):
-            known = {name: None for item in items for name in names(item) if "/" in pattern or "/" not in name}
+            known = sorted({name for item in items for name in names(item) if "/" in pattern or "/" not in name})
             close = difflib.get_close_matches(pattern, known, n=4, cutoff=0.5)
             hint = f"did you mean {', '.join(close)}?" if close else f"choose from {', '.join(known)}"
             raise UsageError(f"{flag}: {pattern!r} is unknown; {hint}")

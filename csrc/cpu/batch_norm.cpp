@@ -82,6 +82,7 @@ Tensor bn_act_grad_sums(const Tensor& dz, const Tensor& x, const Tensor& scale, 
   Tensor sums = new_sums(x, {5, args.x.n, args.x.c});
   if (numel(args.x) == 0) torch::stable::zero_(sums);
   args.sums = sums.data_ptr();
+  args.sums_stride = args.x.n * args.x.c;
   run_planes(kernels().bn_act_grad_sums, args, 2);
   return sums;
 }

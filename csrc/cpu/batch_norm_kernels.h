@@ -120,7 +120,6 @@ static void bn_act_grad_sums_planes(const NormArgs& args, int64_t begin, int64_t
   constexpr int L = kLanes<A>;
   const Map& x = args.x;
   const bool is_flat = flat(x) && flat(args.dz);
-  const int64_t planes = x.n * x.c;
   Scratch scratch(2 * Scratch::bytes<A>(kSegment));
   A* x_row = scratch.take<A>(kSegment);
   A* dz_row = scratch.take<A>(kSegment);
@@ -148,7 +147,7 @@ static void bn_act_grad_sums_planes(const NormArgs& args, int64_t begin, int64_t
       for (int s = 0; s < 5; ++s) total[s] += sums[s];
     });
     for (int s = 0; s < 5; ++s)
-      static_cast<A*>(args.sums)[s * planes + plane] = sum_lanes<A>(total[s]);
+      static_cast<A*>(args.sums)[s * args.sums_stride + plane] = sum_lanes<A>(total[s]);
   });
 }
 

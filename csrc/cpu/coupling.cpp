@@ -92,6 +92,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> couple_adjoint(
       terms[k].center = coefficient_of(center[k], {"center", k}, g.n, g.c);
       sums.push_back(new_sums(dy, {2, g.n, g.c}));
       terms[k].sums = sums[k].data_ptr();
+      terms[k].sums_stride = g.n * g.c;
     } else {
       sums.push_back(new_sums(dy, {0}));
     }

@@ -426,7 +426,7 @@ static void couple_adjoint_planes(const CoupleAdjointArgs& args, int64_t begin, 
       if (sums) {
         A* out = static_cast<A*>(term.sums);
         out[plane] = sum_lanes<A>(total.sum);
-        out[dy.n * dy.c + plane] = sum_lanes<A>(total.product);
+        out[term.sums_stride + plane] = sum_lanes<A>(total.product);
       }
     }
   }

@@ -4,26 +4,9 @@
 
 #include <cstdint>
 
-#include "../common.h"
+#include "../map.h"
 
 namespace revkernels {
-
-enum class DType : int { float32, float64, float16, bfloat16, int16 };  // int16: streams
-
-// A [N, C, H, W] map of any strides, counted in elements.
-struct Map {
-  void* data = nullptr;
-  DType dtype = DType::float32;
-  int64_t n = 0, c = 0, h = 0, w = 0;
-  int64_t sn = 0, sc = 0, sh = 0, sw = 0;
-};
-
-// A coefficient per channel, or per sample and channel; absent if data is null.
-struct Coefficient {
-  const void* data = nullptr;
-  DType dtype = DType::float32;
-  int64_t sn = 0, sc = 0;
-};
 
 // y <- y + sign sum_k up_{f_k}(a_k p_k + b_k); with `assign`, y <- sum_k (...).
 // With `steps` = 2^g, the sum t becomes q / steps, q = rint(t steps); an int16 y holds y steps.
@@ -57,6 +40,7 @@ struct Gather {
   Map p;
   Coefficient center;
   void* sums = nullptr;
+  int64_t sums_stride = 0;  // elements from one sum to the other
   int64_t factor = 1;
 };
 
@@ -92,6 +76,7 @@ struct NormArgs {
   Map x, dz, out;
   Coefficient scale, shift, gate, mean, dpool, slope, offset;
   void* sums = nullptr;       // squeeze [N, C]; gradient sums [5, N, C]
+  int64_t sums_stride = 0;    // elements from one gradient sum to the next
   double* moments = nullptr;  // [N, C, 2]: mean and sum of squared deviations of each plane
   Activation act = Activation::identity;
   bool wide = false;
@@ -109,7 +94,8 @@ struct PointwiseArgs {
   int64_t weight_row = 0, weight_column = 0;
   int64_t panel = kPanelColumns;  // pixels of a unit, a multiple; channels of one of the gradient
   int64_t blocks = 1;  // of the weight's rows; for its gradient 0: kDotRows rows of z are a unit
-  void* grad_weight = nullptr;  // [y.c, x.c], contiguous: grows by sum dy z^T
+  bool add = false;    // y grows by W z; for the gradient in panels: grad_weight by sum dy z^T
+  void* grad_weight = nullptr;  // [y.c, x.c], contiguous; without panels it grows always
   Coefficient scale, shift, gate;
   bool wide = false;
 };
@@ -152,9 +138,6 @@ constexpr int64_t kColumnBlock = 64;         // columns of a product in a unit: 
 constexpr int64_t kDepthBlock = 128;         // terms of a product summed in registers
 constexpr int64_t kGateSegment = 1024;       // elements of gate_slopes in a unit
 constexpr int64_t kProductsPerElement = 16;  // products that cost what one element of a map does
-
-// Samples summed into one partial weight gradient: fixed, so that results do not depend on threads.
-constexpr int64_t kSamplesPerPartial = 8;
 
 // Each kernel works on the half-open range [begin, end) of its units, independently of the others.
 struct Kernels {

@@ -1,3 +1,7 @@
+#include "pointwise.h"
+
+#include <cstring>
+
 #include "tensors.h"
 
 namespace revkernels {
@@ -44,12 +48,7 @@ void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optio
   const Tensor matrix = weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype);
   args.weight = matrix.data_ptr();
   args.weight_row = matrix.stride(0), args.weight_column = matrix.stride(1);
-  args.panel =
-      std::max(kPanelElements / std::max(args.x.c, int64_t(1)) / kPanelColumns, int64_t(1)) *
-      kPanelColumns;
-  const int64_t panels = ceil_div(args.x.n * args.x.h * args.x.w, args.panel);
-  args.blocks = std::min(ceil_div(kFewPanels, panels), ceil_div(args.y.c, kFewRows));
-  run(kernels().pointwise, args, panels * args.blocks, work_of(args));
+  run_pointwise(args);
 }
 
 Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::optional<Tensor> scale,
@@ -58,24 +57,40 @@ Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   args.y = map_of(dy, "dy");
   check_shape(args.y, dy, "dy", args.x.n, args.y.c, args.x.h, args.x.w);
   Tensor dw = new_sums(x, {args.y.c, args.x.c, 1, 1});
-  const bool empty = numel(args.x) == 0 || numel(args.y) == 0;
-  const bool in_panels = std::min(args.x.c, args.y.c) >= kManyChannels;
-  if (empty || !in_panels) torch::stable::zero_(dw);
-  if (empty) return dw;
   args.grad_weight = dw.data_ptr();
-  int64_t units = ceil_div(args.x.c, kDotRows);
-  args.blocks = 0;
-  if (in_panels) {
-    const int64_t panels = ceil_div(args.x.c, kPanelChannels);
-    args.panel = ceil_div(ceil_div(args.x.c, panels), 16) * 16;
-    args.blocks = ceil_div(args.y.c, kBlockRows);
-    units = ceil_div(args.x.c, args.panel) * args.blocks;
+  if (numel(args.x) == 0 || numel(args.y) == 0) {
+    torch::stable::zero_(dw);
+    return dw;
   }
-  run(kernels().pointwise_grad_weight, args, units, work_of(args));
+  run_pointwise_grad_weight(args);
   return dw;
 }
 
 }  // namespace
+
+void run_pointwise(PointwiseArgs args) {
+  args.panel =
+      std::max(kPanelElements / std::max(args.x.c, int64_t(1)) / kPanelColumns, int64_t(1)) *
+      kPanelColumns;
+  const int64_t panels = ceil_div(args.x.n * args.x.h * args.x.w, args.panel);
+  args.blocks = std::min(ceil_div(kFewPanels, panels), ceil_div(args.y.c, kFewRows));
+  run(kernels().pointwise, args, panels * args.blocks, work_of(args));
+}
+
+void run_pointwise_grad_weight(PointwiseArgs args) {
+  int64_t units = ceil_div(args.x.c, kDotRows);
+  args.blocks = 0;
+  if (std::min(args.x.c, args.y.c) >= kManyChannels) {
+    const int64_t panels = ceil_div(args.x.c, kPanelChannels);
+    args.panel = ceil_div(ceil_div(args.x.c, panels), 16) * 16;
+    args.blocks = ceil_div(args.y.c, kBlockRows);
+    units = ceil_div(args.x.c, args.panel) * args.blocks;
+  } else if (!args.add) {
+    const size_t bytes = size_t(args.x.c * args.y.c) * (args.wide ? 8 : 4);
+    std::memset(args.grad_weight, 0, bytes);
+  }
+  run(kernels().pointwise_grad_weight, args, units, work_of(args));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(revkernels, CPU, m) {
   m.impl("pointwise_conv_", TORCH_BOX(&pointwise_conv_));

@@ -119,7 +119,8 @@ class Prologue {
   A *scale_, *shift_;
 };
 
-// --- y = W z ------------------------------------------------------------------------------------
+// --- y = W z, or y + W z
+// ------------------------------------------------------------------------------------
 
 // A tile's sums and operands fit in the registers.
 constexpr int kTileRows = REVK_BYTES == 64 ? 8 : 4;
@@ -179,8 +180,9 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
   const Map& y = args.y;
   const A* weight = static_cast<const A*>(args.weight);
   const int64_t pitch = args.panel;
-  Scratch scratch(Scratch::bytes<A>(x.c * pitch) + R * Scratch::bytes<A>(pitch));
+  Scratch scratch(Scratch::bytes<A>(x.c * pitch) + (R + 1) * Scratch::bytes<A>(pitch));
   A* panel = scratch.take<A>(x.c * pitch);
+  A* before = scratch.take<A>(pitch);
   A* copies[R];
   for (A*& row : copies) row = scratch.take<A>(pitch);
   const Prologue<A> prologue(args);
@@ -188,7 +190,7 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
     const int64_t block = unit % args.blocks, first = unit / args.blocks * pitch;
     const Columns columns(x, first, smaller(pitch, x.n * x.h * x.w - first));
     if (block == 0 || unit == begin) prologue.form(columns, 0, x.c, panel, pitch);
-    const bool in_place = columns.in_place<A>(y);
+    const bool in_place = columns.in_place<A>(y) && !args.add;
     const int64_t block_rows = ceil_div(ceil_div(y.c, args.blocks), R) * R;
     const int64_t last = smaller((block + 1) * block_rows, y.c);
     for (int64_t o = block * block_rows; o < last; o += R) {
@@ -203,7 +205,13 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
         pointwise_tile<A>(w, args.weight_column, panel + j, pitch, x.c, out, columns.count - j);
         for (A*& row : out) row += C;
       }
-      for (int64_t r = 0; !in_place && r < rows; ++r) columns.write(y, o + r, copies[r]);
+      for (int64_t r = 0; !in_place && r < rows; ++r) {
+        if (args.add) {
+          columns.read(y, o + r, before);
+          for (int64_t j = 0; j < columns.count; ++j) copies[r][j] += before[j];
+        }
+        columns.write(y, o + r, copies[r]);
+      }
     }
   }
 }
@@ -346,9 +354,10 @@ static void pointwise_grad_weight_panels(const PointwiseArgs& args, int64_t begi
           const int64_t count = smaller(C, channels - j);
           A* dw = static_cast<A*>(args.grad_weight) + o * x.c + c + j;
           A* out[R];
-          for (int r = 0; r < R; ++r) out[r] = first == 0 && r < rows ? dw + r * x.c : sums[r];
+          const bool add = args.add || first > 0;
+          for (int r = 0; r < R; ++r) out[r] = !add && r < rows ? dw + r * x.c : sums[r];
           pointwise_tile<A>(in, 1, panel + j, P, columns.count, out, count);
-          for (int64_t r = 0; first > 0 && r < rows; ++r) {
+          for (int64_t r = 0; add && r < rows; ++r) {
             for (int64_t l = 0; l < count; ++l) dw[r * x.c + l] += sums[r][l];
           }
         }

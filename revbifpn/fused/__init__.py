@@ -6,6 +6,6 @@ compute to a stream, upsampling on the way.
 
 from revbifpn.fused.coupling import FusedCoupler
 from revbifpn.fused.eligible import why_not_fused
-from revbifpn.fused.mbconv import CHUNK_BYTES
+from revbifpn.fused.mbconv import chunk_bytes, chunks_of
 
-__all__ = ["CHUNK_BYTES", "FusedCoupler", "why_not_fused"]
+__all__ = ["FusedCoupler", "chunk_bytes", "chunks_of", "why_not_fused"]

@@ -133,7 +133,9 @@ class _StoredSum(torch.autograd.Function):
     def forward(ctx: Any, lowered: FusedLowered, y: Tensor | None, *tensors: Tensor) -> Tensor:
         inputs = tensors[: len(lowered.branches)]
         ctx.lowered = lowered
-        contributions, ctx.records, ds = zip(*map(FusedMBConv.compute, lowered.branches, inputs), strict=True)
+        contributions, ctx.records, ds = zip(
+            *(b.compute(x, keep_d=True) for b, x in zip(lowered.branches, inputs, strict=True)), strict=True
+        )
         z = torch.zeros_like(contributions[0].p) if y is None else y.clone()
         lowered.add_(z, contributions, subtract=False, grid=None)
         ctx.save_for_backward(*ds, *(contribution.p for contribution in contributions), *tensors)

@@ -3,20 +3,20 @@
     o_h = neck_h(y_h) + m_{h-1},    m_h = merge_h(o_h)
 
 Each segment keeps its stream (which the tape has anyway) and the small map m of the level above. In the backward, the
-only full plane of the highest level is the gradient of o: o itself is computed again, chunk by chunk, wherever it is
-read, and the gradients on the way to y are written over that plane, which becomes y's own gradient in the end.
+only full plane of the highest level is o, computed again: its gradient is written over it, chunk by chunk, the
+gradients on the way to y over that, and so it becomes y's own gradient in the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
-from revbifpn.fused.mbconv import Emit, FusedMBConv, FusedRecord, Replay, Weights, adder, explicit, join, rows
+from revbifpn.fused.mbconv import FusedMBConv, FusedRecord, Kept, Weights, explicit
 from revbifpn.streams import Encoded
 
 
@@ -34,13 +34,22 @@ class Segment(nn.Module):
         return out if self.merge is None else self.merge(out)
 
 
-def add_contribution(contribution: Contribution, onto: Tensor | None) -> Tensor:
-    """``onto + a p + b`` as a new tensor; ``onto = None`` is zero."""
-    out = torch.zeros_like(contribution.p) if onto is None else onto.clone(memory_format=torch.contiguous_format)
+def _add(out: Tensor, contribution: Contribution) -> Tensor:
+    """``out <- out + scale p + shift``."""
     torch.ops.revkernels.couple_(
         out, [contribution.p], [contribution.scale], [contribution.shift], [1], "nearest", False
     )
     return out
+
+
+def _sum(contribution: Contribution, onto: Tensor | None) -> Tensor:
+    """``onto + scale p + shift`` as a new tensor; ``onto = None`` is zero."""
+    out = torch.zeros_like(contribution.p) if onto is None else onto.clone(memory_format=torch.contiguous_format)
+    return _add(out, contribution)
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 class FusedSegment:
@@ -54,57 +63,55 @@ class FusedSegment:
     def parameters(self) -> list[Tensor]:
         return self.neck.parameters() + ([] if self.merge is None else self.merge.parameters())
 
+    def _named(self, parameters: Sequence[Tensor]) -> list[Weights]:
+        count = len(self.neck.parameters())
+        neck = self.neck.named(parameters[:count])
+        return [neck] if self.merge is None else [neck, self.merge.named(parameters[count:])]
+
     @explicit
     def evaluate(self, y: Tensor | Encoded, *merged: Tensor, update: bool = True) -> Contribution:
-        chunks = [slice(0, y.shape[0])]
+        size = y.shape[0]
         if self.merge is not None and self.neck.is_frozen() and self.merge.is_frozen():
-            chunks = self.neck.chunks(y.shape, y.device)  # samples on their own: the neck's map only for some at a time
-        return Contribution(
-            join([self._map(rows(y, chunk), *(rows(m, chunk) for m in merged), update=update) for chunk in chunks])
-        )
+            size = self.neck.chunk(y)  # samples on their own: the neck's map only for some at a time
+        maps = [self._map(y[rows], *(m[rows] for m in merged), update=update) for rows in _chunks(y.shape[0], size)]
+        return Contribution(maps[0] if len(maps) == 1 else torch.cat(maps))
 
     def _map(self, y: Tensor | Encoded, *merged: Tensor, update: bool) -> Tensor:
-        out = add_contribution(self.neck.evaluate(y, update=update), merged[0] if merged else None)
-        return out if self.merge is None else add_contribution(self.merge.evaluate(out, update=update), None)
+        out = _sum(self.neck.evaluate(y, update=update), merged[0] if merged else None)
+        return out if self.merge is None else _sum(self.merge.evaluate(out, update=update), None)
 
     @explicit
     def _run(
-        self, inputs: Sequence[Tensor | Encoded], planes: list | None = None
-    ) -> tuple[Contribution, list[FusedRecord]]:
-        """The segment's map and the records of its parts, whose d and p are added to ``planes`` if wanted."""
+        self, inputs: Sequence[Tensor | Encoded], *, keep: bool
+    ) -> tuple[Contribution, list[FusedRecord], list[Kept]]:
+        """The segment's map, the records of its parts, and what they keep."""
         y, *merged = inputs
-        records = []
-
-        def run(branch: FusedMBConv, x: Tensor | Encoded) -> Contribution:
-            contribution, record, d = branch.compute(x)
+        contribution, record, d = self.neck.compute(y, keep_d=keep)
+        records, kept = [record], [Kept(contribution.p, d)]
+        out = _sum(contribution, merged[0] if merged else None)
+        if self.merge is not None:
+            contribution, record, d = self.merge.compute(out, keep_d=keep)
             records.append(record)
-            if planes is not None:
-                planes.append((d, contribution.p))
-            return contribution
-
-        out = add_contribution(run(self.neck, y), merged[0] if merged else None)
-        return Contribution(out if self.merge is None else add_contribution(run(self.merge, out), None)), records
+            kept.append(Kept(contribution.p, d))
+            out = _sum(contribution, None)
+        return Contribution(out), records, kept
 
     def record(self, *inputs: Tensor | Encoded) -> tuple[Contribution, list[FusedRecord]]:
         """The segment's map, and what its recompute needs."""
-        return self._run(inputs)
+        return self._run(inputs, keep=False)[:2]
 
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]) -> tuple[Contribution, Pullback]:
+    def store(
+        self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]
+    ) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
-        planes = []
-        contribution, records = self._run(inputs, planes)
+        contribution, records, kept = self._run(inputs, keep=True)
         y, merged = inputs[0].clone(), inputs[1:]
 
         def pullback(*arguments: Any) -> list[Tensor | None]:
-            copies = [(d, p.clone()) for d, p in planes]  # a pull writes over p, and the graph may be retained
-            neck = self._replay_neck(y, records, parameters)
-            neck.put(*copies[0])
-            return self._pullback(neck, records, parameters, merged, copies)(*arguments)
+            copies = [k._replace(p=k.p.clone()) for k in kept]  # a pull writes over p, and the graph may be retained
+            return self._pullback(y, merged, records, self._named(parameters), copies)(*arguments)
 
         return contribution, pullback
-
-    def _replay_neck(self, y: Tensor | Encoded, records: list[FusedRecord], parameters: Sequence[Tensor]) -> Replay:
-        return self.neck.replay(y, records[0], self.neck.named(parameters[: len(self.neck.parameters())]))
 
     @explicit
     def recompute(
@@ -114,80 +121,57 @@ class FusedSegment:
         inputs: Sequence[Tensor | Encoded],
         needs: Sequence[bool],
     ) -> tuple[None, Pullback]:
-        """The vector-Jacobian product; the map itself is not formed again. See :meth:`Branch.recompute`."""
+        """The vector-Jacobian product; the map itself is not formed again. See :class:`Branch`."""
         y, *merged = inputs
-        neck = self._replay_neck(y, records, parameters)
-        if merged:  # below the highest level p is small and kept, rather than computed in every pass
-            neck.keep()
-        return None, self._pullback(neck, records, parameters, merged)
+        weights = self._named(parameters)
+        # Below the highest level p is small and kept, rather than computed in every pass.
+        neck = self.neck.again(y, records[0], weights[0]) if merged else Kept()
+        return None, self._pullback(y, merged, records, weights, [neck])
 
     def _pullback(
         self,
-        neck: Replay,
-        records: list[FusedRecord],
-        parameters: Sequence[Tensor],
+        y: Tensor | Encoded,
         merged: Sequence[Tensor],
-        planes: Sequence[tuple[Tensor, Tensor]] = (),
+        records: Sequence[FusedRecord],
+        weights: Sequence[Weights],
+        kept: list[Kept],
     ) -> Pullback:
         @explicit
         def pullback(du: Tensor, _: None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
-            if self.merge is None:
-                dout, sums, dmerge, dz = du, neck.sums(du), [], None
-            else:
-                weights = self.merge.named(parameters[len(self.neck.parameters()) :])
-                dout, sums, dmerge = self._pull_merge(neck, records[1], weights, merged, du, planes[1:])
-                dz = dout if neck.expanded == neck.channels else None
+            dout, dz, dmerge = du, None, []
+            if self.merge is not None:
+                dout = self._out(y, merged, records[0], weights[0], kept[0])
+                again = kept[1] if len(kept) > 1 else self.merge.again(dout, records[1], weights[1], d=True)
+                dmerge = self.merge.pull(dout, records[1], weights[1], again, du, None, dout, add=False)
+                del again
+                fits = self.neck.expanded == self.neck.channels and dout.dtype == self.neck.dtype
+                dz = dout if fits else None
             if merged and into[1] is not None:
                 into[1].tensor().add_(dout)
             adopt = dz is not None and into[0] is not None and into[0].adopts(dz)
-            dneck = neck.pull(dout, sums, _writer(dz) if adopt else _emit(into[0]), dz)
+            dy = dz if adopt else None if into[0] is None else into[0].tensor()
+            if dz is None and kept[0].p is None:
+                dz = self.neck.plane(y, self.neck.expanded, self.neck.out_size(y))
+            dneck = self.neck.pull(y, records[0], weights[0], kept[0], dout, None, dy, add=not adopt, dz=dz)
             if adopt:
                 into[0].adopt(dz)
             return dneck + dmerge
 
         return pullback
 
-    def _pull_merge(
-        self,
-        neck: Replay,
-        record: FusedRecord,
-        weights: Weights,
-        merged: Sequence[Tensor],
-        du: Tensor,
-        planes: Sequence[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """``do``, its sums for the neck's last norm, and the merge's parameter gradients."""
-        latest: dict[str, Tensor] = {}
-
-        def out(chunk: slice) -> Tensor:
-            latest["p"] = p = neck.p_of(chunk)
-            return add_contribution(Contribution(p, *neck.affine2), rows(merged[0], chunk) if merged else None)
-
-        shape = (neck.n, neck.channels, *neck.out_size)
-        dout = du.new_empty(shape, dtype=neck.dtype)
-        sums = []
-
-        def emit(chunk: slice, do: Tensor) -> None:
-            rows(dout, chunk).copy_(do)
-            sums.append(neck.chunk_sums(do, latest["p"]))
-
-        merge = Replay(self.merge, shape, du.device, out, record, weights)
-        if planes:
-            merge.put(*planes[0])
+    def _out(
+        self, y: Tensor | Encoded, merged: Sequence[Tensor], record: FusedRecord, weights: Weights, kept: Kept
+    ) -> Tensor:
+        """o again, a chunk of samples at a time where p is not kept."""
+        if kept.p is not None:
+            return _sum(self.neck.contribution(kept.p, record), merged[0] if merged else None)
+        size = self.neck.out_size(y)
+        if merged:
+            out = merged[0].clone(memory_format=torch.contiguous_format)
         else:
-            merge.keep(d=True)
-        dmerge = merge.pull(du, merge.sums(du), emit)
-        return dout, join(sums, 1), dmerge
-
-
-def _emit(gradient: Gradient | None) -> Emit | None:
-    return None if gradient is None else adder(gradient.tensor())
-
-
-def _writer(plane: Tensor) -> Emit:
-    """Overwrite ``plane``: a chunk of it was read for the last time when its gradient comes."""
-
-    def emit(chunk: slice, dx: Tensor) -> None:
-        rows(plane, chunk).copy_(dx)
-
-    return emit
+            out = self.neck.plane(y, self.neck.channels, size).zero_()
+        for rows in _chunks(y.shape[0], record.chunk):
+            p = self.neck.again(y[rows], record, weights).p
+            keep = None if record.keep is None else record.keep[rows]
+            _add(out[rows], self.neck.contribution(p, record, keep))
+        return out

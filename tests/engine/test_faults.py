@@ -63,9 +63,10 @@ TINY = TWO_LEVELS | {
 
 
 @pytest.fixture(autouse=True)
-def chunks_of_one_sample(monkeypatch):
+def chunks_of_one_sample():
     """So that a fault may come between two chunks."""
-    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1)
+    with fused.chunks_of(1):
+        yield
 
 
 def network(module, **options):

@@ -19,9 +19,10 @@ def measured(model, batch, resolution, **options):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks():
     """Chunks so small that the limit is 8: larger batches are estimated from smaller ones."""
-    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 1 << 13)
+    with fused.chunks_of(1 << 13):
+        yield
 
 
 @MODULES
@@ -71,10 +72,10 @@ def test_autocast_is_simulated():
 
 def test_chunks_are_those_of_the_device_to_train_on():
     model = tiny()
-    before = dict(fused.CHUNK_BYTES)
+    before = fused.chunk_bytes(torch.device("cpu"))
     cpu, cuda = (estimate_memory(model, 64, 128, device=device).activations for device in ("cpu", "cuda"))
     assert cuda > 1.1 * cpu, "a GPU's larger chunks hold more samples"
-    assert fused.CHUNK_BYTES == before
+    assert fused.chunk_bytes(torch.device("cpu")) == before
     assert cpu == estimate_memory(model, 64, 128).activations
 
 
