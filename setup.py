@@ -10,6 +10,9 @@ Environment variables:
     Comma-separated ``cpp``, ``cuda``: parts that must be built, parts that are left out.
 ``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``
     Host compiler, CUDA toolkit, architectures of the CUDA kernels (``8.0;9.0+PTX``), parallel compilations.
+``REVKERNELS_CUDART``
+    ``static`` (default) or ``shared``: the CUDA runtime that the CUDA kernels are linked with. ``shared`` lets another
+    library stand in for it, as ``tests/null_gpu`` does.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ from setuptools.command.build_py import build_py
 OLDEST_TORCH = (2, 10)
 REINSTALL = "repeat this installation with --force-reinstall --no-deps --no-cache-dir"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-DEFAULT_ARCHS = "8.0;8.6;8.9;9.0+PTX"
+ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those that nvcc knows; the newest as PTX too
+DEFAULT_ARCHS = ";".join(ARCHS) + "+PTX"
 # No OpenMP: threads come from torch::stable::parallel_for, so there is one pool, torch's.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
@@ -110,7 +114,7 @@ def extras() -> dict[str, list[str]]:
     return {
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton],
-        "dev": ["ruff", "clang-format"],
+        "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }
 
 
@@ -165,6 +169,13 @@ def find_nvcc(torch: Torch) -> str:
     raise Skip(f"torch {torch.version} needs nvcc {major}.x; found {', '.join(found) or 'none'}", remedy)
 
 
+def default_archs(nvcc: str) -> str:
+    """:data:`ARCHS`, without those that are too new for this nvcc."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [arch for arch in ARCHS if f"compute_{arch.replace('.', '')}" in listed]
+    return ";".join(known) + "+PTX" if known else DEFAULT_ARCHS
+
+
 def gencode(archs: str) -> list[str]:
     """nvcc's flags for an architecture list such as ``8.0;9.0a+PTX``."""
     flags = []
@@ -195,7 +206,7 @@ class Native(Extension):
             raise Skip("pybind11 was not found", "`pip install pybind11`")
         self.ninja, self.cxx = find_ninja(), find_cxx()
         self.nvcc = find_nvcc(self.torch) if needs_cuda else None
-        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or (default_archs(self.nvcc) if self.nvcc else "")
 
     def ninja_file(self, folder: Path, output: Path) -> str:
         """One statement per source; only ``module*.cpp`` see Python, pybind11 and the macros about the build."""
@@ -204,7 +215,7 @@ class Native(Extension):
         if self.nvcc:
             compiler = [self.nvcc, f"-ccbin={self.cxx}"]
             flags = [*NVCC_FLAGS, *gencode(self.archs)]
-            libraries = ["-ltorch_cuda", "-ltorch_cpu", "-cudart=static"]
+            libraries = ["-ltorch_cuda", "-ltorch_cpu", f"-cudart={_cudart()}"]
         else:
             compiler, flags, libraries = [self.cxx], CXX_FLAGS, ["-ltorch_cpu"]
         about = {
@@ -233,6 +244,13 @@ class Native(Extension):
                 lines.append(f"  flags = {_ninja_join(module)}")
         lines.append(f"build {output}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
+
+
+def _cudart() -> str:
+    kind = os.environ.get("REVKERNELS_CUDART") or "static"
+    if kind not in ("static", "shared"):
+        raise SystemExit(f"REVKERNELS_CUDART: {kind!r} is unknown; choose from static, shared")
+    return kind
 
 
 def _ninja_join(words: list[str]) -> str:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from benchmarks import kernels
+from benchmarks.harness.agreement import disagreement
+from benchmarks.harness.cases import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {
     f"{case.op}-{name}-{case.label}": (case, name)
-    for case in kernels.cases("s0", DEVICE)
+    for case in cases("s0", DEVICE)
     for name in kernels.contestants(case.op, DEVICE)
 }
 
@@ -23,7 +25,7 @@ CASES = {
 def test_kernel(benchmark, key):
     case, name = CASES[key]
     runs = kernels.contestants(case.op, DEVICE)
-    assert not kernels.disagreement(case, runs, DEVICE)
+    assert not disagreement(case, runs, DEVICE)
     arguments = case.make(DEVICE)
 
     def call():

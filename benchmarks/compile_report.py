@@ -8,18 +8,26 @@ at most 48 KiB.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
+if __package__ in (None, ""):  # run as a script
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from benchmarks.harness import command
+
+    command.quiet_interrupts()
+
+from benchmarks.harness import command, results
+from benchmarks.harness.command import BenchmarkError, UsageError, entry
+from benchmarks.harness.results import ROOT
+
 ARCHS = ("80", "86", "89", "90")
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_\w+'(.*?)(?=Compiling entry function|\Z)", re.S)
@@ -37,7 +45,7 @@ def find_nvcc() -> str:
     for home in homes:
         if (home / "bin" / "nvcc").exists():
             return str(home / "bin" / "nvcc")
-    raise SystemExit("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+    raise UsageError("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
 
 
 def nvcc_version(nvcc: str) -> str:
@@ -59,7 +67,7 @@ def report(nvcc: str, source: Path, arch: str) -> list[dict]:
         command += [f"-I{ROOT / 'csrc'}", "--keep", f"--keep-dir={folder}", "-c", str(source), "-o", f"{folder}/out.o"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise SystemExit(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
+            raise BenchmarkError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
         ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     bodies = dict(PTX_ENTRY.findall(ptx))
     entries = ENTRY.findall(done.stdout + done.stderr)
@@ -84,38 +92,41 @@ def report(nvcc: str, source: Path, arch: str) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> command.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = command.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--archs", nargs="+", default=ARCHS, help="compute capabilities without the dot")
     parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=results.RESULTS / "cuda_resources.csv")
+    return parser
 
+
+@entry
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    command.at_least_one(jobs=arguments.jobs)
+    folder = command.pick_output(str(arguments.output.parent))
     nvcc = find_nvcc()
     version = nvcc_version(nvcc)
-    work = [(source, arch) for arch in args.archs for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    with ThreadPoolExecutor(args.jobs) as pool:
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        work = ((source, arch) for arch in arguments.archs for source in sources)
         rows = [row for part in pool.map(lambda item: report(nvcc, *item), work) for row in part]
     rows = sorted(({"nvcc": version, **row} for row in rows), key=lambda r: (r["arch"], r["file"], r["kernel"]))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with results.replacing(folder) as new:
+        lines = [list(rows[0]), *(row.values() for row in rows)]
+        results.write_csv(new / arguments.output.name, lines, lineterminator="\n")
 
-    for arch in args.archs:
-        mine = [row for row in rows if row["arch"] == f"sm_{arch}"]
-        wide = sum(row["loads_16_bytes"] > 0 for row in mine)
-        most = max(mine, key=lambda row: row["registers"])
-        print(f"sm_{arch}: {len(mine)} kernels, {wide} with 16-byte loads, at most {most['registers']} registers")
+    for arch in arguments.archs:
+        own = [row for row in rows if row["arch"] == f"sm_{arch}"]
+        wide = sum(row["loads_16_bytes"] > 0 for row in own)
+        most = max(own, key=lambda row: row["registers"])
+        print(f"sm_{arch}: {len(own)} kernels, {wide} with 16-byte loads, at most {most['registers']} registers")
     spilled = [row for row in rows if row["stack"] or row["spill_stores"] or row["spill_loads"]]
-    for row in spilled:
-        print(
-            f"{row['arch']} {row['kernel']}: stack {row['stack']}, spills {row['spill_stores']} bytes", file=sys.stderr
-        )
     if spilled:
-        raise SystemExit(f"{len(spilled)} kernels spill registers")
+        which = [f"{row['arch']} {row['kernel']} ({row['stack']} B stack, {row['spill_stores']} B)" for row in spilled]
+        raise BenchmarkError(f"{len(spilled)} kernels spill registers: {'; '.join(which)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

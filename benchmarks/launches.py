@@ -18,19 +18,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # run as a script: an installed revbifpn comes first, this checkout after it
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from benchmarks.harness import command
+
+    command.quiet_interrupts()
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if __package__ in (None, ""):  # run as a script: an installed revbifpn comes first, this checkout after it
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import common
-from benchmarks.common import Column
-from benchmarks.memory_vs_hrnet import FAST, REVBIFPN, REVERSIBLE, STORED
-from benchmarks.throughput import PUBLISHED, contestants, load_published, select
-from revbifpn import fused
+from benchmarks.harness import command, networks, results
+from benchmarks.harness.command import entry
+from benchmarks.harness.networks import FAST, PUBLISHED, REVBIFPN, REVERSIBLE, STORED
+from benchmarks.harness.terminal import Column, print_table, track
 
 SCALES = ("s0", "s3", "s6")
 SHAPE = (2, 3, 64, 64)
@@ -45,7 +47,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
         if not func.is_view and name not in ALLOCATIONS | VIEWS:
             self.calls[name] += 1
@@ -57,45 +59,44 @@ def count(make: Callable[[], nn.Module]) -> Counter[str]:
     torch.manual_seed(0)
     model = make().train()
     images, labels = torch.randn(SHAPE), torch.zeros(SHAPE[0], dtype=torch.long)
-    with fused.chunks_of(fused.chunk_bytes(torch.device("cuda"))), Operations() as operations:
+    with networks.gpu_chunks(), Operations() as operations:
         F.cross_entropy(model(images), labels).backward()
     return operations.calls
 
 
-def _parser() -> common.ArgumentParser:
-    parser = common.ArgumentParser(description=__doc__.splitlines()[0])
+def _parser() -> command.ArgumentParser:
+    parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(f"revbifpn_{s}" for s in SCALES), help="comma list of networks")
     parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to count beside ours")
-    parser.add_argument("--output", default=str(common.RESULTS), help="directory for the CSV")
+    parser.add_argument("--output", default=str(results.RESULTS), help="directory for the CSV")
     return parser
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
-    output = common.pick_output(arguments.output)
-    published = load_published(arguments.published) if arguments.published else None
-    wanted = [name.strip() for name in arguments.models.split(",")]
-    chosen = [
-        c
-        for c in select(wanted, contestants(published))
-        if c.family == REVBIFPN and c.variant in (FAST, REVERSIBLE, STORED, PUBLISHED)
-    ]
+    output = command.pick_output(arguments.output)
+    published = networks.load_published(arguments.published) if arguments.published else None
+    chosen = networks.choose(arguments.models, networks.catalogue(published))
+    chosen = [n for n in chosen if n.family == REVBIFPN and n.variant in (FAST, REVERSIBLE, STORED, PUBLISHED)]
     records: list[dict[str, Any]] = []
     groups: dict[str, list[list[str]]] = {}
-    for c in common.track(chosen, lambda c: c.key, "launches"):
-        calls = count(c.make)
-        records += [{"model": c.name, "variant": c.variant, "operation": op, "calls": n} for op, n in calls.items()]
-        most = ", ".join(f"{op} {n}" for op, n in calls.most_common(4))
-        groups.setdefault(c.name, []).append([c.label, c.variant, str(calls.total()), most])
-    columns = [Column("model", number=False), Column("variant", number=False), Column("operations")]
-    columns += [Column("most", number=False)]
-    environment = common.environment(torch.device("cpu"))
+    for n in track(chosen, lambda n: n.key, "launches"):
+        calls = count(n.make)
+        records += [{"model": n.name, "variant": n.variant, "operation": op, "calls": c} for op, c in calls.items()]
+        most = ", ".join(f"{op} {c}" for op, c in calls.most_common(4))
+        groups.setdefault(n.name, []).append([n.label, n.variant, str(calls.total()), most])
+
+    environment = results.environment(torch.device("cpu"))
+    with results.replacing(output) as new:
+        keys = ("model", "variant", "operation")
+        results.write_long_csv(new / "launches.csv", environment, records, keys, {"calls": "1"})
+    words = Column("model", number=False), Column("variant", number=False)
+    columns = (*words, Column("operations"), Column("most", number=False))
     caption = f"torch {environment['torch']}, commit {environment['commit']}; captured in a CUDA graph: one launch"
-    common.print_table("Operations of a training step, forward to gradients", columns, groups.values(), caption)
-    path = output / "launches.csv"
-    common.write_long_csv(path, environment, records, ("model", "variant", "operation"), {"calls": "1"})
-    print(f"wrote {path}")
+    print_table("Operations of a training step, forward to gradients", columns, groups.values(), caption)
+    print(f"wrote {output / 'launches.csv'}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(common.run(main))
+    sys.exit(main())

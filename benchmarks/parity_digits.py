@@ -17,18 +17,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+if __package__ in (None, ""):  # run as a script: an installed revbifpn comes first, this checkout after it
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from benchmarks.harness import command
+
+    command.quiet_interrupts()
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__ in (None, ""):  # run as a script: an installed revbifpn comes first, this checkout after it
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import common
-from benchmarks.common import Column, UsageError
+from benchmarks.harness import command, results
+from benchmarks.harness.command import UsageError, entry
+from benchmarks.harness.networks import DTYPES
+from benchmarks.harness.terminal import Column, print_table, track
 from revbifpn import range_report
 from revbifpn.fast import RevBiFPN
 
@@ -57,7 +61,7 @@ class Variant:
     branches: str  # float32, or a dtype of autocast
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        dtype = common.DTYPES[self.branches]
+        dtype = DTYPES[self.branches]
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -84,7 +88,7 @@ class Digits:
     @classmethod
     def load(cls, device: torch.device) -> Digits:
         """1797 images of 8 x 8, upsampled; every fifth one of each class is for testing."""
-        data = _sklearn_datasets().load_digits()
+        data = command.require("sklearn.datasets", "scikit-learn").load_digits()
         labels = torch.tensor(data.target, dtype=torch.long)
         images = torch.tensor(data.images, dtype=torch.float32)[:, None]  # [N, 1, 8, 8]
         images = F.interpolate(images, size=SIZE, mode="bilinear").expand(-1, 3, -1, -1)
@@ -93,13 +97,6 @@ class Digits:
             test[(labels == digit).nonzero().flatten()[4::5]] = True
         images = (images - images[~test].mean()) / images[~test].std()
         return cls(*(t.contiguous().to(device) for t in (images[~test], labels[~test], images[test], labels[test])))
-
-
-def _sklearn_datasets() -> ModuleType:
-    try:
-        return common.require("sklearn.datasets")
-    except UsageError:
-        raise UsageError("scikit-learn is not installed: pip install scikit-learn") from None
 
 
 @dataclass
@@ -226,22 +223,21 @@ def show(rows: Sequence[Row], environment: dict[str, Any], settings: dict[str, A
             f"{settings['epochs']} epochs at batch {settings['batch']}; {settings['train_images']} images to train on, "
             f"{settings['test_images']} to test on: one of these is {100 / settings['test_images']:.2f} points.",
             "training loss: mean over the last epoch; largest |y|: of the streams after training, on the test images.",
-            f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}, "
-            f"kernels {'+'.join(environment['kernels'])}, commit {environment['commit']}, {environment['date']}",
+            results.origin(environment),
         ]
     )
-    common.print_table("Training parity on handwritten digits", columns, groups.values(), caption)
+    print_table("Training parity on handwritten digits", columns, groups.values(), caption)
 
 
-def _parser() -> common.ArgumentParser:
-    parser = common.ArgumentParser(description=__doc__.split("\n\n")[0])
+def _parser() -> command.ArgumentParser:
+    parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--variants", help=f"comma list of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--seeds", type=int, help=f"runs of each variant (default {SEEDS})")
     parser.add_argument("--epochs", type=int, help=f"default {EPOCHS}")
     parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs: that it runs, not what it gives")
-    parser.add_argument("--output", default=str(common.RESULTS), help="directory for JSON and CSV")
+    parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
     return parser
 
 
@@ -251,16 +247,11 @@ def _checked(argv: Sequence[str] | None) -> Any:
         arguments.seeds = QUICK_SEEDS if arguments.quick else SEEDS
     if arguments.epochs is None:
         arguments.epochs = QUICK_EPOCHS if arguments.quick else EPOCHS
-    for name in ("seeds", "epochs"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name}: got {getattr(arguments, name)}, needs at least 1")
-    names = [name.strip() for name in arguments.variants.split(",")] if arguments.variants else list(VARIANTS)
-    for name in names:
-        if name not in VARIANTS:
-            raise UsageError(f"--variants: {name!r} is unknown; choose from {', '.join(VARIANTS)}")
+    command.at_least_one(seeds=arguments.seeds, epochs=arguments.epochs)
+    names = command.some_of("--variants", arguments.variants or ",".join(VARIANTS), list(VARIANTS))
     arguments.chosen = [variant for name, variant in VARIANTS.items() if name in names]
-    arguments.device = common.pick_device(arguments.device)
-    arguments.output = common.pick_output(arguments.output)
+    arguments.device = command.pick_device(arguments.device)
+    arguments.output = command.pick_output(arguments.output)
     arguments.digits = Digits.load(arguments.device)
     images = len(arguments.digits.images)
     if not 2 <= arguments.batch <= images:
@@ -268,9 +259,11 @@ def _checked(argv: Sequence[str] | None) -> Any:
     return arguments
 
 
-def _main(argv: Sequence[str] | None) -> None:
+@entry
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = _checked(argv)
-    environment = common.environment(arguments.device)
+    digits = arguments.digits
+    environment = results.environment(arguments.device)
     settings = {
         "network": NETWORK,
         "size": SIZE,
@@ -278,28 +271,21 @@ def _main(argv: Sequence[str] | None) -> None:
         "batch": arguments.batch,
         "learning_rate": LEARNING_RATE,
         "weight_decay": WEIGHT_DECAY,
-        "train_images": len(arguments.digits.images),
-        "test_images": len(arguments.digits.test_images),
+        "train_images": len(digits.images),
+        "test_images": len(digits.test_images),
     }
     runs = [(variant, seed) for seed in range(arguments.seeds) for variant in arguments.chosen]
     rows = [
-        measure(variant, seed, arguments.digits, arguments.epochs, arguments.batch)
-        for variant, seed in common.track(runs, lambda run: f"{run[0].name}, seed {run[1]}", "parity")
+        measure(variant, seed, digits, arguments.epochs, arguments.batch)
+        for variant, seed in track(runs, lambda run: f"{run[0].name}, seed {run[1]}", "parity")
     ]
     rows += means(rows)
     rows.sort(key=lambda row: list(VARIANTS).index(row.variant))  # stable: seeds in order, then their mean
+
+    stem = arguments.output / (f"parity_digits_{arguments.device.type}" + "_quick" * arguments.quick)
+    written = results.save(stem, environment, settings, [asdict(row) for row in rows], ROW_KEYS, UNITS)
     show(rows, environment, settings)
-
-    stem = arguments.output / (f"parity_digits_{arguments.device.type}" + ("_quick" if arguments.quick else ""))
-    records = [asdict(row) for row in rows]
-    common.write_json(stem.with_suffix(".json"), environment, settings, records)
-    common.write_long_csv(stem.with_suffix(".csv"), environment, records, ROW_KEYS, UNITS)
-    print(f"written: {stem}.json, .csv")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark with the given arguments; returns the exit code: 0, or 2 for a usage error."""
-    return common.run(_main, argv)
+    print(written)
 
 
 if __name__ == "__main__":

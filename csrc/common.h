@@ -5,6 +5,7 @@
 // includes torch.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -125,6 +126,23 @@ REVK_HD A hardswish_slope(A u) {
   return u <= A(-3) ? A(0) : (u >= A(3) ? A(1) : inner);
 }
 
+// a x + b in one rounding: the same bits however a compiler contracts what surrounds it.
+REVK_HD float multiply_add(float a, float x, float b) { return fmaf(a, x, b); }
+REVK_HD double multiply_add(double a, double x, double b) { return fma(a, x, b); }
+
+// min(max(u + 3, 0), 6) / 6
+template <class A>
+REVK_HD A hardsigmoid(A u) {
+  const A t = u + A(3);
+  return (t < A(0) ? A(0) : (t > A(6) ? A(6) : t)) / A(6);
+}
+
+// The slope of hardsigmoid from its value: 1/6, as float32 has it, inside (0, 1), as in PyTorch.
+template <class A>
+REVK_HD A hardsigmoid_slope(A gate) {
+  return gate > A(0) && gate < A(1) ? A(1.f / 6.f) : A(0);
+}
+
 template <class A>
 REVK_HD A activate(A u, Activation act) {
   return act == Activation::hardswish ? hardswish(u) : u;
@@ -133,6 +151,58 @@ REVK_HD A activate(A u, Activation act) {
 template <class A>
 REVK_HD A activation_slope(A u, Activation act) {
   return act == Activation::hardswish ? hardswish_slope(u) : A(1);
+}
+
+// --- batch normalisation ----------------------------------------------------------------------
+
+// The number of some values, their mean, and the sum of their squared distances from it.
+template <class A>
+struct Moments {
+  A count, mean, m2;
+};
+
+// Of two sets together (Chan); either may be empty.
+template <class A>
+REVK_HD Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
+  const A count = a.count + b.count;
+  if (count == A(0)) return a;
+  const A delta = b.mean - a.mean, share = b.count / count;
+  return {count, multiply_add(delta, share, a.mean),
+          a.m2 + multiply_add(delta * delta, a.count * share, b.m2)};
+}
+
+// What batch normalisation does to a channel, scale x + shift, and the rstd it is made of.
+template <class A>
+struct Normalisation {
+  A rstd, scale, shift;
+};
+
+template <class A>
+REVK_HD Normalisation<A> normalisation(A mean, A var, A weight, A bias, A eps) {
+  const A rstd = A(1) / sqrt(var + eps), scale = weight * rstd;
+  return {rstd, scale, multiply_add(-mean, scale, bias)};
+}
+
+// A running statistic moves towards v.
+template <class A>
+REVK_HD A moved(A running, A v, A momentum) {
+  return multiply_add(momentum, v - running, running);
+}
+
+// Gradients of a channel's weight and bias, and what is left of its input's after scale g.
+template <class A>
+struct NormalisationGrad {
+  A dweight, dbias, slope, offset;
+};
+
+// From the sums of g and of g (x - mean) over `count` values, whose statistics they are if `batch`.
+template <class A>
+REVK_HD NormalisationGrad<A> normalisation_grad(A sum, A centred, A mean, A rstd, A scale, A count,
+                                                bool batch) {
+  const A dweight = rstd * centred;
+  if (!batch) return {dweight, sum, A(0), A(0)};
+  const A share = scale / -count, slope = share * rstd * dweight;
+  return {dweight, sum, slope, multiply_add(-slope, mean, share * sum)};
 }
 
 // --- 16-bit floats ----------------------------------------------------------------------------

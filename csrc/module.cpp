@@ -12,33 +12,6 @@ namespace py = pybind11;
 
 namespace {
 
-std::vector<std::string> ops() {
-  return {
-      "upsample",
-      "upsample_adjoint",
-      "space_to_depth",
-      "depth_to_space",
-      "space_to_depth_adjoint",
-      "couple_",
-      "couple_adjoint",
-      "dequantize_",
-      "depthwise_conv",
-      "depthwise_conv_grad_input",
-      "depthwise_conv_grad_weight",
-      "pointwise_conv_",
-      "pointwise_conv_grad_weight",
-      "bn_stats",
-      "bn_fold",
-      "bn_fold_grad",
-      "bn_act",
-      "bn_act_squeeze",
-      "bn_act_grad_sums",
-      "bn_act_grad",
-      "se_gate",
-      "se_gate_grad",
-  };
-}
-
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -70,6 +43,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   revkernels::kernels();  // an instruction set that cannot be used fails here, not in the first op
   m.doc() = "CPU kernels of revkernels; importing it registers them with torch.";
-  m.def("ops", &ops, "Names of the ops that have a CPU kernel here.");
   m.def("build_info", &build_info, "Compiler, flags, instruction sets and targets of this build.");
 }

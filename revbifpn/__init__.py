@@ -6,6 +6,7 @@
 
 from revbifpn.checkpoints import load_checkpoint, save_checkpoint
 from revbifpn.estimate import estimate_memory
+from revbifpn.graphed import GraphedModule, GraphedStep, NotCapturableError
 from revbifpn.model import (
     RevBiFPN,
     RevBiFPN_S,
@@ -22,6 +23,9 @@ from revbifpn.reversible import RevBlock, ReversibleSequence, RevSilo, check_inv
 from revbifpn.streams import StreamFormat, StreamOverflowWarning
 
 __all__ = [
+    "GraphedModule",
+    "GraphedStep",
+    "NotCapturableError",
     "RevBiFPN",
     "RevBiFPN_S",
     "RevBlock",

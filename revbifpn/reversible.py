@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,9 @@ class Reversible(nn.Module, ABC):
         A container calls its blocks with its tape instead of tensors, so that their hooks run.
         """
         if isinstance(streams[0], (Tape, Stored, TapeAt)):
-            return self.run(streams[0])
-        tape = self.open(*streams)
+            self.run(streams[0])
+            return None
+        tape = self.open(*cast(tuple[Tensor, ...], streams))
         with names_of(self):
             self.run(tape)
         tape.finish()
@@ -258,12 +260,16 @@ class PerLevel(Reversible):
         for i, block in enumerate(blocks):
             self.add_module(f"rev_transform_{i}", block)
 
+    @property
+    def blocks(self) -> list[Reversible]:
+        return [block for block in self.children() if isinstance(block, Reversible)]
+
     def couplings(self) -> Iterator[Coupling]:
-        for level, block in enumerate(self.children()):
+        for level, block in enumerate(self.blocks):
             yield from (coupling.at(level) for coupling in block.couplings())
 
     def run(self, tape: Tape | Stored | TapeAt) -> None:
-        for level, block in enumerate(self.children()):
+        for level, block in enumerate(self.blocks):
             block(TapeAt(tape, level))
 
 

@@ -14,9 +14,11 @@ The rounding is done by the coupling (:func:`revkernels.couple_`); its gradient 
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +79,8 @@ class StreamFormat:
 
     def limit(self, level: int) -> float:
         """Values stay below this."""
-        return 2.0 ** (MOST_BITS[self.name] - self.bits(level)) if self.exact else float("inf")
+        bits = self.bits(level)
+        return float("inf") if bits is None else 2.0 ** (MOST_BITS[self.name] - bits)
 
     def check(self, x: Tensor) -> None:
         """Refuse inputs that transforms could not take back from this format, which gives them float32.
@@ -100,9 +103,10 @@ class StreamFormat:
         revkernels.couple_(as_map(y), [as_map(x.detach())], [1], fraction_bits=self.bits(level), overflow=overflow)
         return y
 
-    def decode(self, y: Tensor, level: int) -> Tensor | Encoded:
+    def decode(self, y: Tensor, level: int) -> Values:
         """The values of a stored stream: itself, or a view that gives them where they are read."""
-        return Encoded(y, self.bits(level)) if self.name == FIXED16 else y
+        bits = self.bits(level)
+        return Encoded(y, bits) if bits is not None and self.name == FIXED16 else y
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -152,6 +156,10 @@ class Encoded:
         return Encoded(self.y.clone(), self.bits)
 
 
+Values = Tensor | Encoded
+"""What a branch reads."""
+
+
 def as_map(x: Tensor) -> Tensor:
     """x of any number of dimensions, ``[N, C, ...]``, as kernels take it, ``[N, C, H, W]``: a view of a stream."""
     if x.dim() == 4:
@@ -159,9 +167,61 @@ def as_map(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], math.prod(x.shape[2:]), 1) if x.dim() > 1 else x.reshape(*x.shape, 1, 1, 1)
 
 
-def values(x: Tensor | Encoded) -> Tensor:
+def values(x: Values) -> Tensor:
     """A branch's input as a tensor."""
     return x.to(x.dtype) if isinstance(x, Encoded) else x
+
+
+class _Capture(threading.local):
+    """What a thread is recording."""
+
+    rehearsed = False
+    counters: list[OverflowCounter] | None = None
+
+
+_capture = _Capture()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what this thread launches on a device becomes a CUDA graph, or is checked for that by the capture lint.
+
+    The host can read nothing then: no value is there before the graph is replayed.
+    """
+    if _capture.rehearsed:
+        return True
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def rehearsed_capture() -> Iterator[None]:
+    """Let :func:`is_capturing` say so in this thread, on any device."""
+    before, _capture.rehearsed = _capture.rehearsed, True
+    try:
+        yield
+    finally:
+        _capture.rehearsed = before
+
+
+@contextmanager
+def captured_counters() -> Iterator[list[OverflowCounter]]:
+    """The counters of the passes captured in the block; :meth:`OverflowCounter.report` them after a replay."""
+    before, _capture.counters = _capture.counters, []
+    try:
+        yield _capture.counters
+    finally:
+        _capture.counters = before
+
+
+@dataclass(frozen=True, eq=False)
+class _Copied:
+    """Counts of a pass on their way to the host, there once the event has passed."""
+
+    event: torch.cuda.Event
+    stream: StreamFormat
+    counts: dict[int, Tensor]
 
 
 class OverflowCounter:
@@ -171,7 +231,8 @@ class OverflowCounter:
     background and read by a later pass.
     """
 
-    _on_their_way: list[tuple[Any, StreamFormat, dict[int, Tensor]]] = []  # CUDA event, format, counts on the host
+    _on_their_way: list[_Copied] = []
+    _lock = threading.Lock()  # passes of several threads share the list
 
     def __init__(self, stream: StreamFormat) -> None:
         self.stream = stream
@@ -187,23 +248,38 @@ class OverflowCounter:
 
     def report(self) -> None:
         """Warn of what has been counted, now or once it is there."""
-        if not all(map(has_values, self.counts.values())):
+        if not self.counts or not all(map(has_values, self.counts.values())):
             return
-        if not any(count.is_cuda for count in self.counts.values()):
+        device = next(iter(self.counts.values())).device  # of all levels: a pass lives on one
+        if is_capturing(device):
+            if _capture.counters is not None:
+                _capture.counters.append(self)
+        elif device.type != "cuda":
             _warn(self.stream, self.counts)
-        elif not torch.cuda.is_current_stream_capturing():
-            copies = {
+        else:
+            for copied in self._exchange(self._copy(device)):
+                _warn(copied.stream, copied.counts)
+
+    def _copy(self, device: torch.device) -> _Copied:
+        with torch.cuda.device(device):  # whose current stream computes the counts: the event belongs there
+            counts = {
                 level: torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
                 for level, count in self.counts.items()
             }
             event = torch.cuda.Event()
             event.record()
-            before, self._on_their_way[:] = [*self._on_their_way, (event, self.stream, copies)], []
-            for entry in before:
-                if entry[0].query():
-                    _warn(*entry[1:])
-                else:
-                    self._on_their_way.append(entry)
+        return _Copied(event, self.stream, counts)
+
+    @classmethod
+    def _exchange(cls, copied: _Copied) -> list[_Copied]:
+        """Counts that have arrived, each for one caller; the others wait with ``copied`` for the next."""
+        with cls._lock:
+            waiting: list[_Copied] = []
+            arrived: list[_Copied] = []
+            for entry in [*cls._on_their_way, copied]:
+                (arrived if entry.event.query() else waiting).append(entry)
+            cls._on_their_way[:] = waiting
+        return arrived
 
 
 def has_values(x: Tensor) -> bool:

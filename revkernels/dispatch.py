@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,19 +29,20 @@ from types import ModuleType
 
 import torch
 
-from revkernels.registry import LIBRARY, OPS
+from revkernels.registry import LIBRARY, NAMESPACE, OPS
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether an implementation is in use, why not, and what its module says it was built with."""
+    """Whether an implementation is in use, why not, its module, and the ops for which that has a kernel."""
 
     name: str
     loaded: bool
     reason: str = ""
     module: ModuleType | None = None
+    ops: frozenset[str] = frozenset()
 
 
 def _listed(variable: str) -> set[str]:
@@ -51,11 +53,19 @@ def _listed(variable: str) -> set[str]:
     return names
 
 
-def _load_native(name: str, module: str, why_not: str) -> Status:
+def _registered(device: str) -> frozenset[str]:
+    """The ops for which PyTorch's dispatcher has a kernel of this device's own, as opposed to the reference."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in OPS if has_kernel(f"{NAMESPACE}::{op}", device))
+
+
+def _load_native(name: str, module: str, device: str, why_not: str) -> Status:
     if why_not:
         return Status(name, False, why_not)
+    before = _registered(device)
     try:
-        return Status(name, True, module=importlib.import_module(f"revkernels.{module}"))
+        loaded = importlib.import_module(f"revkernels.{module}")
+        return Status(name, True, module=loaded, ops=_registered(device) - before)
     except ModuleNotFoundError:
         return Status(name, False, f"revkernels.{module} was not built; `python -m revkernels.env` says why")
     except ImportError as error:
@@ -69,9 +79,9 @@ def _load_triton(why_not: str) -> Status:
         module = importlib.import_module("revkernels.triton")
     except ImportError as error:
         return Status("triton", False, f"triton does not import: {error}")
-    for op, launcher in module.LAUNCHERS.items():
-        LIBRARY.impl(op, launcher, "CUDA")
-    return Status("triton", True, module=module)
+    for op in module.LAUNCHERS.keys() - _registered("CUDA"):
+        LIBRARY.impl(op, module.LAUNCHERS[op], "CUDA")
+    return Status("triton", True, module=module, ops=frozenset(module.LAUNCHERS))
 
 
 def _load() -> dict[str, Status]:
@@ -86,8 +96,8 @@ def _load() -> dict[str, Status]:
 
     statuses = {
         "reference": Status("reference", True),
-        "cpp": _load_native("cpp", "_C", why_not("cpp", needs_cuda=False)),
-        "cuda": _load_native("cuda", "_C_cuda", why_not("cuda", needs_cuda=True)),
+        "cpp": _load_native("cpp", "_C", "CPU", why_not("cpp", needs_cuda=False)),
+        "cuda": _load_native("cuda", "_C_cuda", "CUDA", why_not("cuda", needs_cuda=True)),
         "triton": _load_triton(why_not("triton", needs_cuda=False)),
     }
     for name in sorted(required):
@@ -131,15 +141,32 @@ def why_not(op: str, implementation: str, device: torch.device) -> str:
         return status.reason
     if implementation == "reference":
         return ""
-    wanted = "cpu" if implementation == "cpp" else "cuda"
-    if implementation == "triton":
-        if op not in status.module.LAUNCHERS:
-            return f"{op} has no Triton kernel"
-        if device.type == "cpu" and status.module.INTERPRETED:
-            return ""
-    elif op not in status.module.ops():
+    if op not in status.ops:
         return f"{op} has no {implementation} kernel"
-    return "" if device.type == wanted else f"it runs on {wanted} tensors only"
+    if implementation == "triton" and device.type == "cpu" and status.module.INTERPRETED:
+        return ""
+    wanted = "cpu" if implementation == "cpp" else "cuda"
+    if device.type != wanted:
+        return f"it runs on {wanted} tensors only"
+    if implementation == "cuda" and torch.cuda.is_available():
+        return why_no_code(status.module.build_info()["architectures"], torch.cuda.get_device_capability(device))
+    return ""
+
+
+def why_no_code(architectures: str, capability: tuple[int, int]) -> str:
+    """Why kernels built for ``architectures`` ("8.0;9.0+PTX") do not run on a GPU of this capability; empty if they do.
+
+    Machine code runs on its own major version, from its minor version on; PTX is compiled for anything newer.
+    """
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d)[af]?(\+PTX)?", architectures):
+        built = (int(major), int(minor))
+        if (ptx and built <= capability) or (built[0] == capability[0] and built[1] <= capability[1]):
+            return ""
+    version = ".".join(map(str, capability))
+    return (
+        f"revkernels._C_cuda has no code for a GPU of capability {version}; it was built for {architectures}: "
+        f"build it again with TORCH_CUDA_ARCH_LIST={version}"
+    )
 
 
 def implementation(op: str, name: str, device: torch.device) -> Callable:
@@ -154,10 +181,5 @@ def implementation(op: str, name: str, device: torch.device) -> Callable:
 
 def in_use(op: str, device_type: str) -> str:
     """The name of the implementation that the dispatcher takes for ``op`` on ``device_type``."""
-    for name in ("cpp", "cuda", "triton"):
-        status = STATUS[name]
-        if status.loaded and device_type == ("cpu" if name == "cpp" else "cuda"):
-            ops = status.module.LAUNCHERS if name == "triton" else status.module.ops()
-            if op in ops:
-                return name
-    return "reference"
+    names = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}.get(device_type, ())
+    return next((name for name in names if op in STATUS[name].ops), "reference")

@@ -168,6 +168,7 @@ def couple_(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it. On the
             CPU, scale and shift must be finite; on CUDA that is not looked at, as it would synchronise.
+        RuntimeError: a tensor's storage was freed, or y or overflow shares memory with another argument.
     """
     _check_map("y", y, dtypes=(*DTYPES, torch.int16))
     _check_fixed_point(y, fraction_bits, overflow)

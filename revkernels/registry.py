@@ -18,6 +18,7 @@ from torch import Tensor
 
 from revkernels import reference, reference_mbconv
 from revkernels.reference import accumulate_dtype
+from revkernels.storage import checked
 
 NAMESPACE = "revkernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -35,7 +36,11 @@ class Op:
     @property
     def overload(self) -> Callable:
         """The callable that the dispatcher answers."""
-        return getattr(torch.ops.revkernels, self.name).default
+        return overload_of(self.name)
+
+
+def overload_of(name: str) -> Callable:
+    return getattr(torch.ops.revkernels, name).default
 
 
 OPS: dict[str, Op] = {}
@@ -43,9 +48,12 @@ OPS: dict[str, Op] = {}
 
 def _register(schema: str, fake: Callable) -> None:
     name, arguments = schema.split("(", 1)
-    home = reference_mbconv if name.startswith("mbconv") else reference
-    op = Op(name, "(" + arguments, getattr(home, name), fake)
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    if name.startswith("mbconv"):  # its planes may be one another's memory, chunk by chunk
+        run = getattr(reference_mbconv, name)
+    else:
+        run = checked(overload_of(name)._schema, getattr(reference, name))
+    op = Op(name, "(" + arguments, run, fake)
     LIBRARY.impl(name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     OPS[name] = op

@@ -1,10 +1,50 @@
 """Before anything imports revkernels: without a GPU, Triton's kernels run under its interpreter on CPU tensors."""
 
+import gc
 import os
+import sys
+import weakref
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # the tests' maps are tiny, and runners are shared
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed; what is installed comes first
+
+
+def pytest_configure(config):
+    """Hypothesis tries more examples where slow tests are asked for."""
+    if config.pluginmanager.has_plugin("hypothesispytest"):
+        from hypothesis import settings
+
+        settings.register_profile("default run", max_examples=8, deadline=None)
+        settings.register_profile("full run", max_examples=60, deadline=None)
+        settings.load_profile("default run" if config.option.markexpr == "not slow" else "full run")
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Weak references to what owns the streams of each pass, reversible or stored; the cycle collector is off."""
+    from revbifpn.engine.state import State
+    from revbifpn.engine.tape import Stored
+
+    made = []
+
+    def recorded(init):
+        def run(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            made.append(weakref.ref(self))
+
+        return run
+
+    for owner in (State, Stored):
+        monkeypatch.setattr(owner, "__init__", recorded(owner.__init__))
+    gc.collect()
+    gc.disable()
+    yield made
+    gc.enable()

@@ -5,12 +5,10 @@ With ``REVBIFPN_TEST_DEVICE=cpu`` what does not need CUDA itself runs on the CPU
 """
 
 import copy
-import importlib.util
 import itertools
 import os
 import time
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,8 @@ from revkernels import dispatch
 from revkernels.reference import accumulate_dtype
 from revkernels.registry import OPS
 from revkernels.testing import relative_error
+from tests.golden import values as golden
+from tests.networks import error
 
 DEVICE = os.environ.get("REVBIFPN_TEST_DEVICE", "cuda")
 SEED = int(os.environ.get("REVBIFPN_TEST_SEED") or time.time_ns() % 2**31)
@@ -380,10 +380,6 @@ class TestOps:
 
 # Model ----------------------------------------------------------------------------------------------
 
-golden_spec = importlib.util.spec_from_file_location("golden", Path(__file__).with_name("models") / "test_golden.py")
-golden = importlib.util.module_from_spec(golden_spec)
-golden_spec.loader.exec_module(golden)
-
 NARROW = {"channels": [48, 16, 16, 32], "head_channels": [16, 16, 16, 32], "fc_features": 32, "num_ext_layers": 1}
 
 
@@ -406,12 +402,6 @@ def gradients(model, x, autocast=None):
         loss = loss_of(model, x)
     loss.backward()
     return [p.grad.double() for p in model.parameters()]
-
-
-def error(found, wanted):
-    """``|found - wanted| / |wanted|`` over all parameters together."""
-    squares = [((a - b).square().sum(), b.square().sum()) for a, b in zip(found, wanted, strict=True)]
-    return (sum(a for a, _ in squares) / sum(b for _, b in squares)).sqrt().item()
 
 
 class TestModel:

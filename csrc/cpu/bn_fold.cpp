@@ -14,7 +14,7 @@ void with_values(const Tensor& t, const Body& body) {
 
 // body(pointer) for float32 or float64 tensors.
 template <class Body>
-void as_float(const Tensor& t, const char* name, const Body& body) {
+void as_float(const Tensor& t, const Name& name, const Body& body) {
   if (t.scalar_type() == ScalarType::Double) {
     with_values<double>(t, body);
   } else {
@@ -28,9 +28,10 @@ void as_float(const Tensor& t, const char* name, const Body& body) {
 // A vector [C], read as float64.
 class Values {
  public:
-  Values(const Tensor& t, const char* name, int64_t c) : stride_(t.dim() == 1 ? t.stride(0) : 0) {
+  Values(const Tensor& t, const Name& name, int64_t c) : stride_(t.dim() == 1 ? t.stride(0) : 0) {
     STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == c, name, ": expected a CPU tensor [",
                     c, "], got ", shape_of(t));
+    check_storage(t, name);
     as_float(t, name, [&](auto* data) { set(data); });
   }
   double operator[](int64_t i) const { return f64_ ? f64_[i * stride_] : f32_[i * stride_]; }
@@ -47,10 +48,11 @@ class Values {
 class Rows {
  public:
   Rows() = default;
-  Rows(const Tensor& t, const char* name, int64_t n, int64_t c) {
+  Rows(const Tensor& t, const Name& name, int64_t n, int64_t c) {
     const int64_t d = t.dim();
     STD_TORCH_CHECK(t.is_cpu() && d >= 2 && t.size(d - 2) == n && t.size(d - 1) == c, name,
                     ": expected a CPU tensor [.., ", n, ", ", c, "], got ", shape_of(t));
+    check_storage(t, name);
     sk_ = d == 3 ? t.stride(0) : 0, sn_ = t.stride(d - 2), sc_ = t.stride(d - 1);
     as_float(t, name, [&](auto* data) { set(data); });
   }
@@ -77,6 +79,14 @@ class Rows {
   int64_t sk_ = 0, sn_ = 0, sc_ = 0;
 };
 
+void check_updated(const std::optional<Tensor>& t, const Name& name, int64_t channels) {
+  if (!t.has_value()) return;
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == channels &&
+                      (channels <= 1 || t->stride(0) == 1),
+                  name, ": expected a contiguous CPU tensor [", channels, "], got ", shape_of(*t));
+  check_storage(*t, name);
+}
+
 std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var,
                                            const Tensor& weight, const Tensor& bias,
                                            std::optional<Tensor> running_mean,
@@ -86,6 +96,17 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var
   const int64_t channels = mean.dim() == 1 ? mean.size(0) : -1;
   const Values m(mean, "mean", channels), v(var, "var", channels);
   const Values w(weight, "weight", channels), b(bias, "bias", channels);
+  check_updated(running_mean, "running_mean", channels);
+  check_updated(running_var, "running_var", channels);
+  int64_t* seen = batches.has_value() ? counter_of(*batches, "batches") : nullptr;
+  const std::vector<Argument> arguments = {{running_mean, "running_mean"},
+                                           {running_var, "running_var"},
+                                           {batches, "batches"},
+                                           {mean, "mean"},
+                                           {var, "var"},
+                                           {weight, "weight"},
+                                           {bias, "bias"}};
+  for (int written = 0; written < 3; ++written) check_apart(arguments[written], arguments);
   Tensor rstd = new_tensor(mean, {channels}), scale = new_tensor(mean, {channels}),
          shift = new_tensor(mean, {channels});
   as_float(mean, "mean", [&](auto* like) {
@@ -99,12 +120,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var
       s[c] = A(b[c] - m[c] * double(a[c]));
     }
   });
-  const auto move_to = [&](const std::optional<Tensor>& running, const char* name, const Values& to,
+  const auto move_to = [&](const std::optional<Tensor>& running, const Name& name, const Values& to,
                            double factor) {
     if (!running.has_value()) return;
-    STD_TORCH_CHECK(running->dim() == 1 && running->size(0) == channels &&
-                        (channels <= 1 || running->stride(0) == 1),
-                    name, ": expected a contiguous [", channels, "], got ", shape_of(*running));
     as_float(*running, name, [&](auto* data) {
       using A = std::remove_pointer_t<decltype(data)>;
       for (int64_t c = 0; c < channels; ++c) {
@@ -114,11 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var
   };
   move_to(running_mean, "running_mean", m, 1);
   move_to(running_var, "running_var", v, double(count) / double(count - 1));
-  if (batches.has_value()) {
-    STD_TORCH_CHECK(batches->scalar_type() == ScalarType::Long && batches->numel() == 1,
-                    "batches: expected one int64, got ", shape_of(*batches));
-    ++*static_cast<int64_t*>(batches->data_ptr());
-  }
+  if (seen) ++*seen;
   return {rstd, scale, shift};
 }
 

@@ -20,14 +20,6 @@ Map stream_of(const Tensor& y, std::optional<int64_t> fraction_bits) {
   return map_of(y, "y", dtype);
 }
 
-int64_t* counter_of(const Tensor& t, std::optional<int64_t> fraction_bits) {
-  STD_TORCH_CHECK(fraction_bits.has_value(), "overflow: expected None without fraction_bits");
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.numel() == 1,
-                  "overflow: expected one int64 on the CPU, got ",
-                  torch::headeronly::toString(t.scalar_type()), " of shape ", shape_of(t));
-  return static_cast<int64_t*>(t.data_ptr());
-}
-
 void couple_(const Tensor& y, std::vector<Tensor> p, std::vector<std::optional<Tensor>> scale,
              std::vector<std::optional<Tensor>> shift, std::vector<int64_t> factors,
              std::string mode, bool subtract, std::optional<int64_t> fraction_bits,
@@ -35,24 +27,32 @@ void couple_(const Tensor& y, std::vector<Tensor> p, std::vector<std::optional<T
   CoupleArgs args;
   args.y = stream_of(y, fraction_bits);
   if (fraction_bits.has_value()) args.steps = std::ldexp(1.0, int(*fraction_bits));
-  if (overflow.has_value()) args.overflow = counter_of(*overflow, fraction_bits);
+  if (overflow.has_value()) {
+    STD_TORCH_CHECK(fraction_bits.has_value(), "overflow: expected None without fraction_bits");
+    args.overflow = counter_of(*overflow, "overflow");
+  }
   STD_TORCH_CHECK(has_distinct_elements(args.y),
                   "y: elements overlap in memory; pass a tensor of its own");
   STD_TORCH_CHECK(
       scale.size() == p.size() && shift.size() == p.size() && factors.size() == p.size(),
       "p, scale, shift, factors: expected equal lengths, got ", p.size(), ", ", scale.size(), ", ",
       shift.size(), ", ", factors.size());
+  std::vector<Argument> arguments = {{y, "y"}, {overflow, "overflow"}};
   std::vector<Contribution> terms(p.size());
-  for (size_t k = 0; k < p.size(); ++k) {
+  for (int64_t k = 0; k < int64_t(p.size()); ++k) {
     const int64_t f = factors[k];
     check_factor(f);
     STD_TORCH_CHECK(args.y.h % f == 0 && args.y.w % f == 0,
                     "y: height and width must be multiples of factor ", f, ", got ", shape_of(y));
-    terms[k].p = map_of(p[k], "p", args.y.n, args.y.c, args.y.h / f, args.y.w / f);
-    terms[k].scale = coefficient_of(scale[k], "scale", args.y.n, args.y.c, true, true);
-    terms[k].shift = coefficient_of(shift[k], "shift", args.y.n, args.y.c, true, true);
+    const Name p_k("p", k), a_k("scale", k), b_k("shift", k);
+    terms[k].p = map_of(p[k], p_k, args.y.n, args.y.c, args.y.h / f, args.y.w / f);
+    terms[k].scale = coefficient_of(scale[k], a_k, args.y.n, args.y.c, true, true);
+    terms[k].shift = coefficient_of(shift[k], b_k, args.y.n, args.y.c, true, true);
     terms[k].factor = f;
+    arguments.insert(arguments.end(), {{p[k], p_k}, {scale[k], a_k}, {shift[k], b_k}});
   }
+  check_apart(arguments[0], arguments);
+  check_apart(arguments[1], arguments);
   args.terms = terms.data();
   args.count = int64_t(terms.size());
   args.mode = upsampling_of(mode);
@@ -75,7 +75,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> couple_adjoint(
   std::vector<Tensor> dus, sums;
   std::vector<Gather> terms(p.size());
   bool work = false;
-  for (size_t k = 0; k < p.size(); ++k) {
+  for (int64_t k = 0; k < int64_t(p.size()); ++k) {
     const int64_t f = factors[k];
     check_factor(f);
     STD_TORCH_CHECK(g.h % f == 0 && g.w % f == 0,
@@ -88,8 +88,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> couple_adjoint(
       terms[k].du = map_of(dus[k], "du");
     }
     if (p[k].has_value()) {
-      terms[k].p = map_of(*p[k], "p", g.n, g.c, g.h / f, g.w / f);
-      terms[k].center = coefficient_of(center[k], "center", g.n, g.c);
+      terms[k].p = map_of(*p[k], {"p", k}, g.n, g.c, g.h / f, g.w / f);
+      terms[k].center = coefficient_of(center[k], {"center", k}, g.n, g.c);
       sums.push_back(new_sums(dy, {2, g.n, g.c}));
       terms[k].sums = sums[k].data_ptr();
       terms[k].sums_stride = g.n * g.c;

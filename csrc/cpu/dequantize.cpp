@@ -43,6 +43,7 @@ void dequantize_(const Tensor& x, const Tensor& y, int64_t fraction_bits) {
   check_shape(args.y, y, "y", args.x.n, args.x.c, args.x.h, args.x.w);
   STD_TORCH_CHECK(has_distinct_elements(args.x),
                   "x: elements overlap in memory; pass a tensor of its own");
+  check_apart({x, "x"}, {{y, "y"}});
   check_fraction_bits(fraction_bits);
   args.step = std::ldexp(1.0, -int(fraction_bits));
   const int64_t elements = numel(args.x);

@@ -39,7 +39,10 @@ void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optio
   args.y = map_of(y, "y", args.x.n, w.n, args.x.h, args.x.w);
   STD_TORCH_CHECK(is_wide(args.y) == args.wide, "y: expected ", args.wide ? "" : "not ",
                   "float64 as x is, got ", torch::headeronly::toString(y.scalar_type()));
-  STD_TORCH_CHECK(has_distinct_elements(args.y), "y: elements overlap in memory");
+  STD_TORCH_CHECK(has_distinct_elements(args.y),
+                  "y: elements overlap in memory; pass a tensor of its own");
+  check_apart({y, "y"},
+              {{x, "x"}, {weight, "weight"}, {scale, "scale"}, {shift, "shift"}, {gate, "gate"}});
   if (numel(args.y) == 0) return;
   const ScalarType dtype = sums_dtype(x);
   const Tensor matrix = weight.scalar_type() == dtype ? weight : torch::stable::to(weight, dtype);

@@ -14,6 +14,7 @@ Tensor dense(const Tensor& t, const char* name, std::vector<int64_t> shape, Scal
   for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == shape[size_t(d)];
   STD_TORCH_CHECK(fits, name, ": expected ", text_of(shape), ", got ", shape_of(t));
   dtype_of(t, name);
+  check_storage(t, name);
   const Tensor converted = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "../storage.h"
 #include "kernels.h"
 
 namespace revkernels {
@@ -19,19 +20,7 @@ namespace revkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string text_of(const std::vector<int64_t>& shape) {
-  std::string text;
-  for (int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
-  return shape.empty() ? "[]" : text + "]";
-}
-
-inline std::string shape_of(const Tensor& t) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < t.dim(); ++d) shape.push_back(t.size(d));
-  return text_of(shape);
-}
-
-inline DType dtype_of(const Tensor& t, const char* name) {
+inline DType dtype_of(const Tensor& t, const Name& name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::float32;
@@ -48,9 +37,10 @@ inline DType dtype_of(const Tensor& t, const char* name) {
                   " is not supported; use float32, float64, float16 or bfloat16");
 }
 
-inline Map map_of(const Tensor& t, const char* name, DType dtype) {
+inline Map map_of(const Tensor& t, const Name& name, DType dtype) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
+  check_storage(t, name);
   Map m;
   m.data = t.data_ptr();
   m.dtype = dtype;
@@ -59,21 +49,21 @@ inline Map map_of(const Tensor& t, const char* name, DType dtype) {
   return m;
 }
 
-inline Map map_of(const Tensor& t, const char* name) { return map_of(t, name, dtype_of(t, name)); }
+inline Map map_of(const Tensor& t, const Name& name) { return map_of(t, name, dtype_of(t, name)); }
 
 // A map of floats, or an int16 stream, which counts as float32.
-inline Map input_of(const Tensor& x, const char* name) {
+inline Map input_of(const Tensor& x, const Name& name) {
   const bool integer = x.scalar_type() == ScalarType::Short;
   return map_of(x, name, integer ? DType::int16 : dtype_of(x, name));
 }
 
-inline void check_shape(const Map& m, const Tensor& t, const char* name, int64_t n, int64_t c,
+inline void check_shape(const Map& m, const Tensor& t, const Name& name, int64_t n, int64_t c,
                         int64_t h, int64_t w) {
   STD_TORCH_CHECK(m.n == n && m.c == c && m.h == h && m.w == w, name, ": expected [", n, ", ", c,
                   ", ", h, ", ", w, "], got ", shape_of(t));
 }
 
-inline Map map_of(const Tensor& t, const char* name, int64_t n, int64_t c, int64_t h, int64_t w) {
+inline Map map_of(const Tensor& t, const Name& name, int64_t n, int64_t c, int64_t h, int64_t w) {
   const Map m = map_of(t, name);
   check_shape(m, t, name, n, c, h, w);
   return m;
@@ -97,7 +87,7 @@ inline bool has_distinct_elements(const Map& m) {
 }
 
 // [C] or, if `per_sample`, [N, C]; an absent one has null data.
-inline Coefficient coefficient_of(const std::optional<Tensor>& t, const char* name, int64_t n,
+inline Coefficient coefficient_of(const std::optional<Tensor>& t, const Name& name, int64_t n,
                                   int64_t c, bool per_channel = true, bool per_sample = false) {
   Coefficient v;
   if (!t.has_value()) return v;
@@ -108,11 +98,21 @@ inline Coefficient coefficient_of(const std::optional<Tensor>& t, const char* na
                   per_channel && per_sample ? " or " : "", per_sample ? "[N, C]" : "",
                   " with N = ", n, ", C = ", c, ", got ", shape_of(*t));
   STD_TORCH_CHECK(t->is_cpu(), name, ": expected a CPU tensor");
+  check_storage(*t, name);
   v.data = t->data_ptr();
   v.dtype = dtype_of(*t, name);
   v.sn = sample ? t->stride(0) : 0;
   v.sc = t->stride(dim - 1);
   return v;
+}
+
+// One int64 on the CPU that an op adds to.
+inline int64_t* counter_of(const Tensor& t, const Name& name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.numel() == 1, name,
+                  ": expected one int64 on the CPU, got ",
+                  torch::headeronly::toString(t.scalar_type()), " of shape ", shape_of(t));
+  check_storage(t, name);
+  return static_cast<int64_t*>(t.data_ptr());
 }
 
 // A new contiguous tensor on the CPU; dtype is that of `like` or its accumulate dtype.

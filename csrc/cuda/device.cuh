@@ -65,6 +65,8 @@ void dispatch(Dtype dtype, const F& f) {
       return f(float16{});
     case Dtype::bfloat16:
       return f(bfloat16{});
+    case Dtype::int16:
+      break;
   }
 }
 

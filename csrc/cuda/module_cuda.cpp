@@ -4,24 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <vector>
 
 namespace py = pybind11;
 
 namespace {
-
-std::vector<std::string> ops() {
-  return {
-      "upsample",
-      "upsample_adjoint",
-      "space_to_depth",
-      "depth_to_space",
-      "space_to_depth_adjoint",
-      "depthwise_conv",
-      "depthwise_conv_grad_input",
-      "depthwise_conv_grad_weight",
-  };
-}
 
 std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
@@ -53,7 +39,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of revkernels; importing it registers them with torch.";
-  m.def("ops", &ops, "Names of the ops that have a CUDA kernel here.");
   m.def("build_info", &build_info,
         "Compiler, flags, CUDA version, architectures and targets of this build.");
 }

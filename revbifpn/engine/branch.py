@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,6 @@ from torch.nn.parameter import is_lazy
 
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.record import (
-    Autocast,
     Record,
     Recorder,
     Replay,
@@ -21,7 +20,7 @@ from revbifpn.engine.record import (
     recomputing,
     uncached_parametrizations,
 )
-from revbifpn.streams import values
+from revbifpn.streams import Values, values
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,21 @@ class Branch(Protocol):
     trace: running statistics move once.
     """
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """The transform."""
 
     def parameters(self) -> list[Tensor]:
         """The tensors that its pullback gives gradients of."""
 
-    def evaluate(self, *inputs: Tensor, update: bool = True) -> Contribution:
+    def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
         """Call the module as it is now; nothing is recorded. ``update``: buffers change as in any call."""
 
-    def record(self, *inputs: Tensor) -> tuple[Contribution, Any]:
+    def record(self, *inputs: Values) -> tuple[Contribution, Any]:
         """The contribution, and what :meth:`recompute` needs besides inputs and parameters."""
 
     def recompute(
-        self, record: Any, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+        self, record: Any, parameters: Sequence[Tensor], inputs: Sequence[Values], needs: Sequence[bool]
     ) -> tuple[Contribution | None, Pullback]:
         """The contribution again (None: a caller never needs it) and its pullback.
 
@@ -106,7 +107,7 @@ class Branch(Protocol):
             needs: which of the inputs a gradient is wanted for.
         """
 
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
         """:meth:`record` and :meth:`recompute` at once: the pullback keeps what it needs since forward."""
 
 
@@ -126,7 +127,7 @@ class ModuleBranch:
         self.module = module
 
     def parameters(self) -> list[Tensor]:
-        parameters = list(self.module.parameters())
+        parameters: list[Tensor] = list(self.module.parameters())
         if any(map(is_lazy, parameters)):
             raise RuntimeError(
                 f"{type(self.module).__name__} has parameters that are not initialised yet (a Lazy layer): call it "
@@ -134,60 +135,57 @@ class ModuleBranch:
             )
         return parameters
 
-    def evaluate(self, *inputs: Tensor, update: bool = True) -> Contribution:
-        module, inputs = self.module, tuple(map(values, inputs))
+    def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
+        module, tensors = self.module, tuple(map(values, inputs))
         if update:
-            p = module(*inputs)
+            p = module(*tensors)
         else:
             buffers = {name: b.clone() for name, b in module.named_buffers()}
             with torch.no_grad(), recomputing(), flags(module, [m.training for m in module.modules()]):
-                p = torch.func.functional_call(module, buffers, inputs)
+                p = torch.func.functional_call(module, buffers, tensors)
         check_finite(module, p)
         return Contribution(p)
 
-    def record(self, *inputs: Tensor) -> tuple[Contribution, Record]:
-        inputs = [values(x).detach() for x in inputs]
-        recorder = Recorder(self.module, inputs)
-        with uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
-            p = _call(self.module, [_wanting(x) for x in inputs])
+    def record(self, *inputs: Values) -> tuple[Contribution, Record]:
+        tensors = [values(x).detach() for x in inputs]
+        recorder = Recorder(self.module, tensors)
+        with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
+            p = _call(self.module, [_wanting(x) for x in tensors])
         check_finite(self.module, p)
         return Contribution(p.detach()), recorder.finish()
 
     def recompute(
-        self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+        self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Values], needs: Sequence[bool]
     ) -> tuple[Contribution, Pullback]:
         # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
-        inputs = [_wanting(values(x).data) if need else values(x).data for x, need in zip(inputs, needs, strict=True)]
+        tensors = [_wanting(values(x).data) if need else values(x).data for x, need in zip(inputs, needs, strict=True)]
         parameters = _leaves(parameters)
         replay = Replay(self.module, record, self._named(parameters))
         with torch.enable_grad():
-            p = replay.call(*inputs)
-        return Contribution(p.detach()), self._pullback(p, inputs, parameters, replay.run)
+            p = replay.call(*tensors)
+        return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
 
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
-        inputs = [_wanting(values(x).detach().clone()) for x in inputs]
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
+        tensors = [_wanting(_copy(values(x).detach())) for x in inputs]
         parameters = _leaves(parameters)
-        with torch.enable_grad(), Autocast.current(inputs[0].device).restore(), uncached_parametrizations():
-            p = torch.func.functional_call(self.module, self._named(parameters), tuple(inputs))
+        named = self._named(parameters)
+        recorder = Recorder(self.module, tensors)
+        with torch.enable_grad(), recorder.autocast.restore(), uncached_parametrizations():
+            p = torch.func.functional_call(self.module, named, tuple(tensors))
         check_finite(self.module, p)
-        return Contribution(p.detach()), self._pullback(p, inputs, parameters, lambda function: function())
+        replay = Replay(self.module, recorder.finish(), named, kept=True)
+        return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
 
     def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip((name for name, _ in self.module.named_parameters()), parameters, strict=True))
 
-    def _pullback(
-        self,
-        p: Tensor,
-        inputs: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        run: Callable[[Callable[[], Any]], Any],
-    ) -> Pullback:
+    def _pullback(self, p: Tensor, inputs: Sequence[Tensor], parameters: Sequence[Tensor], replay: Replay) -> Pullback:
         _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
 
         def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if p.requires_grad:
                 # Into leaves of our own, not by autograd.grad, which checkpoints of the reentrant kind refuse.
-                run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
+                replay.run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
             for x, total in zip(inputs, into, strict=True):
                 if x.grad is not None and total is not None:
                     total.tensor().add_(x.grad)
@@ -208,6 +206,11 @@ def _call(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
 def _wanting(x: Tensor) -> Tensor:
     """x, a leaf, as an input that wants a gradient."""
     return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with x's strides, on which the order of sums may depend."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:

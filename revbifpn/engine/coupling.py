@@ -29,7 +29,11 @@ class Part:
     half: int | None = None
 
     def of(self, streams: Sequence[Tensor]) -> Tensor:
-        x = streams[self.level]
+        """Its values in ``streams``, a view."""
+        return self.within(streams[self.level])
+
+    def within(self, x: Tensor) -> Tensor:
+        """Its values in x, its own stream."""
         return x if self.half is None else x.chunk(2, dim=1)[self.half]
 
     def overlaps(self, other: Part) -> bool:

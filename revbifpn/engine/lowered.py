@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Branch, Contribution, ModuleBranch
 from revbifpn.engine.coupling import Coupling, Part
-from revbifpn.streams import Encoded, as_map, values
+from revbifpn.streams import Values, as_map, values
 from revkernels import reference
 
 
@@ -55,7 +55,7 @@ class Lowered:
         return ([next(rest) for _ in branch.parameters()] for branch in self.branches)
 
     def advance_(
-        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Tensor | Encoded], grid: Grid | None
+        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Values], grid: Grid | None
     ) -> None:
         """``y <- s y + sum_k contribution_k + sum_j c_j linear_j``, from the values of the linear sources."""
         if self.coupling.scale != 1:
@@ -63,14 +63,14 @@ class Lowered:
         self.add_(y, [*contributions, *self._linear(linear)], subtract=False, grid=grid)
 
     def retreat_(
-        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Tensor | Encoded], grid: Grid | None
+        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Values], grid: Grid | None
     ) -> None:
         """``y <- (y - sum_k contribution_k - sum_j c_j linear_j) / s``."""
         self.add_(y, [*contributions, *self._linear(linear)], subtract=True, grid=grid)
         if self.coupling.scale != 1:
             y.div_(self.coupling.scale)
 
-    def _linear(self, inputs: Sequence[Tensor | Encoded]) -> Iterator[Contribution]:
+    def _linear(self, inputs: Sequence[Values]) -> Iterator[Contribution]:
         for x, (_, coefficient) in zip(map(values, inputs), self.coupling.linear, strict=True):
             yield Contribution(x, x.new_full((x.shape[1],), coefficient))
 
@@ -84,9 +84,11 @@ class Lowered:
                 )
         if grid is not None:
             p = [as_map(contribution.p) for contribution in contributions]
-            scale, none = [contribution.scale for contribution in contributions], [None] * len(p)
-            plain = [1] * len(p), "nearest", subtract
-            reference.couple_(as_map(y), p, scale, none, *plain, grid.fraction_bits, grid.overflow)
+            scale = [contribution.scale for contribution in contributions]
+            shift, factors = [contribution.shift for contribution in contributions], [1] * len(p)
+            reference.couple_(
+                as_map(y), p, scale, shift, factors, "nearest", subtract, grid.fraction_bits, grid.overflow
+            )
             return
         for contribution in contributions:
             y.add_(_plain(contribution), alpha=-1 if subtract else 1)
@@ -99,8 +101,9 @@ class Lowered:
         """The coupled target as an ordinary differentiable tensor; ``y = None`` is zero."""
         if y is not None and self.coupling.scale != 1:
             y = self.coupling.scale * y
-        for x, (_, coefficient) in zip(linear, self.coupling.linear, strict=True):
-            y = torch.add(y, x, alpha=coefficient)
+        if y is not None:
+            for x, (_, coefficient) in zip(linear, self.coupling.linear, strict=True):
+                y = torch.add(y, x, alpha=coefficient)
         return self.stored_sum(y, inputs)
 
     def stored_sum(self, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
@@ -109,6 +112,7 @@ class Lowered:
             p = branch.module(x)
             check_finite(branch.module, p)
             y = p if y is None else y + p
+        assert y is not None, "a created target has terms"
         return y
 
 
@@ -121,11 +125,11 @@ def _plain(contribution: Contribution) -> Tensor:
 class Coupler:
     """Chooses how couplings, and transforms between the streams and the pyramid, are run: here in plain PyTorch."""
 
-    def lower(self, coupling: Coupling, inputs: Sequence[Tensor | Encoded]) -> Lowered:
+    def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
         """The branches that run the coupling's transforms on ``inputs``, the values of their sources."""
         return Lowered(coupling, tuple(map(ModuleBranch, coupling.transforms)))
 
-    def branch(self, transform: nn.Module, *inputs: Tensor | Encoded) -> Branch:
+    def branch(self, transform: nn.Module, *inputs: Values) -> Branch:
         """The branch that runs a transform outside couplings."""
         return ModuleBranch(transform)
 

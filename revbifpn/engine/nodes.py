@@ -165,4 +165,4 @@ def _values(gradients: Sequence[Gradient | None]) -> list[Tensor | None]:
 
 def own(p: Tensor, *held: Tensor) -> Tensor:
     """p, or a copy where it shares memory with a tensor that somebody else holds: a transform may return its input."""
-    return p.clone() if any(torch._C._is_alias_of(p, t) for t in held) else p
+    return p.clone() if any(torch._C._is_alias_of(p, t) for t in held) else p  # type: ignore[attr-defined]

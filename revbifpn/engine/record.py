@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from revbifpn.engine.capture import NothingRandom
+from revbifpn.streams import is_capturing
 
 _state = threading.local()
 
@@ -85,21 +89,22 @@ class Generators:
         set_device_states(self.devices, self.states)
 
 
-# What decides between kernels, or their precision, for the whole process: (module, attribute).
+# What decides between kernels, or their precision, for the whole process: attributes of torch.backends.
 _SETTINGS = (
-    (torch.backends, "fp32_precision"),
-    (torch.backends.cuda.matmul, "fp32_precision"),
-    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"),
-    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
-    (torch.backends.cudnn, "enabled"),
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "deterministic"),
-    (torch.backends.cudnn.conv, "fp32_precision"),
-    (torch.backends.cudnn.rnn, "fp32_precision"),
-    (torch.backends.mkldnn.conv, "fp32_precision"),
-    (torch.backends.mkldnn.rnn, "fp32_precision"),
-    (torch.backends.mkldnn.matmul, "fp32_precision"),
+    "fp32_precision",
+    "cuda.matmul.fp32_precision",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+    "mkldnn.rnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision",
 )
+_read_settings = attrgetter(*_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -112,15 +117,16 @@ class Backends:
 
     @classmethod
     def current(cls) -> Backends:
-        settings = tuple(getattr(owner, name) for owner, name in _SETTINGS)
+        settings = _read_settings(torch.backends)
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         tunable = torch.backends.cuda.is_built() and torch.cuda.tunable.is_enabled()
         return cls(settings, (torch.are_deterministic_algorithms_enabled(), warn_only), tunable)
 
     def put(self) -> None:
-        for (owner, name), now, value in zip(_SETTINGS, Backends.current().settings, self.settings, strict=True):
+        for path, now, value in zip(_SETTINGS, Backends.current().settings, self.settings, strict=True):
             if now != value:
-                setattr(owner, name, value)
+                owner, _, name = path.rpartition(".")
+                setattr(attrgetter(owner)(torch.backends) if owner else torch.backends, name, value)
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         if torch.backends.cuda.is_built():
             torch.cuda.tunable.enable(self.tunable)
@@ -179,25 +185,25 @@ class Record:
 def updates_statistics(module: nn.Module) -> bool:
     """A BatchNorm whose output does not depend on the running statistics that it updates."""
     known = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return known and module.training and module.track_running_stats
+    return known and module.training and bool(module.track_running_stats)
 
 
 @contextmanager
-def flags(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
-    """Give every submodule its recorded training flag, and let no norm layer touch its running statistics."""
+def flags(module: nn.Module, training: Sequence[bool], *, tracking: bool = False) -> Iterator[None]:
+    """Give every submodule its recorded training flag; unless ``tracking``, no norm layer updates its statistics."""
     modules = list(module.modules())
     now = [m.training for m in modules]
-    tracking = []
+    stopped: list[Any] = []
     try:
         for m, flag in zip(modules, training, strict=True):
             m.training = flag
-            if updates_statistics(m):
-                tracking.append(m)
-                m.track_running_stats = False
+            if not tracking and updates_statistics(m):
+                stopped.append(m)
+                stopped[-1].track_running_stats = False
         yield
     finally:
-        for m in tracking:
-            m.track_running_stats = True
+        for norm in stopped:
+            norm.track_running_stats = True
         for m, flag in zip(modules, now, strict=True):
             m.training = flag
 
@@ -229,7 +235,12 @@ class Recorder:
         self.versions = [version_of(x) for x in inputs]
         self.training = tuple(m.training for m in module.modules())
         self.autocast = Autocast.current(inputs[0].device)
-        self.generators = Generators.current(*inputs)
+        self.capturing = is_capturing(inputs[0].device)
+        self.generators = None if self.capturing else Generators.current(*inputs)
+
+    def watch(self) -> AbstractContextManager:
+        """Enter it around the call: a graph being captured has no states to compare, so nothing may be drawn."""
+        return NothingRandom(self.module) if self.capturing else nullcontext()
 
     def finish(self) -> Record:
         """The record.
@@ -239,9 +250,10 @@ class Recorder:
         """
         if self.versions != [version_of(x) for x in self.inputs]:
             raise changed_input(self.module)
-        generators, random = Generators.current(*self.inputs), None
-        if generators != self.generators:
-            random = self.generators, generators
+        random = None
+        if self.generators is not None:
+            generators = Generators.current(*self.inputs)
+            random = None if generators == self.generators else (self.generators, generators)
         now, changed, unchanged = dict(self.module.named_buffers()), {}, {}
         for name, (value, version) in self.before.items():
             buffer = self.buffers[name]
@@ -277,27 +289,35 @@ class Replay:
         module: that was called.
         record: of the call.
         parameters: by name, the values that it used.
+        kept: the graph is that of the recorded call, whose lazy parts must save the same tensors: norms go on updating
+            statistics, those of copies.
     """
 
-    def __init__(self, module: nn.Module, record: Record, parameters: dict[str, Tensor]) -> None:
-        self.module, self.record = module, record
-        state = parameters | record.buffers.restore()
-        self._within, self._state = _Within(module), {f"module.{name}": value for name, value in state.items()}
+    def __init__(self, module: nn.Module, record: Record, parameters: dict[str, Tensor], *, kept: bool = False) -> None:
+        self.module, self.record, self.parameters, self.kept = module, record, parameters, kept
+        self._within = _Within(module)
         self._generators = record.random and record.random[0]
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """``function()`` with everything that was recorded in force; random numbers go on from one run to the next."""
+        """``function()`` with everything that was recorded in force.
+
+        Buffers are at every run what the recorded call found; random numbers go on from one run to the next.
+        """
         record = self.record
+        copies = {name: b.clone() for name, b in self.module.named_buffers()} if self.kept else {}
+        state = self.parameters | copies | record.buffers.restore()
         with ExitStack() as scene:
             scene.enter_context(recomputing())
-            scene.enter_context(flags(self.module, record.training))
+            scene.enter_context(flags(self.module, record.training, tracking=self.kept))
             scene.enter_context(uncached_parametrizations())
             scene.enter_context(record.autocast.restore())
             if self._generators is not None:
                 devices = self._generators.devices
                 scene.enter_context(torch.random.fork_rng(devices=devices))
                 self._generators.put()
-            result = torch.func.functional_call(self._within, self._state, (function,))
+            result = torch.func.functional_call(
+                self._within, {f"module.{name}": value for name, value in state.items()}, (function,)
+            )
             if self._generators is not None:
                 self._generators = Generators(torch.get_rng_state(), devices, _device_states(devices))
         return result

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revbifpn.engine.branch import Branch, Contribution, Gradient, Pullback
 from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.lowered import Coupler, Grid, Lowered
 from revbifpn.engine.record import Backends
-from revbifpn.streams import Encoded, OverflowCounter, StreamFormat, has_values, values
+from revbifpn.streams import OverflowCounter, StreamFormat, Values, has_values, is_capturing, values
 
 _AGAIN = (
     "a second backward through one reversible forward pass: its streams were already inverted in place. "
@@ -61,7 +61,7 @@ class State:
     """
 
     coupler: Coupler
-    root: nn.Module | None = None  # knows the names of the transforms
+    root: Any = None  # a module, knows the names of the transforms
     format: StreamFormat = StreamFormat()
     stored: bool = False
     retain: bool = False
@@ -85,6 +85,7 @@ class State:
         """Take the inputs as streams: themselves where the caller gave them away, copies or encodings otherwise."""
         for x in inputs:
             self.format.check(x)
+            self.checks = self.checks and not is_capturing(x.device)  # values to compare come with the replay
         if owned and not self.format.exact:
             self.streams = [x.data for x in inputs]
         else:
@@ -97,17 +98,17 @@ class State:
         streams, self.streams = self.streams, []
         return tuple(values(self.format.decode(y, level)) for level, y in enumerate(streams))
 
-    def read(self, part: Part) -> Tensor | Encoded:
+    def read(self, part: Part) -> Values:
         """The values of a part, as branches take them."""
         return self.format.decode(part.of(self.streams), part.level)
 
     def _grid(self, level: int, *, counted: bool) -> Grid | None:
-        if not self.format.exact:
+        bits = self.format.bits(level)
+        if bits is None:
             return None
-        overflow = self.overflow.of(level, self.streams[level].device) if counted else None
-        return Grid(self.format.bits(level), overflow)
+        return Grid(bits, self.overflow.of(level, self.streams[level].device) if counted else None)
 
-    def _linear(self, lowered: Lowered) -> list[Tensor | Encoded]:
+    def _linear(self, lowered: Lowered) -> list[Values]:
         return [self.read(source) for source, _ in lowered.coupling.linear]
 
     # Forward ----------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class State:
         return self.coupler.lower(coupling, [self.read(source) for source in coupling.sources])
 
     def call(
-        self, branch: Branch, inputs: Sequence[Tensor], parameters: Sequence[Tensor], *, stored: bool
+        self, branch: Branch, inputs: Sequence[Values], parameters: Sequence[Tensor], *, stored: bool
     ) -> tuple[Contribution, Call]:
         """Call a branch for the first time."""
         if stored:
@@ -216,9 +217,11 @@ class State:
         self, lowered: Lowered, calls: Sequence[Call], parameters: Sequence[Tensor], needs_input: bool
     ) -> tuple[list[Contribution], list[Pullback]]:
         """Contributions and pullbacks of a coupling's branches, from its sources as they are now."""
-        contributions, pullbacks = [], []
+        contributions: list[Contribution] = []
+        pullbacks: list[Pullback] = []
         for source, call, own in zip(lowered.sources, calls, lowered.split(parameters), strict=True):
             contribution, pullback = self.replay(call, own, [self.read(source)], [needs_input])
+            assert contribution is not None, "only segments, which are read, leave it out"
             contributions.append(contribution)
             pullbacks.append(pullback)
         return contributions, pullbacks
@@ -232,7 +235,7 @@ class State:
     ) -> list[Tensor | None]:
         """``dy_k += J_k^T dy_t``, ``dy_j += c_j dy_t``, ``dy_t <- s dy_t``; uses both lists up."""
         coupling = lowered.coupling
-        dy = coupling.target.of(self.grads)
+        dy = PartGradient(self, coupling.target).tensor()
         pulled = lowered.adjoint(dy, contributions)
         contributions.clear()  # the last references to p: only the pullbacks' graphs are needed from here on
         gradients: list[Tensor | None] = []
@@ -247,7 +250,7 @@ class State:
         return gradients
 
     def replay(
-        self, call: Call, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+        self, call: Call, parameters: Sequence[Tensor], inputs: Sequence[Values], needs: Sequence[bool]
     ) -> tuple[Contribution | None, Pullback]:
         """What a call computed, and its pullback: kept since then, or computed again.
 
@@ -355,11 +358,11 @@ class PartGradient(Gradient):
         self.dtype = state.gradient_dtype or state.streams[part.level].dtype
 
     def tensor(self) -> Tensor:
-        grads, level = self.state.grads, self.part.level
-        if grads[level] is None:
-            stream = self.state.streams[level]
-            grads[level] = torch.zeros(stream.shape, dtype=self.dtype, device=stream.device)
-        return self.part.of(grads)
+        dy = self.state.grads[self.part.level]
+        if dy is None:
+            stream = self.state.streams[self.part.level]
+            dy = self.state.grads[self.part.level] = torch.zeros(stream.shape, dtype=self.dtype, device=stream.device)
+        return self.part.within(dy)
 
     def adopts(self, buffer: Tensor) -> bool:
         level = self.part.level

@@ -14,7 +14,7 @@ from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
 from revbifpn.engine.state import State
-from revbifpn.streams import FIXED16, StreamFormat, autocast_dtype
+from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype
 
 
 class Tape:
@@ -61,7 +61,7 @@ def recomputed(transform: nn.Module, *inputs: Tensor) -> Tensor:
     return _recomputed(ModuleBranch(transform), *inputs)
 
 
-def _recomputed(branch: Branch, *inputs: Tensor) -> Tensor:
+def _recomputed(branch: Branch, *inputs: Values) -> Tensor:
     if not torch.is_grad_enabled():
         return branch.evaluate(*inputs).p
     return Recomputed.apply(branch, len(inputs), *inputs, *branch.parameters())

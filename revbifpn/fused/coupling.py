@@ -54,7 +54,7 @@ class FusedLowered(Lowered):
         )
 
     def adjoint(self, dy: Tensor, contributions: Sequence[Contribution]) -> list[tuple[Tensor, Tensor | None]]:
-        if max(self.factors) == 1 and all(contribution.center is None for contribution in contributions):
+        if set(self.factors) <= {1} and all(contribution.center is None for contribution in contributions):
             return super().adjoint(dy, contributions)
         p = [None if contribution.center is None else contribution.p for contribution in contributions]
         center = [contribution.center for contribution in contributions]

@@ -76,8 +76,19 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict) -> Any:
-    """The type of an argument as the launch would see it; fills in constants and known divisibility."""
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict, *, numbers: bool = True) -> Any:
+    """The type of an argument as the launch would see it; fills in constants and known divisibility.
+
+    ``numbers``: those of integers too.
+    """
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int) and not numbers:
+        return _integer(value)
     if isinstance(value, tuple):
         return tuple(_specialise(v, (*path, i), constexprs, attrs) for i, v in enumerate(value))
     if value is None or (isinstance(value, int) and value == 1):
@@ -86,7 +97,7 @@ def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict
     if isinstance(value, Tensor):
         address, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
     else:
-        address, kind = value, "i32" if -(2**31) <= value < 2**31 else "i64"
+        address, kind = value, _integer(value)
     if address % 16 == 0:
         attrs[path] = [["tt.divisibility", 16]]
     return kind
@@ -102,7 +113,8 @@ def compile_launch(launch: Launch, architecture: int) -> triton.compiler.Compile
         if parameter.is_constexpr:
             signature[parameter.name], constexprs[(i,)] = "constexpr", named[parameter.name]
         else:
-            signature[parameter.name] = _specialise(named[parameter.name], (i,), constexprs, attrs)
+            value, numbers = named[parameter.name], not parameter.do_not_specialize
+            signature[parameter.name] = _specialise(value, (i,), constexprs, attrs, numbers=numbers)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -141,7 +153,8 @@ def _map(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def _couplings(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """``(op, configuration, call)``: dtypes, factors and sizes as the network has them, for n samples."""
     c = 48
     vector, overflow = _map((c,), torch.float32), _map((1,), torch.int64)
     for dtype in (torch.float32, torch.bfloat16):
@@ -159,56 +172,6 @@ def _couplings(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
                 yield "couple_", f"{SHORT[stream]} stream {name}", call
             dy = _map((n, c, size, size), dtype)
             yield "couple_adjoint", name, partial(LAUNCHERS["couple_adjoint"], dy, p, vectors, factors, "bilinear")
-
-
-def _dequantizations(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for size, c in ((56, 48), (28, 64), (14, 80), (7, 160), (88, 160)):
-            x, y = _map((n, c, size, size), dtype), _map((n, 2 * c, size, size), torch.int16)[:, c:]
-            yield "dequantize_", f"{SHORT[dtype]} {size}x{size}", partial(LAUNCHERS["dequantize_"], x, y, 8)
-
-
-def _norms(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for size, c in ((56, 48), (28, 64), (14, 80), (7, 160), (88, 160), (512, 48)):
-            x, v, gate = _map((n, c, size, size), dtype), _map((c,), torch.float32), _map((n, c), torch.float32)
-            arguments = {
-                "bn_stats": (x,),
-                "bn_act": (x, v, v, gate, "hardswish"),
-                "bn_act_squeeze": (x, v, v, "hardswish"),
-                "bn_act_grad_sums": (x, x, v, v, v, "hardswish"),
-                "bn_act_grad": (x, x, v, v, gate, gate, v, v, "hardswish"),
-            }
-            for op, args in arguments.items():
-                yield op, f"{SHORT[dtype]} {size}x{size}", partial(LAUNCHERS[op], *args)
-
-
-def _folds(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    for c in (48, 1056):
-        v, gate, sums = _map((c,), torch.float32), _map((n, c), torch.float32), _map((5, n, c), torch.float32)
-        args = (v, v, v, v, v, v, _map((), torch.int64), 0.1, n * 56 * 56, 1e-3)
-        yield "bn_fold", f"fp32 {c}", partial(LAUNCHERS["bn_fold"], *args)
-        args = (sums, gate, gate, v, v, v, n * 56 * 56, True)
-        yield "bn_fold_grad", f"fp32 {c}", partial(LAUNCHERS["bn_fold_grad"], *args)
-
-
-def _gates(n: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    for c, r in ((48, 12), (160, 40), (1056, 264)):
-        pooled, hidden, w1, w2, b1, b2 = (
-            _map(shape, torch.float32) for shape in ((n, c), (n, r), (r, c), (c, r), (r,), (c,))
-        )
-        yield "se_gate", f"fp32 {c}-{r}", partial(LAUNCHERS["se_gate"], pooled, w1, b1, w2, b2)
-        args = (pooled, pooled, hidden, pooled, w1, w2)
-        yield "se_gate_grad", f"fp32 {c}-{r}", partial(LAUNCHERS["se_gate_grad"], *args)
-
-
-def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """``(op, configuration, call)``: dtypes, factors and sizes as the network has them, for n samples."""
-    yield from _couplings(n)
-    yield from _dequantizations(n)
-    yield from _norms(n)
-    yield from _folds(n)
-    yield from _gates(n)
 
 
 def report(

@@ -12,12 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-suite = importlib.import_module("benchmarks.gpu_suite")
-Op, Part = suite.Op, suite.Part
+from benchmarks import gpu_suite as suite
+from benchmarks.gpu import parts, profile, runner, workers
+from benchmarks.harness import networks, results
+from tests.networks import BOTH, NARROW
 
-CPU = suite.Machine("cpu", "a CPU")
-GPU = suite.Machine("cuda", "NVIDIA H200", "9.0")
+Op, Part = profile.Op, parts.Part
+
+CPU = parts.Machine("cpu", "a CPU")
+GPU = parts.Machine("cuda", "NVIDIA H200", "9.0")
 
 
 def python(code):
@@ -33,8 +36,8 @@ LAST = Part("fine-last", (python("open(r'{folder}/made.txt', 'w').write('x'); pr
 def run(tmp_path, monkeypatch, capsys):
     """Runs the suite on the given parts; returns its exit code, what it printed, and the results by part."""
 
-    def call(parts, *arguments):
-        monkeypatch.setattr(suite, "parts", lambda machine: parts)
+    def call(given, *arguments):
+        monkeypatch.setattr(suite, "all_parts", lambda machine: given)
         code = suite.main(["--dry-run", "--output", str(tmp_path / "out"), *arguments])
         found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("out/*/result.json")}
         return code, capsys.readouterr(), found
@@ -124,7 +127,7 @@ def test_command_that_does_not_exist_fails_its_part(run):
 
 
 def test_nothing_is_started_without_budget(run):
-    code, printed, found = run([SAYS, LAST], "--budget", str(suite.SHORTEST - 1))
+    code, printed, found = run([SAYS, LAST], "--budget", str(runner.SHORTEST - 1))
     assert code == 0 and not found
     assert "2 not run" in printed.out
 
@@ -153,9 +156,9 @@ def test_archive_holds_the_folder(run, tmp_path):
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["dry", "gpu"])
 def test_parts_have_distinct_names_and_every_group(machine):
-    found = suite.parts(machine)
+    found = parts.all_parts(machine)
     names = [part.name for part in found]
-    assert len(set(names)) == len(names) < suite.os.EX_USAGE
+    assert len(set(names)) == len(names)
     groups = {"env", "build", "tests", "sanitize", "bandwidth", "kernels", "memory", "throughput", "profile"}
     assert {part.group for part in found} == groups
     assert all(part.timeout <= 180 for part in found)
@@ -163,14 +166,14 @@ def test_parts_have_distinct_names_and_every_group(machine):
 
 def test_commands_start_scripts_that_are_there():
     for machine in (CPU, GPU):
-        for part in suite.parts(machine):
+        for part in parts.all_parts(machine):
             for command in part.commands:
                 scripts = [word for word in command if word.endswith(".py") and "/benchmarks/" in word]
                 assert all(Path(script).is_file() for script in scripts), part.name
 
 
 def test_a_gpu_gets_no_fallback_and_its_own_architecture():
-    found = {part.name: part for part in suite.parts(GPU)}
+    found = {part.name: part for part in parts.all_parts(GPU)}
     assert found["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     measured = [p for p in found.values() if p.group in ("tests", "kernels", "throughput", "profile", "sanitize")]
     assert all(part.environment["REVKERNELS_REQUIRE"] == "cpp,cuda,triton" for part in measured)
@@ -188,14 +191,14 @@ def parsed(part):
 @pytest.mark.parametrize("script", ["memory_vs_hrnet", "throughput", "kernels"])
 def test_benchmarks_know_the_options_and_models_they_are_given(machine, script):
     module = importlib.import_module(f"benchmarks.{script}")
-    mine = [part for part in suite.parts(machine) if Path(part.commands[0][1]).stem == script]
-    assert mine
-    for part in mine:
+    own = [part for part in parts.all_parts(machine) if Path(part.commands[0][1]).stem == script]
+    assert own
+    for part in own:
         _, arguments = parsed(part)
         assert arguments.device == machine.device
         if script != "kernels":
-            everything = () if script == "memory_vs_hrnet" else (module.contestants(),)
-            assert module.select(arguments.models.split(","), *everything)
+            everything = module.candidates() if script == "memory_vs_hrnet" else networks.catalogue()
+            assert networks.choose(arguments.models, everything)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_benchmarks_know_the_options_and_models_they_are_given(machine, script):
     ],
 )
 def test_parts_are_chosen_by_name_group_and_wildcard_in_their_order(patterns, expected):
-    assert [part.name for part in suite.select(patterns, suite.parts(GPU))] == expected
+    assert [part.name for part in suite.select(",".join(patterns), parts.all_parts(GPU))] == expected
 
 
 @pytest.mark.parametrize(
@@ -234,31 +237,31 @@ def test_usage_errors_are_one_line(arguments, message, capsys):
 
 IMAGE, DENSE, DEPTHWISE = [8, 24, 56, 56], [24, 24, 1, 1], [24, 1, 3, 3]
 CASES = [
-    ("sgemm", [Op("aten::bmm")], suite.PRODUCT),
-    ("dw", [Op("aten::_conv_depthwise2d", [IMAGE, DEPTHWISE])], suite.DEPTHWISE),
-    ("fwd", [Op("aten::cudnn_convolution", [IMAGE, DENSE])], suite.PRODUCT),
-    ("wgrad", [Op("aten::convolution_backward", [IMAGE, IMAGE, DEPTHWISE])], suite.DEPTHWISE_GRADIENT),
-    ("wgrad", [Op("aten::convolution_backward", [IMAGE, IMAGE, DENSE])], suite.PRODUCT),
-    ("nchw", [Op("aten::copy_"), Op("aten::convolution_backward", [IMAGE, IMAGE, DEPTHWISE])], suite.COPY),
-    ("Memcpy DtoD", [Op("aten::convolution_backward", [IMAGE, IMAGE, DEPTHWISE])], suite.COPY),
-    ("bn_bw", [Op("aten::native_batch_norm_backward"), Op("NativeBatchNormBackward0")], suite.NORM),
-    ("k", [Op("revkernels::depthwise_conv_grad_weight")], suite.DEPTHWISE_GRADIENT),
-    ("k", [Op("revkernels::depthwise_conv")], suite.DEPTHWISE),
-    ("k", [Op("revkernels::couple_adjoint")], suite.COUPLING),
-    ("k", [Op("revkernels::bn_act_grad_sums")], suite.FUSED_NORM),
-    ("k", [Op("revkernels::se_gate_grad")], suite.SQUEEZE),
-    ("k", [Op("revkernels::space_to_depth")], suite.RESAMPLE),
-    ("k", [Op("aten::upsample_bilinear2d_backward")], suite.RESAMPLE),
-    ("k", [Op("aten::hardswish_backward")], suite.ACTIVATION),
-    ("k", [Op("aten::add_")], suite.ELEMENTWISE),
-    ("k", [Op("unattributed")], suite.OTHER),
-    ("k", [], suite.OTHER),
+    ("sgemm", [Op("aten::bmm")], profile.PRODUCT),
+    ("dw", [Op("aten::_conv_depthwise2d", [IMAGE, DEPTHWISE])], profile.DEPTHWISE),
+    ("fwd", [Op("aten::cudnn_convolution", [IMAGE, DENSE])], profile.PRODUCT),
+    ("wgrad", [Op("aten::convolution_backward", [IMAGE, IMAGE, DEPTHWISE])], profile.DEPTHWISE_GRADIENT),
+    ("wgrad", [Op("aten::convolution_backward", [IMAGE, IMAGE, DENSE])], profile.PRODUCT),
+    ("nchw", [Op("aten::copy_"), Op("aten::convolution_backward", [IMAGE, IMAGE, DEPTHWISE])], profile.COPY),
+    ("Memcpy DtoD", [Op("aten::convolution_backward", [IMAGE, IMAGE, DEPTHWISE])], profile.COPY),
+    ("bn_bw", [Op("aten::native_batch_norm_backward"), Op("NativeBatchNormBackward0")], profile.NORM),
+    ("k", [Op("revkernels::depthwise_conv_grad_weight")], profile.DEPTHWISE_GRADIENT),
+    ("k", [Op("revkernels::depthwise_conv")], profile.DEPTHWISE),
+    ("k", [Op("revkernels::couple_adjoint")], profile.COUPLING),
+    ("k", [Op("revkernels::bn_act_grad_sums")], profile.FUSED_NORM),
+    ("k", [Op("revkernels::se_gate_grad")], profile.SQUEEZE),
+    ("k", [Op("revkernels::space_to_depth")], profile.RESAMPLE),
+    ("k", [Op("aten::upsample_bilinear2d_backward")], profile.RESAMPLE),
+    ("k", [Op("aten::hardswish_backward")], profile.ACTIVATION),
+    ("k", [Op("aten::add_")], profile.ELEMENTWISE),
+    ("k", [Op("unattributed")], profile.OTHER),
+    ("k", [], profile.OTHER),
 ]
 
 
 @pytest.mark.parametrize("kernel, ops, expected", CASES, ids=[f"{o[0].name if o else 'none'}-{e}" for _, o, e in CASES])
 def test_kernels_are_sorted_by_what_launched_them(kernel, ops, expected):
-    assert suite.category(kernel, ops) == expected
+    assert profile.category(kernel, ops) == expected
 
 
 def test_every_kernel_of_a_profile_counts_once():
@@ -275,7 +278,7 @@ def test_every_kernel_of_a_profile_counts_once():
     outer = op("aten::convolution_backward")
     inner = op("aten::copy_", [("a", 2.0), ("a", 3.0)], outer)
     events = [outer, inner, kernel("a", 2.0), kernel("a", 3.0), kernel("a", 5.0), kernel("b", 7.0)]
-    found = list(suite.launches(events, "cuda"))
+    found = list(profile.launches(events, "cuda"))
     assert [(launch.kernel, launch.microseconds) for launch in found] == [
         ("a", 2.0),
         ("a", 3.0),
@@ -287,16 +290,13 @@ def test_every_kernel_of_a_profile_counts_once():
 
 
 def test_profile_of_a_small_step_sums_to_one(tmp_path, monkeypatch, capsys):
-    import revbifpn
-
     def small(module):
-        options = {"channels": [48, 16, 16, 16], "head_channels": [16] * 4, "fc_features": 16, "num_ext_layers": 0}
-        return lambda **given: module.RevBiFPN(**options, inv_blk_rep=1, classes=10, **given)
+        return lambda **given: module.RevBiFPN(**(NARROW | given))
 
-    for module in (revbifpn, importlib.import_module("revbifpn.fast")):
+    for module in BOTH.values():
         monkeypatch.setattr(module, "revbifpn_s0", small(module))
-    monkeypatch.setattr(suite, "_seconds", lambda step, *_, **__: [0.001])
-    suite.work_profile(tmp_path, "cpu", "s0", 2, 32, ["float32"])
+    monkeypatch.setattr(profile, "_median_seconds", lambda *_: 0.001)
+    profile.work_profile(tmp_path, "cpu", "s0", 2, 32, ["float32"])
     rows = json.loads((tmp_path / "profile.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["stored", "reversible", "fast"]
     for row in rows:
@@ -305,8 +305,8 @@ def test_profile_of_a_small_step_sums_to_one(tmp_path, monkeypatch, capsys):
         assert sum(value for key, value in row.items() if key.startswith("launches_")) == row["launches"] > 100
     stored, reversible, fast = rows
     assert stored["launches"] < reversible["launches"]
-    assert f"share_{suite.COUPLING}" in fast and f"share_{suite.COUPLING}" not in stored
-    assert 0 < 5 * fast[f"launches_{suite.NORM}"] < stored[f"launches_{suite.NORM}"]  # the last convolution's
+    assert f"share_{profile.COUPLING}" in fast and f"share_{profile.COUPLING}" not in stored
+    assert 0 < 5 * fast[f"launches_{profile.NORM}"] < stored[f"launches_{profile.NORM}"]  # the last convolution's
     assert "depthwise gradients" in (tmp_path / "profile.md").read_text()
     assert (tmp_path / "kernels.csv").read_text().count("\n") > 50
 
@@ -326,10 +326,10 @@ def test_agreement_joins_the_two_meters(tmp_path, monkeypatch, capsys):
     )
     document(tmp_path / "results" / "memory_vs_hrnet_cpu_float32_quick.json", (*equal, 1.0))
     document(tmp_path / "gpu" / "memory-a" / "memory_vs_hrnet_cuda_float32.json", (*equal, 110.0))
-    monkeypatch.setattr(suite.common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     folder = tmp_path / "gpu" / "memory-agreement"
     folder.mkdir()
-    suite.work_agreement(folder)
+    workers.work_agreement(folder)
     assert capsys.readouterr().out.strip().endswith("1 of 1 figures within 15 % of the CPU's")
     assert "1.100" in (folder / "agreement.csv").read_text()
 
@@ -345,6 +345,6 @@ def test_reference_on_a_gpu_is_a_failure(tmp_path, monkeypatch):
         used["cuda"] = "reference" if op == "couple_" else "triton"
     monkeypatch.setattr(env, "collect", lambda: report)
     with pytest.raises(SystemExit, match="no CUDA kernel for couple_"):
-        suite.work_implementations(tmp_path, "cuda")
+        workers.work_implementations(tmp_path, "cuda")
     report["ops"]["couple_"]["cuda"] = "triton"
-    suite.work_implementations(tmp_path, "cuda")
+    workers.work_implementations(tmp_path, "cuda")

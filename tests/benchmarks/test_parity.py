@@ -1,18 +1,14 @@
 """The parity benchmark: its images, its training, its files, and what was measured with it."""
 
 import csv
-import importlib
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-common = importlib.import_module("benchmarks.common")
-parity = importlib.import_module("benchmarks.parity_digits")
+from benchmarks import parity_digits as parity
 
 CPU = torch.device("cpu")
 NARROW = {"channels": (48, 8, 8, 8), "num_ext_layers": 0, "head_channels": (8, 8, 8, 8), "fc_features": 8}
@@ -89,9 +85,16 @@ def test_missing_scikit_learn_is_named(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "error: scikit-learn is not installed: pip install scikit-learn\n"
 
 
-def test_measured_means_are_within_half_a_point():
-    rows = json.loads((common.RESULTS / "parity_digits_cpu.json").read_text())["rows"]
-    assert len({r["seed"] for r in rows} - {"mean"}) >= 3
-    means = {r["variant"]: r["test_accuracy"] for r in rows if r["seed"] == "mean"}
-    assert means.keys() == parity.VARIANTS.keys() and min(means.values()) > 97
-    assert max(means.values()) - min(means.values()) <= 0.5
+def test_differences_of_means_are_to_the_stored_float32_run():
+    def run(variant, seed, accuracy, largest):
+        return parity.Row(variant, seed, variant, True, "float32", accuracy, 0.5, largest, 1.0)
+
+    accuracies = {"float32": (98.0, 97.0), "fixed32": (98.0, 97.5), "fixed16": (90.0, 92.0)}
+    rows = [run(v, seed, a, 2.0 + seed) for v, found in accuracies.items() for seed, a in enumerate(found)]
+    assert [(r.variant, r.difference) for r in parity.means(rows)] == [
+        ("float32", 0),
+        ("fixed32", 0.25),
+        ("fixed16", -6.5),
+    ]
+    assert {(r.seed, r.largest_value) for r in parity.means(rows)} == {("mean", 3.0)}
+    assert [r.difference for r in parity.means([r for r in rows if r.variant != "float32"])] == [None, None]

@@ -107,6 +107,133 @@ const char* emulate_depthwise_conv_grad_weight(int64_t reverse, int64_t dtype, c
   });
 }
 
+const char* emulate_bn_act(int64_t reverse, int64_t dtype, const Map* x, const void* scale,
+                           const void* shift, const void* gate, int64_t act, void* z,
+                           int64_t stride_n, int64_t stride_c) {
+  return emulate(reverse, [&] {
+    bn_act(Dtype(dtype), *x, {scale, shift, gate, Activation(act)}, {z, stride_n, stride_c},
+           nullptr);
+  });
+}
+
+const char* emulate_bn_act_grad(int64_t reverse, int64_t dtype, int64_t dz_dtype, const Map* dz,
+                                const Map* x, const void* scale, const void* shift,
+                                const void* gate, const void* dpool, const void* slope,
+                                const void* offset, int64_t act, void* dx, int64_t stride_n,
+                                int64_t stride_c) {
+  return emulate(reverse, [&] {
+    bn_act_grad(Dtype(dtype), Dtype(dz_dtype), *dz, *x, {scale, shift, gate, Activation(act)},
+                {dpool, slope, offset}, {dx, stride_n, stride_c}, nullptr);
+  });
+}
+
+int64_t emulate_plane_parts(const Map* x) { return plane_parts(*x); }
+
+const char* emulate_bn_act_squeeze(int64_t reverse, int64_t dtype, const Map* x, const void* scale,
+                                   const void* shift, int64_t act, void* partial, void* pooled) {
+  return emulate(reverse, [&] {
+    bn_act_squeeze(Dtype(dtype), *x, {scale, shift, nullptr, Activation(act)}, partial, pooled,
+                   nullptr);
+  });
+}
+
+const char* emulate_bn_act_grad_sums(int64_t reverse, int64_t dtype, const Map* dz, const Map* x,
+                                     const void* scale, const void* shift, const void* mean,
+                                     int64_t act, void* partial, void* sums, int64_t stride) {
+  return emulate(reverse, [&] {
+    bn_act_grad_sums(Dtype(dtype), *dz, *x, {scale, shift, nullptr, Activation(act)}, mean, partial,
+                     sums, stride, nullptr);
+  });
+}
+
+const char* emulate_coupling_sums(int64_t reverse, int64_t dtype, int64_t du_dtype, const Map* du,
+                                  const Map* p, const void* mean, void* partial, void* sums,
+                                  int64_t stride) {
+  return emulate(reverse, [&] {
+    coupling_sums(Dtype(dtype), Dtype(du_dtype), *du, *p, mean, partial, sums, stride, nullptr);
+  });
+}
+
+// Statistics, and their fold in the same launch where there is a weight.
+const char* emulate_bn_stats(int64_t reverse, int64_t dtype, const Map* x, double* moments,
+                             void* mean, void* var, const void* weight, const void* bias,
+                             void* running_mean, void* running_var, void* batches, double momentum,
+                             double eps, void* rstd, void* scale, void* shift) {
+  const Fold fold{weight,   bias, running_mean,       running_var, static_cast<int64_t*>(batches),
+                  momentum, eps,  x->n * x->h * x->w, rstd,        scale,
+                  shift};
+  return emulate(reverse, [&] {
+    bn_moments(Dtype(dtype), *x, moments, nullptr);
+    bn_merge(Dtype(dtype), moments, x->n, x->c, x->h * x->w, mean, var,
+             weight == nullptr ? nullptr : &fold, nullptr);
+  });
+}
+
+const char* emulate_bn_fold(int64_t reverse, int64_t dtype, int64_t channels, const void* mean,
+                            const void* var, const void* weight, const void* bias,
+                            void* running_mean, void* running_var, void* batches, double momentum,
+                            int64_t count, double eps, void* rstd, void* scale, void* shift) {
+  const Fold fold{weight,   bias, running_mean, running_var, static_cast<int64_t*>(batches),
+                  momentum, eps,  count,        rstd,        scale,
+                  shift};
+  return emulate(reverse, [&] { bn_fold(Dtype(dtype), channels, mean, var, fold, nullptr); });
+}
+
+const char* emulate_bn_fold_grad(int64_t reverse, int64_t dtype, const void* sums, int64_t five,
+                                 const void* gate, int64_t gate_stride_n, int64_t gate_stride_c,
+                                 const void* dpool, const void* mean, const void* rstd,
+                                 const void* scale, int64_t samples, int64_t channels,
+                                 int64_t count, int64_t batch, void* dweight, void* dbias,
+                                 void* slope, void* offset) {
+  const FoldGrad args{sums,          samples * channels,
+                      five != 0,     gate,
+                      gate_stride_n, gate_stride_c,
+                      dpool,         mean,
+                      rstd,          scale,
+                      samples,       channels,
+                      count,         batch != 0,
+                      dweight,       dbias,
+                      slope,         offset};
+  return emulate(reverse, [&] { bn_fold_grad(Dtype(dtype), args, nullptr); });
+}
+
+const char* emulate_se_gate(int64_t reverse, int64_t dtype, const void* pooled, const void* w1,
+                            const void* b1, const void* w2, const void* b2, int64_t n, int64_t c,
+                            int64_t r, void* hidden, void* gate) {
+  return emulate(reverse, [&] {
+    se_gate(Dtype(dtype), {w1, b1, w2, b2, n, c, r}, pooled, hidden, gate, nullptr);
+  });
+}
+
+const char* emulate_se_gate_grad(int64_t reverse, int64_t dtype, const void* dgate,
+                                 const void* gate, const void* hidden, const void* pooled,
+                                 const void* w1, const void* w2, int64_t n, int64_t c, int64_t r,
+                                 int64_t pixels, void* dhidden, void* dpooled, void* dw1, void* db1,
+                                 void* dw2, void* db2) {
+  return emulate(reverse, [&] {
+    se_gate_grad(Dtype(dtype), {w1, nullptr, w2, nullptr, n, c, r}, dgate, gate, hidden, pooled,
+                 pixels, {dhidden, dpooled, dw1, db1, dw2, db2}, nullptr);
+  });
+}
+
+const char* emulate_convert(int64_t reverse, int64_t from, const Map* x, int64_t to, const Map* y,
+                            double factor, int64_t add) {
+  return emulate(reverse,
+                 [&] { convert(Dtype(from), *x, Dtype(to), *y, factor, add != 0, nullptr); });
+}
+
+const char* emulate_fold_parts(int64_t reverse, int64_t dtype, const void* partial, int64_t parts,
+                               int64_t rows, int64_t size, void* out, int64_t stride, int64_t add) {
+  return emulate(reverse, [&] {
+    fold_parts(Dtype(dtype), partial, parts, rows, size, out, stride, add != 0, nullptr);
+  });
+}
+
+const char* emulate_zero_tails(int64_t reverse, int64_t dtype, void* rows, int64_t count,
+                               int64_t pitch, int64_t begin) {
+  return emulate(reverse, [&] { zero_tails(Dtype(dtype), rows, count, pitch, begin, nullptr); });
+}
+
 // Runs the named broken kernel on 32 threads; y holds 32 floats.
 const char* emulate_mistake(int64_t reverse, const char* name, float* y) {
   const std::string mistake = name;

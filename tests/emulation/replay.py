@@ -1,6 +1,6 @@
 """Runs recorded kernel calls through an emulated library. Needs no torch, so that a sanitizer can be preloaded.
 
-A call is a dict: ``function``; ``buffers``, uint8 arrays; ``arguments``, each an int, a str, None, ``("pointer",
+A call is a dict: ``function``; ``buffers``, uint8 arrays; ``arguments``, each an int, a float, a str, None, ``("pointer",
 buffer, offset)`` or ``("map", buffer, offset, shape, strides)`` with the offset in bytes and strides in elements;
 ``outputs``, the buffers to hand back. As a script: ``replay.py LIBRARY CALLS RESULTS``, pickled lists.
 """
@@ -43,6 +43,8 @@ def run(library: ctypes.CDLL, call: dict, *, reverse: bool) -> list[np.ndarray]:
             return ctypes.c_void_p(None)
         if isinstance(argument, int):
             return ctypes.c_int64(argument)
+        if isinstance(argument, float):
+            return ctypes.c_double(argument)
         if isinstance(argument, str):
             return ctypes.c_char_p(argument.encode())
         address = buffers[argument[1]].ctypes.data + argument[2]

@@ -6,21 +6,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import revbifpn
-from revbifpn import RevBlock, ReversibleSequence, fast
+from revbifpn import RevBlock, ReversibleSequence
 from revbifpn.reversible import is_recomputing
+from tests.networks import F32, F64, MODULES, REVERSIBLE, error, identical, image, narrow
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 INSIDE = pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 
 
-def narrow(module, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    options = {"channels": [48, 16, 16, 16], "head_channels": [16, 16, 16, 16], "fc_features": 32} | options
-    return module.RevBiFPN(classes=10, num_ext_layers=2, inv_blk_rep=1, head_dropout=0.0, **options).to(dtype)
+def deep(module, dtype=F32, **options):
+    return narrow(module, dtype, num_ext_layers=2, **options)
 
 
-def image(dtype=torch.float32):
-    return torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+def images(dtype=F32):
+    return image(dtype, n=8)
 
 
 def gradients(model, x, *, autocast=True, inside=False):
@@ -30,39 +28,34 @@ def gradients(model, x, *, autocast=True, inside=False):
             loss.backward()
     if not inside:
         loss.backward()
-    return [p.grad.double() for p in model.parameters()]
-
-
-def error(found, wanted):
-    difference = torch.stack([(a - b).norm() for a, b in zip(found, wanted, strict=True)]).norm()
-    return (difference / torch.stack([b.norm() for b in wanted]).norm()).item()
+    return [p.grad for p in model.parameters()]
 
 
 @MODULES
 @INSIDE
 def test_reversible_gradients_are_as_accurate_as_stored_ones(module, inside):
-    wanted = gradients(narrow(revbifpn, torch.float64, reversible=False), image(torch.float64), autocast=False)
-    stored = error(gradients(narrow(revbifpn, reversible=False), image()), wanted)
+    wanted = gradients(deep(revbifpn, F64, reversible=False), images(F64), autocast=False)
+    stored = error(gradients(deep(revbifpn, reversible=False), images()), wanted)
     assert 1e-3 < stored < 0.3, "bfloat16 is in use, and says something"
-    assert error(gradients(narrow(module), image(), inside=inside), wanted) <= 2 * stored
+    assert error(gradients(deep(module), images(), inside=inside), wanted) <= 2 * stored
 
 
 @MODULES
 def test_backward_is_the_same_inside_and_outside_the_region(module):
-    results = [gradients(narrow(module), image(), inside=inside) for inside in (False, True)]
-    assert error(*results) == 0.0
+    results = [gradients(deep(module), images(), inside=inside) for inside in (False, True)]
+    assert identical(*results)
 
 
 @MODULES
-@pytest.mark.parametrize("reversible", [True, False])
+@REVERSIBLE
 def test_streams_stay_float32_and_branches_run_in_bfloat16(module, reversible):
-    model = narrow(module, reversible=reversible)
+    model = deep(module, reversible=reversible)
     seen = {False: [], True: []}
     for m in model.rev_stack.modules():
         if isinstance(m, nn.Conv2d):
             m.register_forward_hook(lambda _, __, y: seen[is_recomputing()].append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        streams = model.forward_streams(image())
+        streams = model.forward_streams(images())
     assert [y.dtype for y in streams] == [torch.float32] * 4
     sum(y.sum() for y in streams).backward()
     assert set(seen[False]) == {torch.bfloat16}
@@ -71,8 +64,8 @@ def test_streams_stay_float32_and_branches_run_in_bfloat16(module, reversible):
 
 @MODULES
 def test_parameters_and_their_gradients_stay_float32(module):
-    model = narrow(module)
-    gradients(model, image())
+    model = deep(module)
+    gradients(model, images())
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert torch.is_autocast_enabled("cpu") is False
 
@@ -80,15 +73,15 @@ def test_parameters_and_their_gradients_stay_float32(module):
 @MODULES
 def test_forward_outside_backward_inside_is_float32(module):
     """The region that counts is the forward's: only the classifier's own backward is PyTorch's, in bfloat16."""
-    wanted = gradients(narrow(module), image(), autocast=False)
-    stored, model = narrow(revbifpn, reversible=False), narrow(module)
+    wanted = gradients(deep(module), images(), autocast=False)
+    stored, model = deep(revbifpn, reversible=False), deep(module)
     for m in (stored, model):
-        loss = F.cross_entropy(m(image()), torch.arange(8))
+        loss = F.cross_entropy(m(images()), torch.arange(8))
         with torch.autocast("cpu", torch.bfloat16):
             loss.backward()
             assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    ordinary = error([p.grad.double() for p in stored.parameters()], wanted)
-    assert error([p.grad.double() for p in model.parameters()], wanted) <= 2 * ordinary < 2e-2
+    ordinary = error([p.grad for p in stored.parameters()], wanted)
+    assert error([p.grad for p in model.parameters()], wanted) <= 2 * ordinary < 2e-2
 
 
 @MODULES
@@ -96,12 +89,12 @@ def test_training_in_one_autocast_region(module):
     """Autocast caches casts of weights per region: a recompute must neither take a stale one nor leave one."""
     losses = []
     for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+        model = narrow(source, F32, reversible=reversible)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         for _ in range(4):
             with torch.autocast("cpu", torch.bfloat16):
                 for _ in range(2):  # the second forward of a region finds the first one's casts
-                    loss = F.cross_entropy(model(image()), torch.arange(8))
+                    loss = F.cross_entropy(model(images()), torch.arange(8))
                     optimizer.zero_grad()
                     loss.backward()
             optimizer.step()
@@ -110,8 +103,8 @@ def test_training_in_one_autocast_region(module):
 
 
 def test_model_in_bfloat16_throughout():
-    model = narrow(revbifpn, torch.bfloat16)
-    logits = model(image(torch.bfloat16))
+    model = deep(revbifpn, torch.bfloat16)
+    logits = model(images(torch.bfloat16))
     logits.sum().backward()
     assert logits.dtype == torch.bfloat16
     assert all(p.grad.isfinite().all() for p in model.parameters())

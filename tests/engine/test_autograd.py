@@ -4,7 +4,7 @@ import copy
 import gc
 import io
 import pickle
-import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -12,75 +12,34 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
-from revbifpn import fast
-from revbifpn.engine.state import State
 from revbifpn.memory import measure_step
 from revbifpn.reversible import is_recomputing
+from tests.marks import mostly_slow
+from tests.networks import (
+    F32,
+    F64,
+    MODULES,
+    MOSTLY_FAST,
+    REVERSIBLE,
+    TWO_LEVELS,
+    assert_same_as_stored,
+    difference,
+    error,
+    gradients,
+    image,
+    narrow,
+    scalar,
+    stored_gradients,
+)
 
-F64, F32 = torch.float64, torch.float32
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
-NARROW = {
-    "channels": [48, 16, 16, 16],
-    "head_channels": [16, 16, 16, 16],
-    "fc_features": 32,
-    "classes": 10,
-    "num_ext_layers": 0,
-    "inv_blk_rep": 1,
-    "head_dropout": 0.0,
-}
 DEPTHS = {"s0": (2, 0.0), "s3": (3, 0.05), "s6": (5, 0.3)}  # num_ext_layers, stochastic_depth
-
-
-def narrow(module, dtype=F64, *, seed=0, **options):
-    torch.manual_seed(seed)
-    return module.RevBiFPN(**(NARROW | options)).to(dtype)
-
-
-def image(dtype=F64, n=2):
-    return torch.randn(n, 3, 64, 64, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def scalar(outputs):
-    """A loss without symmetry, of logits or of a pyramid."""
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-    return sum(
-        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() + y.square().sum() for y in outputs
-    )
-
-
-def gradients(model, x, *, seed=2):
-    torch.manual_seed(seed)
-    model.zero_grad(set_to_none=True)
-    scalar(model(x)).backward()
-    return [p.grad for p in model.parameters()]
-
-
-def difference(found, wanted):
-    """Largest relative difference of a norm; norms below 1e-6 of the largest (zero but for rounding) count as that."""
-    assert [g is None for g in found] == [g is None for g in wanted]
-    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b is not None]
-    floor = max(1e-6 * max((b.norm().item() for _, b in pairs), default=0.0), 1e-30)
-    return max(((a - b).norm().item() / max(b.norm().item(), floor) for a, b in pairs), default=0.0)
-
-
-def overall(found, wanted):
-    """Relative difference of all gradients as one vector."""
-    norm = torch.stack([b.double().norm() for b in wanted]).norm()
-    return (
-        torch.stack([(a.double() - b.double()).norm() for a, b in zip(found, wanted, strict=True)]).norm() / norm
-    ).item()
-
-
-def stored_gradients(x, **options):
-    """The truth: plain PyTorch, activations stored."""
-    return gradients(narrow(revbifpn, reversible=False, **options), x)
 
 
 # Equality with stored activations -----------------------------------------------------------------
 
 
 @MODULES
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", mostly_slow(DEPTHS))
 def test_gradients_and_statistics_at_the_depth_of_a_scale(module, depth):
     ext, drop = DEPTHS[depth]
     options = {"num_ext_layers": ext, "inv_blk_rep": 2, "stochastic_depth": drop, "head_dropout": 0.3}
@@ -114,7 +73,7 @@ def test_float32_gradients_are_close_to_float64(module):
     x = image(n=4)
     wanted = stored_gradients(x, **options)
     found = gradients(narrow(module, F32, **options), x.float())
-    assert overall(found, wanted) < 1e-4
+    assert error(found, wanted) < 1e-4
     largest = max(g.norm() for g in wanted)
     for a, b in zip(found, wanted, strict=True):
         if b.norm() > 1e-6 * largest:
@@ -130,7 +89,7 @@ def test_each_switch_gives_equal_gradients(module, off):
     assert difference(gradients(narrow(module, **off, **options), image()), stored_gradients(image(), **options)) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_switches_store_what_their_names_say(module):
     """Kept between forward and backward: the neck's activations, the stack's, or both."""
     options = {"num_ext_layers": 2, "classes": None}
@@ -147,7 +106,7 @@ def test_switches_store_what_their_names_say(module):
     assert kept[True, True] - kept[False, False] == pytest.approx(neck + stack, rel=0.25)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_memory_does_not_grow_with_depth(module):
     peak = {
         (reversible, ext): measure_step(
@@ -162,17 +121,16 @@ def test_memory_does_not_grow_with_depth(module):
 @MODULES
 @pytest.mark.parametrize("mode", ["eval", "frozen norms"])
 def test_gradients_with_running_statistics(module, mode):
-    found = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible, stochastic_depth=0.2)
+    def run(model):
         gradients(model, image())
         model.train(mode != "eval")
         if mode != "eval":
             for m in model.modules():
                 if isinstance(m, nn.BatchNorm2d) and m.num_features != 16:
                     m.eval()
-        found.append(gradients(model, image() + 1))
-    assert difference(*found) < 1e-9
+        return gradients(model, image() + 1)
+
+    assert_same_as_stored(module, run, stochastic_depth=0.2)
 
 
 @MODULES
@@ -183,8 +141,8 @@ def test_other_layers(module, options):
     assert difference(gradients(narrow(module, **options), image()), stored_gradients(image(), **options)) < 1e-9
 
 
-@MODULES
-@pytest.mark.parametrize("reversible", [True, False])
+@MOSTLY_FAST
+@pytest.mark.parametrize("reversible", mostly_slow([True, False]))
 @pytest.mark.parametrize(
     "change",
     [
@@ -226,26 +184,24 @@ def test_empty_batch(module, training):
 @MODULES
 def test_autograd_grad_of_image_and_parameters(module):
     x = image().requires_grad_()
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
-        results.append(torch.autograd.grad(scalar(model(x)), [x, *model.parameters()]))
+
+    def run(model):
+        twin = copy.deepcopy(model)
+        found = torch.autograd.grad(scalar(model(x)), [x, *model.parameters()])
         assert all(p.grad is None for p in model.parameters()) and x.grad is None
-        image_alone = torch.autograd.grad(scalar(narrow(source, reversible=reversible)(x)), x)
-        assert difference(image_alone, results[-1][:1]) < 1e-12
-    assert difference(*results) < 1e-9
+        assert difference(torch.autograd.grad(scalar(twin(x)), x), found[:1]) < 1e-12
+        return found
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
 def test_learnable_layer_before_the_model(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        net = nn.Sequential(nn.Conv2d(3, 3, 1), narrow(source, reversible=reversible)).double()
+    def run(model):
         torch.manual_seed(0)
-        nn.init.normal_(net[0].weight)
-        nn.init.normal_(net[0].bias)
-        results.append(gradients(net, image()))
-    assert difference(*results) < 1e-9
+        return gradients(nn.Sequential(nn.Conv2d(3, 3, 1), model).double(), image())
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
@@ -259,15 +215,13 @@ def test_gradients_accumulate(module):
 @MODULES
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_before_two_backwards(module, order):
-    options = {"stochastic_depth": 0.3, "head_dropout": 0.3}
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible, **options)
+    def run(model):
         torch.manual_seed(5)
         losses = [scalar(model(image())), scalar(model(image() * 2))]
         by_forward = {i: torch.autograd.grad(losses[i], list(model.parameters())) for i in order}
-        results.append([*by_forward[0], *by_forward[1]])
-    assert difference(*results) < 1e-9
+        return [*by_forward[0], *by_forward[1]]
+
+    assert_same_as_stored(module, run, stochastic_depth=0.3, head_dropout=0.3)
 
 
 FREEZE = {
@@ -282,48 +236,45 @@ FREEZE = {
 }
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("part", FREEZE)
-@pytest.mark.parametrize("image_gradient", [False, True])
+@pytest.mark.parametrize("image_gradient", mostly_slow([True, False]))
 def test_frozen_parameters(module, part, image_gradient):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+    def run(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not FREEZE[part](name))
         x = image().requires_grad_(image_gradient)
         loss = scalar(model(x))
         if loss.requires_grad:
             loss.backward()
-        results.append([x.grad] + [p.grad for p in model.parameters()])
-    assert difference(*results) < 1e-9
+        return [x.grad] + [p.grad for p in model.parameters()]
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
 def test_requires_grad_changed_between_forward_and_backward(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+    def run(model):
         loss = scalar(model(image()))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("rev_stack.2" not in name)
         loss.backward()
-        results.append([p.grad for p in model.parameters()])
-    assert difference(*results) < 1e-9
+        return [p.grad for p in model.parameters()]
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
 def test_train_flag_changed_between_forward_and_backward(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible, stochastic_depth=0.4)
+    def run(model):
         torch.manual_seed(3)
         loss = scalar(model(image()))
         model.eval()
         loss.backward()
         assert not any(m.training for m in model.modules())
-        results.append([p.grad for p in model.parameters()])
-    assert difference(*results) < 1e-9
+        return [p.grad for p in model.parameters()]
+
+    assert_same_as_stored(module, run, stochastic_depth=0.4)
 
 
 @MODULES
@@ -344,17 +295,10 @@ def test_eval_pass_then_training_pass_then_the_first_backward(module):
 @MODULES
 def test_hooks_of_parameters_fire_once(module):
     model = narrow(module)
-    seen = {}
-
-    def count(name):
-        def hook(*_):
-            seen[name] = seen.get(name, 0) + 1
-
-        return hook
-
+    seen = Counter()
     for name, parameter in model.named_parameters():
-        parameter.register_hook(count(name))
-        parameter.register_post_accumulate_grad_hook(count(name + " accumulated"))
+        parameter.register_hook(lambda _, name=name: seen.update([name]))
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.update([name + " accumulated"]))
     gradients(model, image())
     assert set(seen.values()) == {1}
     assert len(seen) == 2 * len(list(model.parameters()))
@@ -362,21 +306,17 @@ def test_hooks_of_parameters_fire_once(module):
 
 @MODULES
 def test_forward_hooks_fire_as_in_the_stored_model(module):
-    counts = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
-        seen = {}
+    def calls(model):
+        seen = Counter()
         for name, m in model.named_modules():
-            m.register_forward_hook(
-                lambda *_, name=name, seen=seen: (
-                    None if is_recomputing() else seen.update({name: seen.get(name, 0) + 1})
-                )
-            )
+            m.register_forward_hook(lambda *_, name=name: None if is_recomputing() else seen.update([name]))
         gradients(model, image())
-        counts.append(seen)
-    assert counts[0] == counts[1]
-    assert "rev_stack.1.rev_transform_0" in counts[0] and "rev_stack.recomp_op" in counts[0]
-    assert {"", "head", "stem", "rev_stack", "rev_stack.1", "rev_stack.2.f.xform_0_1"} <= counts[0].keys()
+        return seen
+
+    found = calls(narrow(module))
+    assert found == calls(narrow(revbifpn, reversible=False))
+    assert "rev_stack.1.rev_transform_0" in found and "rev_stack.recomp_op" in found
+    assert {"", "head", "stem", "rev_stack", "rev_stack.1", "rev_stack.2.f.xform_0_1"} <= found.keys()
 
 
 @MODULES
@@ -402,12 +342,11 @@ def test_own_stem_keeps_its_output(module):
         def forward(self, x):
             return torch.sigmoid(self.stem(x) * self.gain)  # sigmoid's gradient reads its output
 
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+    def run(model):
         model.stem = SavingStem(model.stem)
-        results.append(gradients(model, image()))
-    assert difference(*results) < 1e-9
+        return gradients(model, image())
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
@@ -423,72 +362,65 @@ def test_replaced_head_is_used(module):
 @MODULES
 @pytest.mark.parametrize("where", ["head.fc", "rev_stack.1.rev_transform_0.f.xform_0_1.dw_conv.conv"])
 def test_patched_forward_of_a_layer_is_called(module, where):
-    model = narrow(module, reversible=True)
-    layer = model.get_submodule(where)
-    original = layer.forward
-    wanted = model(image())
-    layer.forward = lambda x: 2 * original(x)
-    layer.forward, patched = layer.forward, model(image())
-    assert difference([patched], [wanted]) > 1e-3 or where != "head.fc"
-    layer.forward = original
-    stored = narrow(revbifpn, reversible=False)
-    layer = stored.get_submodule(where)
-    plain = layer.forward
-    stored(image())
-    layer.forward = lambda x: 2 * plain(x)
-    assert difference([patched], [stored(image())]) < 1e-9
+    """Running statistics tell a scaled layer from the original, where a norm of the batch would undo the scale."""
+
+    def run(model):
+        model.eval()
+        layer = model.get_submodule(where)
+        original, unchanged = layer.forward, model(image())
+        layer.forward = lambda x: 2 * original(x)
+        patched = model(image())
+        assert difference([patched], [unchanged]) > 1e-6
+        return [patched]
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
 def test_changed_convolution_is_called(module):
     """Another padding and dilation, same output size: kernels must not assume what the constructor made."""
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+
+    def run(model):
         for name in ("rev_stack.1.rev_transform_0.f.xform_0_1", "rev_stack.4.f.xform_0_1"):
             conv = model.get_submodule(name).dw_conv.conv
             conv.padding, conv.dilation = tuple(2 * p for p in conv.padding), (2, 2)
-        results.append(gradients(model, image()))
-    assert difference(*results) < 1e-9
+        return gradients(model, image())
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
 def test_weight_tying(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible, stochastic_depth=0.3)
+    def run(model):
         blocks = model.rev_stack.blocks
         blocks[2].rev_transform_0 = blocks[0].rev_transform_0
-        results.append(gradients(model, image()))
-    assert difference(*results) < 1e-9
+        return gradients(model, image())
+
+    assert_same_as_stored(module, run, stochastic_depth=0.3)
 
 
 @MODULES
 def test_replaced_blocks_and_transforms_are_used(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model, other = narrow(source, reversible=reversible), narrow(source, seed=9)
-        setattr(model.rev_stack, "1", other.rev_stack.blocks[0])
-        model.rev_stack.blocks[2].rev_transform_1.f.xform_0_1 = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()).double()
+    def run(model):
+        setattr(model.rev_stack, "1", narrow(module, seed=9).rev_stack.blocks[0])
         torch.manual_seed(4)
-        nn.init.normal_(model.rev_stack.blocks[2].rev_transform_1.f.xform_0_1[0].weight)
-        nn.init.zeros_(model.rev_stack.blocks[2].rev_transform_1.f.xform_0_1[0].bias)
-        results.append(gradients(model, image()))
-    assert difference(*results) < 1e-9
+        transform = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()).double()
+        model.rev_stack.blocks[2].rev_transform_1.f.xform_0_1 = transform
+        return gradients(model, image())
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
 def test_parametrised_layers(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+    def run(model):
         torch.manual_seed(6)
         for m in list(model.rev_stack.blocks[0].modules()):
             if isinstance(m, nn.Conv2d):
                 nn.utils.parametrizations.spectral_norm(m)
-        model.double()
-        results.append(gradients(model, image()))
-    assert difference(*results) < 1e-9
+        return gradients(model.double(), image())
+
+    assert_same_as_stored(module, run)
 
 
 @MODULES
@@ -516,7 +448,7 @@ def test_functional_call_gives_gradients_to_the_substitutes(module):
 @MODULES
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("off", [{}, {"disable_rev": True}, {"disable_recomp": True}])
+@pytest.mark.parametrize("off", mostly_slow([{}, {"disable_rev": True}, {"disable_recomp": True}]))
 def test_no_graph_where_none_is_wanted(module, mode, training, off):
     model, twin = narrow(module, **off).train(training), narrow(revbifpn, reversible=False).train(training)
     with mode():
@@ -537,7 +469,7 @@ def test_checkpoint_around_the_model(module, use_reentrant):
 
 
 @MODULES
-@pytest.mark.parametrize("reversible", [True, False])
+@REVERSIBLE
 def test_saved_tensor_hooks(module, reversible):
     model = narrow(module, reversible=reversible)
     with torch.autograd.graph.save_on_cpu():
@@ -560,27 +492,26 @@ def test_gradients_are_deterministic(module):
 @MODULES
 def test_partial_gradients_of_one_pass(module):
     """The neck of one level first, then the stack through another: the second must not see the first's gradient."""
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible, classes=None)
+
+    def run(model):
         pyramid = model(image())
         neck = list(model.neck.recomp_transform_0.parameters())
         stack = list(model.rev_stack.blocks[0].parameters())
         first = torch.autograd.grad(scalar(pyramid[0]), neck, retain_graph=True)
-        results.append([*first, *torch.autograd.grad(scalar(pyramid[1]), stack)])
-    assert difference(*results) < 1e-9
+        return [*first, *torch.autograd.grad(scalar(pyramid[1]), stack)]
+
+    assert_same_as_stored(module, run, classes=None)
 
 
 @MODULES
 def test_head_first_then_everything(module):
-    results = []
-    for source, reversible in ((module, True), (revbifpn, False)):
-        model = narrow(source, reversible=reversible)
+    def run(model):
         loss = scalar(model(image()))
         head = torch.autograd.grad(loss, list(model.head.parameters()), retain_graph=True)
         loss.backward()
-        results.append([*head, *(p.grad for p in model.parameters())])
-    assert difference(*results) < 1e-9
+        return [*head, *(p.grad for p in model.parameters())]
+
+    assert_same_as_stored(module, run)
 
 
 # What is refused --------------------------------------------------------------------------------
@@ -592,7 +523,7 @@ SHAPES = pytest.mark.parametrize(
 
 @MODULES
 @SHAPES
-@pytest.mark.parametrize("retain_graph", [True, False])
+@pytest.mark.parametrize("retain_graph", mostly_slow([True, False]))
 def test_second_backward_is_an_error(module, options, retain_graph):
     loss = scalar(narrow(module, **options)(image()))
     loss.backward(retain_graph=retain_graph)
@@ -672,27 +603,14 @@ def test_weight_changed_in_place_is_an_error(module, where):
 
 @MODULES
 @SHAPES
-@pytest.mark.parametrize("backward", [False, True])
-def test_streams_are_freed_without_the_cycle_collector(module, options, backward, monkeypatch):
-    states, init = [], State.__init__
-
-    def record(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        states.append(weakref.ref(self))
-
-    monkeypatch.setattr(State, "__init__", record)
-    model = narrow(module, **options)
-    gc.collect()
-    gc.disable()
-    try:
-        loss = scalar(model(image()))
-        if backward:
-            loss.backward()
-            assert states[0]().streams == [] and states[0]().grads == [], "freed with the loss still alive"
-        del loss
-        assert [s() for s in states] == [None]
-    finally:
-        gc.enable()
+@pytest.mark.parametrize("backward", mostly_slow([True, False]))
+def test_streams_are_freed_without_the_cycle_collector(module, options, backward, passes):
+    loss = scalar(narrow(module, **options)(image()))
+    if backward:
+        loss.backward()
+        assert passes[0]().streams == [] and passes[0]().grads == [], "freed with the loss still alive"
+    del loss
+    assert [owner() for owner in passes] == [None]
 
 
 @MODULES
@@ -705,12 +623,7 @@ def test_live_memory_does_not_grow_over_steps(module):
     assert kept[3] == kept[2] == kept[1]
 
 
-TWO_LEVELS = {"channels": [48, 16], "dwk": [3, 3], "dwkp": [0, 0], "expand_ratios": [1, 2], "se_ratios": [0.25, 0.0]}
-TWO_LEVELS |= {"head_channels": [16, 16], "head_dwk": [3, 3], "head_dwkp": [0, 0]}
-TWO_LEVELS |= {"head_expand_ratios": [1, 2], "head_se_ratios": [0.25, 0.0]}
-
-
-@MODULES
+@MOSTLY_FAST
 def test_compiled_model_agrees(module):
     """Tracing is what can go wrong here; the code that inductor generates is not under test."""
     model = narrow(module, **TWO_LEVELS)

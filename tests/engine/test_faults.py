@@ -5,13 +5,11 @@ or backward, so that they hit every part of it: couplings, recomputes, pullbacks
 """
 
 import copy
-import gc
 import inspect
 import itertools
 import os
 import signal
 import sys
-import weakref
 
 import pytest
 import torch
@@ -20,47 +18,44 @@ from torch import nn
 
 import revbifpn
 import revkernels
-from revbifpn import check_invertible, fast, fused, monitor_drift, range_report
-from revbifpn.engine.state import State
-from revbifpn.engine.tape import Stored
+from revbifpn import check_invertible, fused, monitor_drift, range_report
 from revbifpn.mbconv import MBConv
 from revbifpn.memory import PeakMemory
 from revbifpn.reversible import is_recomputing
+from tests import networks
+from tests.marks import mostly_slow, slow
+from tests.networks import BOTH, F32, MODULES, TWO_LEVELS, identical
 
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
 MESSAGE = "raised by the test"
 MOMENTS = (0.0, 0.03, 0.25, 0.5, 0.75, 1.0)  # of all calls that may fail
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
-STREAMS = pytest.mark.parametrize("stream", [None, "fixed32", "fixed16"])
-REVERSIBLE = pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
+STREAMS = pytest.mark.parametrize("stream", [None, "fixed16", *slow(["fixed32"])])
+REVERSIBLE = pytest.mark.parametrize("reversible", mostly_slow([True, False]), ids=["reversible", "stored"])
 # Plain float streams that are stored have PyTorch's own backward.
 OWN_BACKWARD = pytest.mark.parametrize(
     ("module", "stream", "reversible"),
     [
-        pytest.param(module, stream, reversible, id=f"{name}-{stream}-{'reversible' if reversible else 'stored'}")
-        for name, module in (("plain", revbifpn), ("fast", fast))
+        pytest.param(
+            module,
+            stream,
+            reversible,
+            id=f"{name}-{stream}-{'reversible' if reversible else 'stored'}",
+            marks=() if (name == "fast" and stream != "fixed32") or stream is None else pytest.mark.slow,
+        )
+        for name, module in BOTH.items()
         for stream in (None, "fixed32", "fixed16")
         for reversible in (True, False)
         if name == "fast" or stream is not None or reversible
     ],
 )
 
-NARROW = {
+TINY = TWO_LEVELS | {
     "stem_downsampling": 1,
     "channels": [12, 8],
-    "dwk": [3, 3],
-    "dwkp": [0, 0],
-    "inv_blk_rep": 1,
-    "expand_ratios": [1, 2],
-    "se_ratios": [0.25, 0.0],
     "num_ext_layers": 1,
     "stochastic_depth": 0.3,
     "head_channels": [8, 8],
-    "head_dwk": [3, 3],
-    "head_dwkp": [0, 0],
-    "head_expand_ratios": [1, 2],
-    "head_se_ratios": [0.25, 0.25],
     "fc_features": 16,
     "head_dropout": 0.2,
     "classes": 5,
@@ -76,13 +71,13 @@ def chunks_of_one_sample():
 
 def network(module, **options):
     torch.manual_seed(0)
-    model = module.RevBiFPN(**(NARROW | options))
+    model = module.RevBiFPN(**(TINY | options))
     model.rev_stack.self_check = False  # as after a first step; has its own test
     return model
 
 
 def image():
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return networks.image(F32, 3, 16, 16)
 
 
 def forward(model):
@@ -108,10 +103,6 @@ def step(model):
     loss = forward(model)
     loss.backward()
     return [loss.detach(), *gradients(model)]
-
-
-def identical(found, wanted):
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # Faults ----------------------------------------------------------------------------------------
@@ -206,26 +197,6 @@ def statistics(model):
     for name, buffer in model.named_buffers():
         found.setdefault(name.rpartition(".")[0], []).append(buffer.clone())
     return found
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Weak references to the owners of all passes' streams, with the cycle collector off."""
-    made = []
-
-    def recorded(init):
-        def run(self, *args, **kwargs):
-            init(self, *args, **kwargs)
-            made.append(weakref.ref(self))
-
-        return run
-
-    for owner in (State, Stored):
-        monkeypatch.setattr(owner, "__init__", recorded(owner.__init__))
-    gc.collect()
-    gc.disable()
-    yield made
-    gc.enable()
 
 
 def alive(passes):
@@ -378,7 +349,7 @@ def test_forward_without_backward_frees_its_tensors(module, stream, reversible):
 
 
 @OWN_BACKWARD
-@pytest.mark.parametrize("disable_recomp", [True, False])
+@pytest.mark.parametrize("disable_recomp", mostly_slow([False, True]))
 def test_some_gradients_first(module, stream, reversible, disable_recomp):
     """A backward that stops at the head leaves the streams as they are; one through everything is right or refused."""
     model = network(module, stream=stream, reversible=reversible)
@@ -395,7 +366,7 @@ def test_some_gradients_first(module, stream, reversible, disable_recomp):
         assert identical(found, wanted)
 
 
-@pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
+@pytest.mark.parametrize("stream", ["fixed16", *slow(["fixed32"])])
 @MODULES
 def test_self_check_goes_on_after_a_fault(module, stream):
     model = network(module, stream=stream)

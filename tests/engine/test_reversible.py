@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 
 from revbifpn import RevBlock, ReversibleSequence, RevSilo, check_invertible, memory
 from revbifpn.engine.lowered import Coupler
-from revbifpn.engine.state import State
 from revbifpn.fused import FusedCoupler
 from revbifpn.mbconv import MBConv
 from revbifpn.reversible import Coupling, Part, PerLevel, Reversible, Upsampled, is_recomputing, recomputed
@@ -515,48 +512,28 @@ def test_step_after_an_exception_is_right(error, recompute):
 # Memory ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def states_made(monkeypatch):
-    """Weak references to the states of the passes in the block, with the cycle collector off."""
-    states, init = [], State.__init__
-
-    def record(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        states.append(weakref.ref(self))
-
-    monkeypatch.setattr(State, "__init__", record)
-    gc.collect()
-    gc.disable()
-    try:
-        yield states
-    finally:
-        gc.enable()
-
-
 @pytest.mark.parametrize("backward", [False, True])
-def test_streams_are_freed_without_the_cycle_collector(backward, monkeypatch):
+def test_streams_are_freed_without_the_cycle_collector(backward, passes):
     net, (x,) = network("growing, then not")
-    with states_made(monkeypatch) as states:
-        loss = sum(y.sum() for y in net(x))
-        if backward:
-            loss.backward()
-            assert states[0]().grads == []
-        assert states[0]().streams == [], "the outputs alone are kept, and with backward not even those"
-        del loss
-        assert [s() for s in states] == [None]
+    loss = sum(y.sum() for y in net(x))
+    if backward:
+        loss.backward()
+        assert passes[0]().grads == []
+    assert passes[0]().streams == [], "the outputs alone are kept, and with backward not even those"
+    del loss
+    assert [owner() for owner in passes] == [None]
 
 
-def test_streams_are_freed_after_an_exception(monkeypatch):
+def test_streams_are_freed_after_an_exception(passes):
     torch.manual_seed(0)
     net = four(Bomb)
     x = torch.randn(3, 8, 6, 6)
-    with states_made(monkeypatch) as states:
-        for recompute in (False, True):
-            net.blocks[1].f.xform_0_1.fuse = (recompute, ValueError)
-            with contextlib.suppress(ValueError):
-                net(x).sum().backward()
-        net.zero_grad(set_to_none=True)
-        assert [s() for s in states] == [None, None]
+    for recompute in (False, True):
+        net.blocks[1].f.xform_0_1.fuse = (recompute, ValueError)
+        with contextlib.suppress(ValueError):
+            net(x).sum().backward()
+    net.zero_grad(set_to_none=True)
+    assert [owner() for owner in passes] == [None, None]
 
 
 def deep(depth, reversible):
@@ -564,7 +541,7 @@ def deep(depth, reversible):
     return ReversibleSequence(*blocks, reversible=reversible)
 
 
-@pytest.mark.parametrize("coupler", [Coupler, FusedCoupler])
+@couplers
 def test_peak_memory_does_not_grow_with_depth(coupler):
     peaks = {}
     for reversible in (True, False):

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import revbifpn
 from revbifpn import (
     RevBlock,
     ReversibleSequence,
@@ -21,23 +20,32 @@ from revbifpn import (
 )
 from revbifpn.configs import CONFIGS
 from revbifpn.memory import MIB, measure_sample
+from tests.marks import product
+from tests.networks import BOTH, F32, MODULES, NARROW, REVERSIBLE, identical
+from tests.networks import image as draw
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 FORMATS = pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
-REDUCED = pytest.mark.parametrize("reduced", [False, True], ids=["float32", "bfloat16"])
-DEPTHS = pytest.mark.parametrize("scale", ["s0", "s3", "s6"])
+MATRIX = product(
+    "plain-s0-fixed32-float32",
+    "fast-s0-fixed32-float32",
+    "fast-s0-fixed16-bfloat16",
+    module=BOTH,
+    scale={name: name for name in ("s0", "s3", "s6")},
+    stream={name: name for name in ("fixed32", "fixed16")},
+    reduced={"float32": False, "bfloat16": True},
+)
 
 
 def narrow(module, scale="s0", **options):
     """A published scale's depth, ratios and kernels, on few channels."""
     torch.manual_seed(0)
-    arguments = CONFIGS[f"revbifpn_{scale}"].arguments()
-    arguments |= {"channels": [48, 16, 16, 24], "head_channels": [16, 16, 16, 16], "fc_features": 32, "classes": 10}
-    return module.RevBiFPN(**(arguments | {"head_dropout": 0.0} | options))
+    few = ("channels", "head_channels", "fc_features", "classes", "head_dropout")
+    arguments = CONFIGS[f"revbifpn_{scale}"].arguments() | {name: NARROW[name] for name in few}
+    return module.RevBiFPN(**(arguments | options))
 
 
-def image(batch=4, size=64):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+def image(batch=4):
+    return draw(F32, batch)
 
 
 def autocast(reduced=True):
@@ -55,17 +63,10 @@ def step(model, x, reduced, optimizer=None):
     return [p.grad for p in model.parameters()]
 
 
-def identical(found, wanted):
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
 # --- inversion ------------------------------------------------------------------------------------
 
 
-@MODULES
-@DEPTHS
-@FORMATS
-@REDUCED
+@MATRIX
 def test_image_comes_back_bit_for_bit_after_ten_steps(module, scale, stream, reduced):
     model = narrow(module, scale, stream=stream, stochastic_depth=0.0).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -107,10 +108,7 @@ def test_values_are_close_to_those_of_float_streams(module):
 # --- gradients ------------------------------------------------------------------------------------
 
 
-@MODULES
-@DEPTHS
-@FORMATS
-@REDUCED
+@MATRIX
 def test_reversible_gradients_equal_stored_ones_bit_for_bit(module, scale, stream, reduced):
     options = {"stream": stream, "stochastic_depth": 0.2}
     models = [narrow(module, scale, reversible=reversible, **options) for reversible in (True, False)]
@@ -306,7 +304,7 @@ def test_dtypes_that_an_exact_stream_cannot_give_back(module, dtype):
 
 
 @MODULES
-@pytest.mark.parametrize("reversible", [True, False])
+@REVERSIBLE
 def test_second_and_double_backward_say_what_to_use(module, reversible):
     model = narrow(module, stream="fixed32", reversible=reversible)
     loss = model(image()).sum()
@@ -318,7 +316,7 @@ def test_second_and_double_backward_say_what_to_use(module, reversible):
 
 
 @FORMATS
-@pytest.mark.parametrize("reversible", [True, False])
+@REVERSIBLE
 def test_containers_take_a_stream(stream, reversible):
     net = blocks(stream)
     net.reversible = reversible

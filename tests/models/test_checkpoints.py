@@ -22,23 +22,10 @@ from revbifpn import RevBiFPN, configs, fast, load_checkpoint, revbifpn_s0, save
 from revbifpn import model as plain
 from revbifpn.checkpoints import CheckpointError, LoadReport, load_published
 from revbifpn.configs import CONFIGS
+from tests.marks import mostly_slow
+from tests.networks import TWO_LEVELS
 
-NARROW = {
-    "channels": [48, 64],
-    "dwk": [3, 5],
-    "dwkp": [0, 0],
-    "expand_ratios": [1, 1],
-    "se_ratios": [0.25, 0],
-    "inv_blk_rep": 1,
-    "num_ext_layers": 1,
-    "head_channels": [16, 32],
-    "head_dwk": [3, 3],
-    "head_dwkp": [2, 2],
-    "head_expand_ratios": [1, 2],
-    "head_se_ratios": [0.25, 0],
-    "fc_features": 32,
-    "classes": 10,
-}
+NARROW = TWO_LEVELS | {"channels": [48, 64], "num_ext_layers": 1, "head_channels": [16, 32]}
 FORMATS = [".pth.tar", ".safetensors"]
 
 
@@ -365,7 +352,7 @@ def save_shapes(cls_or_factory, path, **arguments):
     torch.save({name: torch.zeros((), dtype=v.dtype).expand(v.shape) for name, v in state.items()}, path)
 
 
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", mostly_slow(CONFIGS, 2))
 def test_scale_of_the_checkpoint_is_recognised(tmp_path, refused, monkeypatch, arch):
     monkeypatch.setattr(RevBiFPN, "_initialize", lambda *args: None)
     save_shapes(getattr(plain, arch), tmp_path / "model.pth", classes=None)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from revkernels import reference
 from revkernels.testing import implementations, poison, relative_error
+from tests.marks import slow
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 OPS = ("bn_stats", "bn_act", "bn_act_squeeze", "bn_act_grad_sums", "bn_act_grad")
@@ -70,9 +71,8 @@ def tensors(out):
         (1, 2, 1, 1),
         (2, 1, 1, 33),
         (1, 1, 20, 50),
-        (1, 2, 130, 130),
-        (1, 1, 400, 400),
         (5, 17, 3, 2),
+        *slow([(1, 2, 130, 130), (1, 1, 400, 400)]),
     ],
     ids=str,
 )
@@ -256,8 +256,15 @@ class Norm(torch.autograd.Function):
 
 
 @sets
-@acts
-@pytest.mark.parametrize("statistics", ["batch", "running"])
+@pytest.mark.parametrize(
+    "act, statistics",
+    [
+        ("hardswish", "batch"),
+        pytest.param("hardswish", "running", marks=pytest.mark.slow),
+        pytest.param("identity", "batch", marks=pytest.mark.slow),
+        ("identity", "running"),
+    ],
+)
 def test_gradcheck_of_norm_activation_gate_and_squeeze(name, device, act, statistics):
     v = {k: t.double().requires_grad_() for k, t in draw((2, 2, 1, 5), torch.float64, device).items()}
     moments = None if statistics == "batch" else (v["mean"].detach(), v["slope"].detach().square())

@@ -331,6 +331,7 @@ def sanitized_library(pytestconfig):
     return build(pytestconfig.cache.mkdir("cuda_emulation"), *SANITIZERS)
 
 
+@pytest.mark.slow
 def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(sanitized_library, tmp_path):
     cases = list(sanitized_cases())
     recorded = [record(*case) for case in cases]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from revkernels import reference
@@ -213,7 +213,6 @@ def test_results_do_not_depend_on_threads(kernel, stride):
         assert all(torch.equal(results[0][op], other[op]) for op in OPS)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 3),
     c=st.integers(1, 3),

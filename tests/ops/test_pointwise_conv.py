@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from revkernels import reference
 from revkernels.reference import accumulate_dtype
-from revkernels.testing import LAYOUTS, implementations, poison, relative_error
+from revkernels.testing import LAYOUTS, contiguous, implementations, poison, relative_error
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CONV = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("pointwise_conv_", d)}
@@ -66,7 +66,11 @@ def double(values):
     return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
 
 
-PAIRS = list(itertools.product(LAYOUTS, LAYOUTS))
+# Of two maps: one of them contiguous or both alike, and any two.
+PAIRS = [
+    pytest.param(a, b, marks=() if a is b or contiguous in (a, b) else pytest.mark.slow)
+    for a, b in itertools.product(LAYOUTS, LAYOUTS)
+]
 
 
 def check_conv(run, x, weight, prologue, y):

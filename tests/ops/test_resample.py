@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from revkernels import reference
@@ -135,7 +135,6 @@ def test_resampling_of_an_empty_batch_is_empty(up, down, factor):
     assert run_adjoint(empty, factor, "bilinear").shape == (0, 3, 8 // factor, 16 // factor)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(0, 3),
     c=st.integers(1, 4),

@@ -197,6 +197,13 @@ def test_a_compiler_asked_for_by_name_is_not_replaced_by_another(backend, monkey
 
 
 @needs_checkout
+def test_architectures_are_those_that_nvcc_knows(backend, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_80\necho compute_90\necho compute_90a\n")
+    nvcc.chmod(0o755)
+    assert backend.default_archs(str(nvcc)) == "7.5;8.0;9.0+PTX"
+
+
 def test_architectures_become_flags_of_nvcc(backend):
     sass, ptx = "-gencode=arch=compute_{0},code=sm_{0}", "-gencode=arch=compute_{0},code=compute_{0}"
     assert backend.gencode("8.0;9.0a+PTX") == [sass.format("80"), sass.format("90a"), ptx.format("90a")]

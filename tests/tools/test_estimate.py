@@ -3,32 +3,14 @@ import torch
 from torch import nn
 
 import revbifpn
-import revbifpn.fast
-from revbifpn import estimate, fused
+from revbifpn import estimate, fast, fused
 from revbifpn.estimate import MemoryEstimate, StepEstimator, estimate_memory, largest_batch
 from revbifpn.memory import measure_step
-
-TINY = {
-    "channels": [48, 32],
-    "dwk": [3, 5],
-    "dwkp": [0, 0],
-    "expand_ratios": [1, 2],
-    "se_ratios": [0.25, 0.0],
-    "head_channels": [48, 32],
-    "head_dwk": [3, 3],
-    "head_dwkp": [2, 2],
-    "head_expand_ratios": [1, 2],
-    "head_se_ratios": [0.25, 0.125],
-    "fc_features": 32,
-    "num_ext_layers": 0,
-    "inv_blk_rep": 1,
-    "classes": 10,
-}
-PACKAGES = {"plain": revbifpn, "fast": revbifpn.fast}
+from tests.networks import F32, MODULES, REVERSIBLE, TWO_LEVELS, narrow
 
 
-def tiny(package="fast", **overrides):
-    return PACKAGES[package].RevBiFPN(**{**TINY, **overrides})
+def tiny(module=fast, **options):
+    return narrow(module, F32, **(TWO_LEVELS | options))
 
 
 def measured(model, batch, resolution, **options):
@@ -43,10 +25,10 @@ def small_chunks():
         yield
 
 
-@pytest.mark.parametrize("package", ["plain", "fast"])
-@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
-def test_small_batches_are_what_a_real_step_takes(package, reversible):
-    model = tiny(package, reversible=reversible)
+@MODULES
+@REVERSIBLE
+def test_small_batches_are_what_a_real_step_takes(module, reversible):
+    model = tiny(module, reversible=reversible)
     found = estimate_memory(model, 3, 64, optimizer_states=2)
     step = measured(model, 3, 64)
     weights = sum(p.nbytes for p in model.parameters())
@@ -62,7 +44,7 @@ def test_small_batches_are_what_a_real_step_takes(package, reversible):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "resolution", "batch"),
+    ("options", "resolution", "batch"),
     [
         ({}, 32, 12),
         ({"reversible": False}, 32, 12),
@@ -72,8 +54,8 @@ def test_small_batches_are_what_a_real_step_takes(package, reversible):
     ],
     ids=["fast", "stored", "pyramid", "streams", "wide"],
 )
-def test_large_batches_are_within_a_tenth_of_a_metered_step(small_chunks, overrides, resolution, batch):
-    model = tiny(**overrides)
+def test_large_batches_are_within_a_tenth_of_a_metered_step(small_chunks, options, resolution, batch):
+    model = tiny(**options)
     estimator = StepEstimator(model, resolution)
     found = estimator.estimate(batch)
     assert max(estimator._steps) == 8, "a batch beyond the limit is not to be simulated"
@@ -82,7 +64,7 @@ def test_large_batches_are_within_a_tenth_of_a_metered_step(small_chunks, overri
 
 
 def test_autocast_is_simulated():
-    model = tiny("plain", reversible=False)
+    model = tiny(revbifpn, reversible=False)
     full, half = (estimate_memory(model, 4, 64, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert half.activations == measured(model, 4, 64, dtype=torch.bfloat16, fake=True).peak_bytes < full.activations
     assert half.parameters == full.parameters

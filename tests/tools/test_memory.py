@@ -10,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
-import revbifpn.fast
+from revbifpn import fast
 from revbifpn.memory import PeakMemory, SampleMemory, StepMemory, measure_sample, measure_step
 from revkernels import dispatch
+from tests.networks import F32, MODULES, REVERSIBLE, narrow
 
 N = 1000
 PLANE = 4 * N  # bytes of N float32
@@ -22,11 +23,8 @@ def chain(x):
     return x.exp().exp().sum()
 
 
-TINY = {"channels": [48, 16, 16, 32], "head_channels": [16, 16, 16, 16], "fc_features": 32, "num_ext_layers": 0}
-
-
-def tiny(package=revbifpn, **overrides):
-    return package.RevBiFPN(**{**TINY, "classes": 10, **overrides})
+def tiny(module=revbifpn, **options):
+    return narrow(module, F32, **options)
 
 
 def allocator_peak(step):
@@ -191,21 +189,21 @@ class TestMeter:
 
 
 class TestStep:
-    @pytest.mark.parametrize("package", [revbifpn, revbifpn.fast], ids=["plain", "fast"])
-    @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
-    def test_fake_and_real_steps_have_the_same_bytes(self, package, reversible):
-        model = tiny(package, reversible=reversible, stochastic_depth=0.2)
+    @MODULES
+    @REVERSIBLE
+    def test_fake_and_real_steps_have_the_same_bytes(self, module, reversible):
+        model = tiny(module, reversible=reversible, stochastic_depth=0.2)
         real, fake = (measure_step(model, (3, 64, 64), batch=2, fake=fake) for fake in (False, True))
         assert (real.meter, fake.meter) == ("tensors", "fake tensors")
         assert real == StepMemory(**{**vars(fake), "meter": real.meter})
 
-    @pytest.mark.parametrize("package", [revbifpn, revbifpn.fast], ids=["plain", "fast"])
-    @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
-    def test_allocator_sees_a_little_more(self, package, reversible):
+    @MODULES
+    @REVERSIBLE
+    def test_allocator_sees_a_little_more(self, module, reversible):
         # The rest is scratch memory inside kernels, which no result of an op shows.
-        if package is revbifpn.fast and not dispatch.STATUS["cpp"].loaded:
+        if module is fast and not dispatch.STATUS["cpp"].loaded:
             pytest.skip(f"the plain-PyTorch stand-ins of its kernels make temporaries: {dispatch.STATUS['cpp'].reason}")
-        model = tiny(package, reversible=reversible).train()
+        model = tiny(module, reversible=reversible).train()
         x = torch.randn(4, 3, 64, 64)
         metered = measure_step(model, (3, 64, 64), batch=4, parameter_gradients=True).peak_bytes
         allocated = allocator_peak(lambda: F.cross_entropy(model(x), torch.zeros(4, dtype=torch.long)).backward())
@@ -293,7 +291,7 @@ class TestCuda:
 def test_memory_does_not_grow_with_depth():
     """Ten more silos, and the blocks before them: less than 1 % of activations per sample."""
     shallow, deep = (
-        measure_sample(revbifpn.fast.revbifpn_s0(num_ext_layers=2 + more), batch=8, fake=True).bytes_per_sample
+        measure_sample(fast.revbifpn_s0(num_ext_layers=2 + more), batch=8, fake=True).bytes_per_sample
         for more in (0, 10)
     )
     assert deep < 1.01 * shallow

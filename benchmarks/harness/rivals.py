@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.common import UsageError, require
+from benchmarks.harness.command import UsageError, require
 
 
 @dataclass(frozen=True)

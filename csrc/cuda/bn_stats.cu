@@ -1,0 +1,235 @@
+// Per-channel mean and biased variance over N, H, W, the affine map that BatchNorm makes of them,
+// and the gradient of that.
+//
+// First the moments of every plane: a thread runs Welford's recurrence over its chunks of V pixels,
+// one per position in the chunk, as those have seen equally many values; per value one read and 4
+// FLOPs, bound by memory. Then those of a channel's planes together, and the fold in the same
+// launch: a few numbers per channel, bound by latency. All merges are by Chan's formula in a fixed
+// order: no atomics.
+#include "walk.cuh"
+
+namespace revkernels::cuda {
+namespace {
+
+// What bn_stats leaves of a channel.
+struct Results {
+  void *mean, *var;
+  bool folds;
+  Fold fold;
+};
+
+template <class A>
+__device__ __forceinline__ void fold_channel(const Fold& fold, int64_t c, A mean, A var) {
+  const auto n = normalisation(mean, var, static_cast<const A*>(fold.weight)[c],
+                               static_cast<const A*>(fold.bias)[c], A(fold.eps));
+  static_cast<A*>(fold.rstd)[c] = n.rstd;
+  static_cast<A*>(fold.scale)[c] = n.scale;
+  static_cast<A*>(fold.shift)[c] = n.shift;
+  if (fold.mean != nullptr) static_cast<A*>(fold.mean)[c] = mean;
+  const A momentum = A(fold.momentum), unbiased = A(fold.count) / A(fold.count - 1);
+  if (fold.running_mean != nullptr) {
+    A* running = static_cast<A*>(fold.running_mean) + c;
+    *running = moved(*running, mean, momentum);
+  }
+  if (fold.running_var != nullptr) {
+    A* running = static_cast<A*>(fold.running_var) + c;
+    *running = moved(*running, var * unbiased, momentum);
+  }
+  if (fold.batches != nullptr && c == 0) ++*fold.batches;
+}
+
+template <class A>
+__device__ __forceinline__ void finish(const Results& results, int64_t c, const Moments<A>& all) {
+  const A var = all.m2 / all.count;
+  static_cast<A*>(results.mean)[c] = all.mean;
+  if (results.var != nullptr) static_cast<A*>(results.var)[c] = var;
+  if (results.folds) fold_channel(results.fold, c, all.mean, var);
+}
+
+struct Merge {
+  template <class A>
+  __device__ __forceinline__ Moments<A> operator()(const Moments<A>& a, const Moments<A>& b) const {
+    return merge(a, b);
+  }
+};
+
+// moments[n, c] = mean, sum of squared deviations
+template <class T, int V>
+__global__ void __launch_bounds__(kMaxThreads)
+    bn_moments_kernel(const PlaneLanes walk, const Map x, double* out) {
+  using A = accumulate_t<T>;
+  REVK_SHARED(shared);
+  const int group = int(threadIdx.x) / walk.lanes, lane = int(threadIdx.x) & (walk.lanes - 1);
+  const int64_t plane = int64_t(blockIdx.x) * (kMaxThreads / walk.lanes) + group;
+  Moments<A> moments = {A(0), A(0), A(0)};
+  if (plane < walk.planes) {
+    const int64_t sample = plane / walk.channels, channel = plane - sample * walk.channels;
+    const T* data = static_cast<const T*>(x.data) + sample * x.stride_n + channel * x.stride_c;
+    A mean[V] = {}, m2[V] = {};
+    A count = 0;
+    const unsigned chunks = walk.pixels / V;
+#pragma unroll 2
+    for (unsigned chunk = unsigned(lane); chunk < chunks; chunk += unsigned(walk.lanes)) {
+      A in[V];
+      walk.load<T>(x, data, chunk, in);
+      count += A(1);
+      const A share = A(1) / count;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const A delta = in[j] - mean[j];
+        mean[j] = multiply_add(delta, share, mean[j]);
+        m2[j] = multiply_add(delta, in[j] - mean[j], m2[j]);
+      }
+    }
+    moments = {count, mean[0], m2[0]};
+#pragma unroll
+    for (int j = 1; j < V; ++j) moments = merge(moments, Moments<A>{count, mean[j], m2[j]});
+  }
+  moments = fold_lanes(moments, walk.lanes, reinterpret_cast<Moments<A>*>(shared), Merge{});
+  if (plane >= walk.planes || lane != 0) return;
+  out[2 * plane] = moments.mean;
+  out[2 * plane + 1] = moments.m2;
+}
+
+// kLanes threads share a channel's samples, kChannels neighbouring channels are read together.
+constexpr int kChannels = 8, kLanes = kMaxThreads / kChannels;
+
+struct ChannelLane {
+  int64_t channel;
+  int local, lane;
+
+  __device__ __forceinline__ ChannelLane()
+      : local(int(threadIdx.x) % kChannels), lane(int(threadIdx.x) / kChannels) {
+    channel = int64_t(blockIdx.x) * kChannels + local;
+  }
+
+  // What combine makes of a channel's lanes, in its lane 0.
+  template <class V, class Combine>
+  __device__ __forceinline__ V fold(const V& value, V* shared, const Combine& combine) const {
+    V total = value;
+    shared[threadIdx.x] = value;
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (lane < half) {
+        total = combine(total, shared[threadIdx.x + half * kChannels]);
+        shared[threadIdx.x] = total;
+      }
+    }
+    return total;
+  }
+};
+
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads)
+    bn_merge_kernel(const double* moments, int64_t samples, int64_t channels, int64_t area,
+                    const Results results) {
+  REVK_SHARED(shared);
+  const ChannelLane place;
+  Moments<A> total = {A(0), A(0), A(0)};
+  if (place.channel < channels) {
+#pragma unroll 2
+    for (int64_t n = place.lane; n < samples; n += kLanes) {
+      const double* in = moments + 2 * (n * channels + place.channel);
+      total = merge(total, Moments<A>{A(area), A(in[0]), A(in[1])});
+    }
+  }
+  total = place.fold(total, reinterpret_cast<Moments<A>*>(shared), Merge{});
+  if (place.lane == 0 && place.channel < channels) finish(results, place.channel, total);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads)
+    bn_fold_kernel(int64_t channels, const A* mean, const A* var, const Fold fold) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c < channels) fold_channel(fold, c, mean[c], var[c]);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads) bn_fold_grad_kernel(const FoldGrad args) {
+  REVK_SHARED(shared);
+  const ChannelLane place;
+  const int64_t c = place.channel;
+  const auto* sums = static_cast<const A*>(args.sums) + (args.five ? args.sum_stride : 0);
+  Sums<A, 2> total = {};
+  if (c < args.channels) {
+#pragma unroll 2
+    for (int64_t n = place.lane; n < args.samples; n += kLanes) {
+      const A* at = sums + n * args.channels + c;
+      const A gate = entry<A>(args.gate, n * args.gate_stride_n + c * args.gate_stride_c, A(1));
+      A g = gate * at[0], centred = gate * at[args.sum_stride];
+      if (args.dpool != nullptr) {
+        const A dpool = static_cast<const A*>(args.dpool)[n * args.channels + c];
+        g = multiply_add(dpool, at[2 * args.sum_stride], g);
+        centred = multiply_add(dpool, at[3 * args.sum_stride], centred);
+      }
+      total.value[0] += g;
+      total.value[1] += centred;
+    }
+  }
+  const auto add = [](const Sums<A, 2>& a, const Sums<A, 2>& b) { return a + b; };
+  total = place.fold(total, reinterpret_cast<Sums<A, 2>*>(shared), add);
+  if (place.lane != 0 || c >= args.channels) return;
+  const auto grad =
+      normalisation_grad(total.value[0], total.value[1], static_cast<const A*>(args.mean)[c],
+                         static_cast<const A*>(args.rstd)[c], static_cast<const A*>(args.scale)[c],
+                         A(args.count), args.batch);
+  static_cast<A*>(args.dweight)[c] = grad.dweight;
+  static_cast<A*>(args.dbias)[c] = grad.dbias;
+  if (args.slope == nullptr) return;
+  static_cast<A*>(args.slope)[c] = grad.slope;
+  static_cast<A*>(args.offset)[c] = grad.offset;
+}
+
+template <class F>
+void as_sums(Dtype dtype, const F& f) {
+  dtype == Dtype::float64 ? f(double{}) : f(float{});
+}
+
+}  // namespace
+
+void bn_moments(Dtype dtype, const Map& x, double* moments, Stream stream) {
+  dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const PlaneLanes walk({x}, tag);
+    dispatch_chunk<T>(walk.vector, [&](auto v) {
+      const auto kernel = bn_moments_kernel<T, decltype(v)::value>;
+      REVK_LAUNCH(kernel, walk.blocks(1), kMaxThreads, kMaxThreads * sizeof(Moments<A>), stream,
+                  walk, x, moments);
+    });
+  });
+}
+
+void bn_merge(Dtype dtype, const double* moments, int64_t samples, int64_t channels, int64_t area,
+              void* mean, void* var, const Fold* fold, Stream stream) {
+  const Results results{mean, var, fold != nullptr, fold != nullptr ? *fold : Fold{}};
+  as_sums(dtype, [&](auto sum) {
+    using A = decltype(sum);
+    const auto kernel = bn_merge_kernel<A>;
+    REVK_LAUNCH(kernel, unsigned(ceil_div(channels, kChannels)), kMaxThreads,
+                kMaxThreads * sizeof(Moments<A>), stream, moments, samples, channels, area,
+                results);
+  });
+}
+
+void bn_fold(Dtype dtype, int64_t channels, const void* mean, const void* var, const Fold& fold,
+             Stream stream) {
+  constexpr int kThreads = 64;
+  as_sums(dtype, [&](auto sum) {
+    using A = decltype(sum);
+    const auto kernel = bn_fold_kernel<A>;
+    REVK_LAUNCH(kernel, unsigned(ceil_div(channels, kThreads)), kThreads, 0, stream, channels,
+                static_cast<const A*>(mean), static_cast<const A*>(var), fold);
+  });
+}
+
+void bn_fold_grad(Dtype dtype, const FoldGrad& args, Stream stream) {
+  as_sums(dtype, [&](auto sum) {
+    using A = decltype(sum);
+    const auto kernel = bn_fold_grad_kernel<A>;
+    REVK_LAUNCH(kernel, unsigned(ceil_div(args.channels, kChannels)), kMaxThreads,
+                kMaxThreads * sizeof(Sums<A, 2>), stream, args);
+  });
+}
+
+}  // namespace revkernels::cuda

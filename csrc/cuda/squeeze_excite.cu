@@ -1,0 +1,193 @@
+// Squeeze-excite's two layers and their gradients: small matrix products with what surrounds them.
+//
+//   hidden = w1 pooled + b1                 gate = hardsigmoid(w2 hardswish(hidden) + b2)
+//   dv = dgate hardsigmoid'                 dhidden = hardswish'(hidden) (dv w2)
+//   dpooled = dhidden w1 / pixels           dw1 = dhidden^T pooled     dw2 = dv^T hardswish(hidden)
+//
+// A tile of 4 x 4 outputs belongs to `lanes` threads, which share the K terms: lane l takes the
+// terms l, l + lanes, ..., and the lanes are folded as a tree. `lanes` depends on K alone, so a
+// sample's result does not depend on its batch. In full precision, as float32 weights are; bound by
+// latency at these sizes, so products that do not wait for one another share a launch.
+#include "walk.cuh"
+
+namespace revkernels::cuda {
+namespace {
+
+constexpr int kTile = 4;
+
+// What an operand's entry stands for, and what becomes of a result.
+enum class Operand : int { plain, hardswish, gate_slope };
+enum class Result : int { plain, hardsigmoid, hardswish_slope };
+
+// out [M, N] = e((sum_k a[m, k] b[k, n] + bias[n]) factor), and a_sum [M] = sum_k a[m, k].
+struct Product {
+  const void* a;
+  const void* gate;  // beside a, where it counts as a hardsigmoid'
+  const void* b;
+  const void* bias;    // [N] or null
+  const void* hidden;  // [M, N], where e multiplies by hardswish'(hidden)
+  void* out;
+  void* a_sum;  // or null
+  int64_t m, n, k;
+  int64_t a_m, a_k, b_k, b_n;  // strides
+  Operand a_kind, b_kind;
+  Result kind;
+  double factor;
+  int lanes;
+  unsigned blocks;
+
+  Product(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_m, int64_t a_k, const void* b,
+          int64_t b_k, int64_t b_n, void* out)
+      : a(a),
+        gate(nullptr),
+        b(b),
+        bias(nullptr),
+        hidden(nullptr),
+        out(out),
+        a_sum(nullptr),
+        m(m),
+        n(n),
+        k(k),
+        a_m(a_m),
+        a_k(a_k),
+        b_k(b_k),
+        b_n(b_n),
+        a_kind(Operand::plain),
+        b_kind(Operand::plain),
+        kind(Result::plain),
+        factor(1),
+        lanes(4),
+        blocks(0) {
+    while (lanes < 64 && lanes * 4 < k) lanes *= 2;
+    blocks = unsigned(ceil_div(ceil_div(m, kTile) * ceil_div(n, kTile), kMaxThreads / lanes));
+  }
+  Product() : Product(0, 0, 0, nullptr, 0, 0, nullptr, 0, 0, nullptr) {}
+};
+
+struct Products {
+  Product product[3];
+};
+
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads) products_kernel(const Products all) {
+  REVK_SHARED(shared);
+  unsigned block = blockIdx.x;
+  int which = 0;
+  while (which < 2 && block >= all.product[which].blocks) block -= all.product[which++].blocks;
+  const Product& p = all.product[which];
+
+  const int lane = int(threadIdx.x) & (p.lanes - 1), group = int(threadIdx.x) / p.lanes;
+  const int64_t tiles_n = ceil_div(p.n, kTile);
+  const int64_t tile = int64_t(block) * (kMaxThreads / p.lanes) + group;
+  const int64_t m0 = tile / tiles_n * kTile, n0 = (tile - tile / tiles_n * tiles_n) * kTile;
+  constexpr int K = kTile * kTile + kTile;
+  Sums<A, K> sums = {};
+  if (m0 < p.m) {
+#pragma unroll 2
+    for (int64_t k = lane; k < p.k; k += p.lanes) {
+      A a[kTile], b[kTile];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        const int64_t at = (m0 + i < p.m ? m0 + i : p.m - 1) * p.a_m + k * p.a_k;
+        a[i] = static_cast<const A*>(p.a)[at];
+        if (p.a_kind == Operand::hardswish) a[i] = hardswish(a[i]);
+        if (p.a_kind == Operand::gate_slope) {
+          a[i] *= hardsigmoid_slope(static_cast<const A*>(p.gate)[at]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) {
+        const int64_t at = k * p.b_k + (n0 + j < p.n ? n0 + j : p.n - 1) * p.b_n;
+        b[j] = static_cast<const A*>(p.b)[at];
+        if (p.b_kind == Operand::hardswish) b[j] = hardswish(b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTile; ++j) {
+          sums.value[i * kTile + j] = multiply_add(a[i], b[j], sums.value[i * kTile + j]);
+        }
+        sums.value[kTile * kTile + i] += a[i];
+      }
+    }
+  }
+  const auto add = [](const Sums<A, K>& a, const Sums<A, K>& b) { return a + b; };
+  auto* folded = reinterpret_cast<Sums<A, K>*>(shared);
+  fold_lanes(sums, p.lanes, folded, add);
+  __syncthreads();
+  if (m0 >= p.m) return;
+  const A* total = folded[group * p.lanes].value;
+  for (int o = lane; o < K; o += p.lanes) {
+    const int i = o < kTile * kTile ? o / kTile : o - kTile * kTile, j = o % kTile;
+    const int64_t row = m0 + i, column = n0 + j;
+    if (row >= p.m) continue;
+    if (o >= kTile * kTile) {
+      if (p.a_sum != nullptr && n0 == 0) static_cast<A*>(p.a_sum)[row] = total[o];
+      continue;
+    }
+    if (column >= p.n) continue;
+    A value = total[o];
+    if (p.bias != nullptr) value += static_cast<const A*>(p.bias)[column];
+    if (p.kind == Result::hardsigmoid) value = hardsigmoid(value);
+    if (p.kind == Result::hardswish_slope) {
+      value *= hardswish_slope(static_cast<const A*>(p.hidden)[row * p.n + column]);
+    }
+    static_cast<A*>(p.out)[row * p.n + column] = value * A(p.factor);
+  }
+}
+
+template <size_t Count>
+void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
+  Products all;
+  unsigned blocks = 0;
+  for (size_t i = 0; i < Count; ++i) {
+    all.product[i] = given[i];
+    blocks += given[i].blocks;
+  }
+  if (blocks == 0) return;
+  const auto run = [&](auto sum) {
+    using A = decltype(sum);
+    const auto kernel = products_kernel<A>;
+    REVK_LAUNCH(kernel, blocks, kMaxThreads, kMaxThreads * sizeof(Sums<A, 20>), stream, all);
+  };
+  dtype == Dtype::float64 ? run(double{}) : run(float{});
+}
+
+}  // namespace
+
+void se_gate(Dtype dtype, const SqueezeExcite& se, const void* pooled, void* hidden, void* gate,
+             Stream stream) {
+  const int64_t n = se.samples, c = se.channels, r = se.hidden;
+  Product first(n, r, c, pooled, c, 1, se.w1, 1, c, hidden);
+  first.bias = se.b1;
+  launch(dtype, {first}, stream);
+  Product second(n, c, r, hidden, r, 1, se.w2, 1, r, gate);
+  second.a_kind = Operand::hardswish;
+  second.kind = Result::hardsigmoid;
+  second.bias = se.b2;
+  launch(dtype, {second}, stream);
+}
+
+void se_gate_grad(Dtype dtype, const SqueezeExcite& se, const void* dgate, const void* gate,
+                  const void* hidden, const void* pooled, int64_t pixels,
+                  const SqueezeExciteGrad& grad, Stream stream) {
+  const int64_t n = se.samples, c = se.channels, r = se.hidden;
+  Product dhidden(n, r, c, dgate, c, 1, se.w2, r, 1, grad.dhidden);
+  dhidden.a_kind = Operand::gate_slope;
+  dhidden.gate = gate;
+  dhidden.kind = Result::hardswish_slope;
+  dhidden.hidden = hidden;
+  Product dw2(c, r, n, dgate, 1, c, hidden, r, 1, grad.dw2);
+  dw2.a_kind = Operand::gate_slope;
+  dw2.gate = gate;
+  dw2.b_kind = Operand::hardswish;
+  dw2.a_sum = grad.db2;
+  launch(dtype, {dhidden, dw2}, stream);
+  Product dpooled(n, c, r, grad.dhidden, r, 1, se.w1, c, 1, grad.dpooled);
+  dpooled.factor = 1 / double(pixels);
+  Product dw1(r, c, n, grad.dhidden, 1, r, pooled, c, 1, grad.dw1);
+  dw1.a_sum = grad.db1;
+  launch(dtype, {dpooled, dw1}, stream);
+}
+
+}  // namespace revkernels::cuda

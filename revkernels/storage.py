@@ -1,0 +1,108 @@
+"""The memory behind an op's tensors, for the implementations in Python; ``csrc/storage.h`` is the same in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from math import gcd
+
+from torch import FunctionSchema, Tensor
+
+MOST_VISITS = 1 << 12
+
+
+def _extent(t: Tensor) -> int:
+    """Elements from the first to the last one, counted in memory; 0 of an empty tensor."""
+    if t.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def check_storage(name: str, t: Tensor) -> None:
+    """Refuse a view that reaches beyond its storage.
+
+    Sharded training frees the storage of a parameter that is not in use and leaves its shape.
+    """
+    extent = _extent(t)
+    needed = (t.storage_offset() + extent) * t.itemsize
+    if extent and t.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"{name}: expected a storage of at least {needed} bytes for a tensor of shape {list(t.shape)}, got "
+            f"{t.untyped_storage().nbytes()}; its memory was freed or made smaller (untyped_storage().resize_(), or a "
+            "parameter that FSDP has not gathered)"
+        )
+
+
+def _reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
+    """Whether ``sum_k step_k i_k = target`` with ``low_k <= i_k <= high_k``, for terms ``(step, low, high)``.
+
+    True also where more than MOST_VISITS partial sums would have to be looked at, which they need not be where the
+    steps are those of one tensor's dimensions.
+    """
+    terms = sorted(terms, reverse=True)
+    visits = 0
+
+    def search(k: int, target: int) -> bool:
+        nonlocal visits
+        visits += 1
+        if k == len(terms):
+            return target == 0
+        if target % gcd(*(step for step, _, _ in terms[k:])):
+            return False
+        if visits > MOST_VISITS:
+            return True
+        step, low, high = terms[k]
+        least = sum(step * low for step, low, _ in terms[k + 1 :])
+        most = sum(step * high for step, _, high in terms[k + 1 :])
+        first, last = max(low, -((most - target) // step)), min(high, (target - least) // step)
+        return any(search(k + 1, target - step * i) for i in range(first, last + 1))
+
+    return target == 0 or search(0, target)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a byte in common. Halves of one map's channels, which interleave in memory, do not."""
+    begin, end = a.data_ptr(), a.data_ptr() + _extent(a) * a.itemsize
+    if begin >= b.data_ptr() + _extent(b) * b.itemsize or b.data_ptr() >= end:
+        return False
+    # Byte i of a's element u is byte j of b's element v where strides_a u + i - strides_b v - j = begin_b - begin_a.
+    bounds: dict[int, tuple[int, int]] = {}
+    for t, sign in ((a, 1), (b, -1)):
+        dimensions = [(size, stride * t.itemsize) for size, stride in zip(t.shape, t.stride(), strict=True)]
+        for size, step in [*dimensions, (t.itemsize, 1)]:
+            if size > 1 and step > 0:
+                low, high = bounds.get(step, (0, 0))
+                bounds[step] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
+    return _reaches([(step, *bound) for step, bound in bounds.items()], b.data_ptr() - begin)
+
+
+def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse that an op writes what another argument holds; ``others`` may list the argument itself."""
+    for other, t in others:
+        if other != name and share_memory(written, t):
+            raise RuntimeError(
+                f"{name}: expected memory of its own, as the op writes it, but it shares some with {other}"
+            )
+
+
+def checked(schema: FunctionSchema, call: Callable) -> Callable:
+    """``call``, an implementation of ``schema``, after both checks of its tensors."""
+    names = [argument.name for argument in schema.arguments]
+    writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+
+    @wraps(call)
+    def run(*arguments, **keywords):  # noqa: ANN002, ANN003, ANN202
+        tensors = []
+        for name, value in [*zip(names, arguments, strict=False), *keywords.items()]:
+            if isinstance(value, Tensor):
+                tensors.append((name, value))
+            elif isinstance(value, (list, tuple)):
+                tensors += [(f"{name}[{k}]", v) for k, v in enumerate(value) if isinstance(v, Tensor)]
+        for name, tensor in tensors:
+            check_storage(name, tensor)
+        for name, tensor in tensors:
+            if name in writes:
+                check_apart(name, tensor, tensors)
+        return call(*arguments, **keywords)
+
+    return run
