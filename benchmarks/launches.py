@@ -33,6 +33,7 @@ from benchmarks.harness import command, networks, results
 from benchmarks.harness.command import entry
 from benchmarks.harness.networks import FAST, PUBLISHED, REVBIFPN, REVERSIBLE, STORED
 from benchmarks.harness.terminal import Column, print_table, track
+from revbifpn.fused import chunk_bytes, chunks_of
 
 SCALES = ("s0", "s3", "s6")
 SHAPE = (2, 3, 64, 64)
@@ -59,7 +60,7 @@ def count(make: Callable[[], nn.Module]) -> Counter[str]:
     torch.manual_seed(0)
     model = make().train()
     images, labels = torch.randn(SHAPE), torch.zeros(SHAPE[0], dtype=torch.long)
-    with networks.gpu_chunks(), Operations() as operations:
+    with chunks_of(chunk_bytes(torch.device("cuda"))), Operations() as operations:
         F.cross_entropy(model(images), labels).backward()
     return operations.calls
 
