@@ -68,7 +68,7 @@ def count(make: Callable[[], nn.Module]) -> Counter[str]:
 def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(f"revbifpn_{s}" for s in SCALES), help="comma list of networks")
-    parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to count beside ours")
+    parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to count as well")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the CSV")
     return parser
 
