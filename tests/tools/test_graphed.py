@@ -12,11 +12,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import revbifpn
 from revbifpn import GraphedModule, GraphedStep, NotCapturableError, StreamOverflowWarning, fast, graphed
 from revbifpn.streams import rehearsed_capture
-
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
+from tests import networks
+from tests.networks import F64, MODULES, TWO_LEVELS
 
 
 class Recorded(TorchDispatchMode):
@@ -86,16 +85,11 @@ def side(monkeypatch):
     return side
 
 
-def narrow(module, dtype=torch.float64, **options):
-    """Two levels of few channels."""
-    torch.manual_seed(0)
-    levels = {"channels": (48, 16), "dwk": (3, 3), "dwkp": (0, 0), "expand_ratios": (1, 2), "se_ratios": (0.25, 0.25)}
-    head = {"head_channels": (16, 16), "head_dwk": (3, 3), "head_dwkp": (0, 0), "head_expand_ratios": (1, 2)}
-    rest = {"head_se_ratios": (0.25, 0), "inv_blk_rep": 1, "num_ext_layers": 0, "fc_features": 16, "classes": 10}
-    return module.RevBiFPN(**(levels | head | rest | {"head_dropout": 0.0} | options)).to(dtype).train()
+def narrow(module, dtype=F64, **options):
+    return networks.narrow(module, dtype, **(TWO_LEVELS | options))
 
 
-def batch(i, size=2, pixels=32, dtype=torch.float64):
+def batch(i, size=2, pixels=32, dtype=F64):
     generator = torch.Generator().manual_seed(i)
     images = torch.randn(size, 3, pixels, pixels, generator=generator, dtype=dtype)
     return images, torch.randint(10, (size,), generator=generator)
