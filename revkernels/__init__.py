@@ -5,7 +5,7 @@
 ``python -m revkernels.env`` says which implementations are in use and why.
 """
 
-from revkernels import dispatch, functional, reference
+from revkernels import dispatch, flops, functional, reference
 from revkernels.functional import (
     couple,
     couple_,
@@ -23,6 +23,7 @@ __all__ = [
     "depth_to_space",
     "depthwise_conv",
     "dispatch",
+    "flops",
     "functional",
     "reference",
     "space_to_depth",
