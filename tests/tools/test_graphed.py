@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from revbifpn import GraphedModule, GraphedStep, NotCapturableError, StreamOverflowWarning, fast, graphed
 from revbifpn.streams import rehearsed_capture
 from tests import networks
-from tests.networks import F32, F64, MODULES, TWO_LEVELS
+from tests.networks import F32, F64, MODULES
 
 
 class Recorded(TorchDispatchMode):
@@ -89,7 +89,7 @@ def side(monkeypatch):
 
 
 def narrow(module, dtype=F64, **options):
-    return networks.narrow(module, dtype, **(TWO_LEVELS | options))
+    return networks.narrow(module, dtype, **(networks.TWO_LEVELS | options))
 
 
 def batch(i, size=2, pixels=32, dtype=F64):
