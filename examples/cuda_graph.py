@@ -2,8 +2,8 @@
 
     python examples/cuda_graph.py [--scale s0] [--batch 8] [--steps 50]
 
-Small batches leave a GPU waiting for launches; :class:`revbifpn.GraphedStep` replays them all at once. Without a GPU the
-same step runs uncaptured.
+Small batches leave a GPU waiting for launches; :class:`revbifpn.GraphedStep` replays them all at once. Without a GPU
+the same step runs uncaptured.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from types import ModuleType
 
 import torch
 
+from revkernels import reference
 from revkernels.registry import LIBRARY, NAMESPACE, OPS
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
@@ -36,7 +37,7 @@ IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 
 @dataclass(frozen=True)
 class Status:
-    """Whether an implementation is in use, why not, its module, and the ops for which that has a kernel."""
+    """Whether an implementation is in use, why not, its module if so, and the ops for which that has a kernel."""
 
     name: str
     loaded: bool
@@ -95,7 +96,7 @@ def _load() -> dict[str, Status]:
         return ""
 
     statuses = {
-        "reference": Status("reference", True),
+        "reference": Status("reference", True, module=reference),
         "cpp": _load_native("cpp", "_C", "CPU", why_not("cpp", needs_cuda=False)),
         "cuda": _load_native("cuda", "_C_cuda", "CUDA", why_not("cuda", needs_cuda=True)),
         "triton": _load_triton(why_not("triton", needs_cuda=False)),
@@ -137,7 +138,7 @@ def why_not(op: str, implementation: str, device: torch.device) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: {implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
     status = STATUS[implementation]
-    if not status.loaded:
+    if status.module is None:
         return status.reason
     if implementation == "reference":
         return ""
@@ -174,9 +175,8 @@ def implementation(op: str, name: str, device: torch.device) -> Callable:
     can_run(op, name, device, raise_error=True)
     if name == "reference":
         return OPS[op].reference
-    if name == "triton":
-        return STATUS["triton"].module.LAUNCHERS[op]
-    return OPS[op].overload
+    module = STATUS[name].module
+    return module.LAUNCHERS[op] if name == "triton" and module else OPS[op].overload
 
 
 def in_use(op: str, device_type: str) -> str:

@@ -23,17 +23,8 @@ from torch import Tensor
 from revkernels.triton.plan import Plan, Planned
 
 MAX_VEC = 8  # elements: 16 bytes of the narrowest dtype
-SIZES = (
-    "rows",
-    "C",
-    "H",
-    "W",
-    "planes",
-    "steps",
-    "halo",
-    "size",
-    "splits",
-)  # arguments that no kernel is specialised on
+# Arguments that no kernel is specialised on: another batch or image size compiles nothing.
+SIZES = ("rows", "C", "H", "W", "planes", "steps", "overlaps", "size", "splits")
 PIXELS_PER_PROGRAM = 16384  # of one row of tiles, beyond which a sum is split
 Strides = tuple[int, int, int, int]
 
@@ -50,11 +41,6 @@ class Planes(NamedTuple):
 def ceil_div(a: int, b: int) -> int:
     """``ceil(a / b)``."""
     return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two from n on."""
-    return 1 << (n - 1).bit_length()
 
 
 def _strides(shape: Sequence[int], stride: Sequence[int]) -> Strides:
@@ -91,27 +77,6 @@ def _planes(shape: torch.Size, stride: tuple[Strides, ...], flatten: bool) -> Pl
     if any(s[3] != 1 for s in strides):
         return Planes(height, width, tuple(strides), 1)
     return Planes(height, width, tuple(strides), gcd(MAX_VEC, width, *(step for s in strides for step in s[:3])))
-
-
-@lru_cache(4096)
-def block_width(width: int, widest: int = 1024) -> int:
-    """The widest power of two that wastes at most 15 % of its lanes on ``width``, else the one that wastes least."""
-    if width <= 16:
-        return 16
-    blocks = [1 << e for e in range(4, widest.bit_length()) if 1 << e < 2 * width]
-    padded = {block: ceil_div(width, block) * block for block in blocks}
-    good = [block for block in blocks if padded[block] <= 1.15 * width]
-    return max(good or [block for block in blocks if padded[block] == min(padded.values())])
-
-
-def flat_tile(walk: Planes, x: Tensor, elements: int = 2048) -> tuple[int, int]:
-    """``BLOCK_R, BLOCK_W`` of a tile over rows: fewer elements where they must be loaded one by one."""
-    if walk.vec * x.element_size() < 16:
-        elements //= 2
-    width = walk.width
-    block_w = power_of_2(width) if width <= 256 else max(256, block_width(width))
-    block_w = max(16, min(block_w, elements))
-    return elements // block_w, block_w
 
 
 def vector_row(v: Tensor | None) -> int:

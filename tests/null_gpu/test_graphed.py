@@ -197,6 +197,34 @@ print(json.dumps([on, torch.cuda.current_device(), len(OverflowCounter._on_their
     assert (events, captured, deferred) == ([1], 0, 0)
 
 
+def test_counts_of_passes_in_several_threads_are_reported_once_each():
+    reported, waiting, passes = on_null_gpu(
+        """
+import sys
+from revbifpn import streams
+reported = []
+streams._warn = lambda stream, counts: reported.append(id(counts))
+sys.setswitchinterval(1e-6)
+keep = []
+
+def passes():
+    for _ in range(100):
+        counter = OverflowCounter(StreamFormat("fixed32"))
+        counter.of(0, torch.device("cuda"))
+        counter.report()
+        keep.extend(OverflowCounter._on_their_way)
+
+threads = [threading.Thread(target=passes) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(json.dumps([len(reported), len(OverflowCounter._on_their_way), 8 * 100]))
+"""
+    )
+    assert reported + waiting == passes
+
+
 def test_a_model_on_another_device_is_captured_there():
     launches = on_null_gpu(
         """
