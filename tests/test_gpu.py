@@ -26,6 +26,7 @@ from revkernels.registry import OPS
 from revkernels.testing import relative_error
 from tests.golden import values as golden
 from tests.networks import error
+from tests.ops.test_registry import KERNELS
 
 DEVICE = os.environ.get("REVBIFPN_TEST_DEVICE", "cuda")
 SEED = int(os.environ.get("REVBIFPN_TEST_SEED") or time.time_ns() % 2**31)
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason=f"no GPU: torch {torch.__version__} sees none"
 )
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="about CUDA itself")
-ops = pytest.mark.parametrize("op", OPS)
+ops = pytest.mark.parametrize("op", KERNELS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -309,7 +310,7 @@ def network_calls():
 
 class TestOps:
     @needs_cuda
-    @ops
+    @pytest.mark.parametrize("op", OPS)
     def test_op_runs_as_a_kernel_and_not_as_the_reference(self, op):
         reasons = [f"{name}: {dispatch.why_not(op, name, torch.device(DEVICE))}" for name in ("cuda", "triton")]
         assert dispatch.in_use(op, DEVICE) in ("cuda", "triton"), "; ".join(reasons)
