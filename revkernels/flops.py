@@ -1,7 +1,7 @@
 """Operations per op, for ``torch.utils.flop_counter.FlopCounterMode``: a multiplication and an addition are two.
 
-As there, only products are counted: convolutions, squeeze-excite's layers and their gradients, not what is done once per
-element. A recompute counts whenever it happens, so a training step without stored activations counts more than one
+As there, only products are counted: convolutions, squeeze-excite's layers and their gradients, not what is done once
+per element. A recompute counts whenever it happens, so a training step without stored activations counts more than one
 with them.
 """
 

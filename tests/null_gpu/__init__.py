@@ -100,7 +100,16 @@ def build_kernels(cache: Path = CACHE) -> Path:
     if not list(folder.glob("revkernels/_C_cuda.*.so")):
         environment = os.environ | {"REVKERNELS_CUDART": "shared", "REVKERNELS_REQUIRE": "cuda"}
         environment |= {"TORCH_CUDA_ARCH_LIST": "9.0", "REVKERNELS_DISABLE": "cpp", "CUDA_HOME": _cuda_home()}
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", cache / "objects"]
+        command = [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build_ext",
+            "--build-lib",
+            folder,
+            "--build-temp",
+            cache / "objects",
+        ]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return next(folder.glob("revkernels/_C_cuda.*.so"))
 

@@ -334,9 +334,11 @@ def test_the_workspace_is_as_large_as_its_rule_says(case: Case) -> None:
     sizes = workspace.MBConvShape(*case.shape)
     absent = dict.fromkeys(("sums", "d", "e", "squeezed", "dz"), False)
     calls = {
-        workspace.mbconv_bytes(sizes, batch=any(case.batch[case.expanded is None :]), d=False): lambda memory: OPS.mbconv(
-            *(x, case.fraction_bits, *weights.values(), *running.values(), list(case.batch), MOMENTUM, EPS),
-            *(case.stride, case.chunk, None, p, None, memory),
+        workspace.mbconv_bytes(sizes, batch=any(case.batch[case.expanded is None :]), d=False): lambda memory: (
+            OPS.mbconv(
+                *(x, case.fraction_bits, *weights.values(), *running.values(), list(case.batch), MOMENTUM, EPS),
+                *(case.stride, case.chunk, None, p, None, memory),
+            )
         ),
         workspace.mbconv_recompute_bytes(sizes, d=False, e=False): lambda memory: OPS.mbconv_recompute(
             x, case.fraction_bits, *convolutions, norms, case.stride, case.chunk, p, None, None, memory
@@ -365,9 +367,7 @@ def test_opcheck(case: Case) -> None:
         OPS.mbconv.default,
         (x, None, *weights.values(), *running.values(), list(case.batch), MOMENTUM, EPS, *tail, None, p, d, space),
     )
-    torch.library.opcheck(
-        OPS.mbconv_recompute.default, (x, None, *convolutions, norms, *tail, p, d, None, space)
-    )
+    torch.library.opcheck(OPS.mbconv_recompute.default, (x, None, *convolutions, norms, *tail, p, d, None, space))
     torch.library.opcheck(
         OPS.mbconv_backward.default,
         (p, None, x, None, *convolutions, norms, list(case.batch), None, *tail, p.clone(), None, None, None, None)
