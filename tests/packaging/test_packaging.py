@@ -420,18 +420,26 @@ def test_two_builds_of_one_tree_at_once_make_the_same_wheel(tree):
 
 @needs_checkout
 @needs_build_tools
-def test_a_read_only_tree_is_built_elsewhere_and_left_as_it_was(tree):
+def test_a_read_only_tree_is_built_elsewhere_and_left_as_it_was(tree, tmp_path_factory):
     before = {path: path.stat().st_mtime_ns for path in tree.rglob("*")}
     # For root no folder is read-only: what the hook asks is answered for it.
-    code = "import os; os.access = lambda *_: False; import setup; print(setup.build_wheel('../dist'))"
+    code = """
+import os, sys
+access = os.access
+os.access = lambda path, mode, **others: path != "." and access(path, mode, **others)
+import setup
+print(setup.build_wheel(sys.argv[1]))
+"""
+    folder = tmp_path_factory.mktemp("dist")
     environment = os.environ | {
         "REVKERNELS_REQUIRE": "cpp",
         "REVKERNELS_DISABLE": "cuda",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    process = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, folder]
+    process = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    wheel = tree.parent / "dist" / process.stdout.splitlines()[-1]
+    wheel = folder / process.stdout.splitlines()[-1]
     assert module_of(wheel)[:4] == b"\x7fELF"
     assert {path: path.stat().st_mtime_ns for path in tree.rglob("*")} == before
 
