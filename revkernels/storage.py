@@ -86,7 +86,7 @@ def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]
 
 
 def checked(schema: FunctionSchema, call: Callable, *, apart: bool = True) -> Callable:
-    """``call``, an implementation of ``schema``, after both checks of its tensors, or without that they are ``apart``."""
+    """``call``, an implementation of ``schema``, after the checks of its tensors; ``apart``: of both kinds."""
     names = [argument.name for argument in schema.arguments]
     writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
 
