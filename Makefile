@@ -12,6 +12,7 @@ lint:
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run --Werror $(CXX_SOURCES)
+	mypy
 
 format:
 	ruff check --fix .

@@ -117,7 +117,7 @@ def extras() -> dict[str, list[str]]:
     return {
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton],
-        "dev": ["ruff", "clang-format"],
+        "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }
 
 

@@ -104,7 +104,8 @@ def bench(case: Case, dtype: str, rounds: int, device: torch.device, copy: float
     """The rows of one case; without times where a contestant disagrees with the reference."""
     runs = contestants(case.op, device)
     arguments = case.make(device)
-    moved = sum(t.numel() * t.element_size() for t in tensors([arguments, outcome(runs[PYTORCH], arguments)]))
+    touched = tensors([arguments, outcome(case.op, runs[PYTORCH], arguments)])
+    moved = sum(t.nbytes for t in touched if t.dtype != torch.uint8)  # a workspace is no result
     rows = {n: Row(case.scale, case.op, case.label, dtype, n, case.calls, moved) for n in runs}
     red = disagreement(case, runs, device)
     if red:

@@ -33,6 +33,7 @@ from benchmarks.harness import command, networks, results
 from benchmarks.harness.command import entry
 from benchmarks.harness.networks import FAST, PUBLISHED, REVBIFPN, REVERSIBLE, STORED
 from benchmarks.harness.terminal import Column, print_table, track
+from revbifpn.fused import chunk_bytes, chunks_of
 
 SCALES = ("s0", "s3", "s6")
 SHAPE = (2, 3, 64, 64)
@@ -59,7 +60,7 @@ def count(make: Callable[[], nn.Module]) -> Counter[str]:
     torch.manual_seed(0)
     model = make().train()
     images, labels = torch.randn(SHAPE), torch.zeros(SHAPE[0], dtype=torch.long)
-    with networks.gpu_chunks(), Operations() as operations:
+    with chunks_of(chunk_bytes(torch.device("cuda"))), Operations() as operations:
         F.cross_entropy(model(images), labels).backward()
     return operations.calls
 
@@ -67,7 +68,7 @@ def count(make: Callable[[], nn.Module]) -> Counter[str]:
 def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(f"revbifpn_{s}" for s in SCALES), help="comma list of networks")
-    parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to count beside ours")
+    parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to count as well")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the CSV")
     return parser
 

@@ -260,7 +260,7 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=224, help="pixels (default 224)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="16 bits: under autocast")
     parser.add_argument("--rounds", type=int, help="turns that each takes (default 9; on CUDA 25)")
-    parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to run beside ours")
+    parser.add_argument("--published", metavar="DIR", help="a checkout of the published code, to run as well")
     parser.add_argument("--streams", help=f"comma list of {', '.join(FORMATS)}: fast once more with such streams")
     parser.add_argument("--graph", action="store_true", help="CUDA: fast and stored once more, step in a CUDA graph")
     parser.add_argument("--tf32", action="store_true", help="CUDA: let all float32 products and convolutions use TF32")

@@ -369,7 +369,9 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   workspace.release(mark);
   const Map dd = workspace.plane(m.planes, samples, e, out_h, out_w);
   Map dsource;
-  if (!m.expands() && dx.data && add) dsource = workspace.plane(m.planes, samples, e, h, w);
+  if (!m.expands() && dx.data && add) {  // over dz, which was read by then, where that has its shape
+    dsource = m.depthwise.stride == 1 ? dz : workspace.plane(m.planes, samples, e, h, w);
+  }
   workspace.release(mark);
   Map de;
   if (m.expands()) de = workspace.plane(m.planes, samples, e, h, w);

@@ -9,8 +9,9 @@ together, level by level from the highest resolution, so that the end of the for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 
@@ -35,26 +36,38 @@ class Stem(model.Stem):
 class RevBiFPN(model.RevBiFPN):
     __doc__ = model.RevBiFPN.__doc__
 
+    _segments: tuple[Segment, ...] = ()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stem = Stem(self.stem.planes, self.stem.block)
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if not (_is_plain(self.neck, model.Neck) and (self.head is None or _is_plain(self.head, model.Head))):
+        neck, head = self.neck, self.head
+        if not _is_plain(neck, model.Neck) or not (head is None or _is_plain(head, model.Head)):
             return super()._forward(x)
         tape = self.open(x)
         read = partial(tape.read, stored=self.disable_recomp)
-        necks = list(self.neck.children())
-        if self.head is None:
-            return [read(level, Segment(neck)) for level, neck in enumerate(necks)]
+        if head is None:
+            return [read(level, segment) for level, segment in enumerate(self._segments_of(neck, [None] * self.levels))]
         merged: tuple[Tensor, ...] = ()
-        for level, (neck, merge) in enumerate(zip(necks, [*self.head.pyramid_heads, None], strict=True)):
-            merged = (read(level, Segment(neck, merge), *merged),)
-        return self.head.classify(*merged)
+        for level, segment in enumerate(self._segments_of(neck, [*head.pyramid_heads, None])):
+            merged = (read(level, segment, *merged),)
+        return head.classify(*merged)
+
+    def _segments_of(self, neck: model.Neck, merges: Sequence[nn.Module | None]) -> tuple[Segment, ...]:
+        """One per level, made again where a module was replaced; in a tuple, so that they are no children of self."""
+        pairs = list(zip(neck.children(), merges, strict=True))
+        if [(id(s.neck), id(s.merge)) for s in self._segments] != [(id(neck), id(merge)) for neck, merge in pairs]:
+            self._segments = tuple(Segment(*pair) for pair in pairs)
+        return self._segments
 
 
-def _is_plain(module: nn.Module | None, cls: type) -> bool:
+M = TypeVar("M", bound=nn.Module)
+
+
+def _is_plain(module: nn.Module | None, cls: type[M]) -> TypeGuard[M]:
     """Whether the parts of ``module`` may be called instead of it."""
     return type(module) is cls and not has_hooks([module])
 

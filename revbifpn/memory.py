@@ -23,9 +23,10 @@ import copy
 import gc
 import importlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -50,7 +51,9 @@ class _StorageLog(TorchDispatchMode):
         self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: serial, reference
         self._bytes: list[int] = []  # by serial
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         # States of random generators are real tensors in a fake run too: they can be compared, and stay as they are.
         on_states = func is torch.ops.aten.equal.default and not any(isinstance(t, FakeTensor) for t in args)
@@ -149,9 +152,9 @@ class PeakMemory:
             self._log.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         try:
-            if self._cuda:
+            if self._log is None:
                 torch.cuda.synchronize(self.device)
             else:
                 self._log.__exit__(*exception)
@@ -340,7 +343,7 @@ def measure_step(
 
 
 def measure_sample(
-    model: nn.Module, input_shape: tuple[int, int, int] = (3, 224, 224), *, batch: int = 8, **options
+    model: nn.Module, input_shape: tuple[int, int, int] = (3, 224, 224), *, batch: int = 8, **options: Any
 ) -> SampleMemory:
     """Meters a step at ``batch`` and one at ``2 * batch``; ``options`` as in :func:`measure_step`.
 
@@ -359,11 +362,11 @@ def _loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) 
     if isinstance(output, Tensor) and output.dim() == 2:
         return F.cross_entropy(output.float(), labels)
     levels = [output] if isinstance(output, Tensor) else output
-    return sum(level.mean() for level in levels)
+    return reduce(torch.add, (level.mean() for level in levels))
 
 
 @contextmanager
-def _no_gradients_left(parameters: list[nn.Parameter]):
+def _no_gradients_left(parameters: list[nn.Parameter]) -> Iterator[None]:
     """No parameter has a gradient at the start, nor at the end, however it ends."""
 
     def clear() -> None:

@@ -15,18 +15,20 @@ Source: Chiley et al., RevBiFPN: The Fully Reversible Bidirectional Feature Pyra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from revbifpn.build import Builder
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
 from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
-from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo, Upsampled
+from revbifpn.reversible import ReversibleSequence
 from revbifpn.streams import StreamFormat
 from revkernels import reference
 
@@ -104,7 +106,7 @@ class RevBiFPN(nn.Module):
         inv_blk_rep: RevBlocks per level and layer.
         expand_ratios, se_ratios: of the transforms, see :class:`revbifpn.mbconv.MBConv`.
         num_ext_layers: layers after the ``len(channels) - 1`` growing ones.
-        zero_init: every reversible transform starts as zero, but for those that create a level.
+        zero_init: every reversible transform starts as zero, except those that create a level.
         stochastic_depth: drop probability of the last layer, growing linearly from the first.
         upscale_mode: ``"bilinear"`` or ``"nearest"``.
         disable_rev: store the stack's activations instead of recomputing them.
@@ -163,13 +165,8 @@ class RevBiFPN(nn.Module):
         retain_graph: bool = False,
     ) -> None:
         super().__init__()
-        levels = len(channels)
-        per_level = {"dwk": dwk, "dwkp": dwkp, "expand_ratios": expand_ratios, "se_ratios": se_ratios}
-        for name, values in per_level.items():
-            if len(values) != levels:
-                raise ValueError(f"{name}: expected one entry per level, {levels} as channels has, got {len(values)}")
-        if upscale_mode not in ("bilinear", "nearest"):
-            raise ValueError(f"upscale_mode: expected 'bilinear' or 'nearest', got {upscale_mode!r}")
+        layers = Layers(norm, norm_fn, dict(BATCH_NORM if norm_kwargs is None else norm_kwargs), act_fn, se_sig_act)
+        build = Builder(channels, dwk, dwkp, expand_ratios, se_ratios, upscale_mode, layers)
         if zero_init and not norm:
             raise ValueError("zero_init: expected norm=True, since it is the last normalisation that starts as zero")
         block = 2**stem_downsampling
@@ -182,119 +179,29 @@ class RevBiFPN(nn.Module):
 
         self.disable_recomp = disable_recomp if reversible is None else not reversible
         self.norms_frozen = False
-        self.stride = block * 2 ** (levels - 1)  # of the lowest resolution, in image pixels
-        self._dwk, self._dwkp, self._expand, self._se = dwk, dwkp, expand_ratios, se_ratios
-        self._layers = Layers(
-            norm, norm_fn, dict(BATCH_NORM if norm_kwargs is None else norm_kwargs), act_fn, se_sig_act
-        )
-        self._upscale_mode = upscale_mode
+        self.levels = build.levels
+        self.stride = block * 2 ** (build.levels - 1)  # of the lowest resolution, in image pixels
 
         self.stem = Stem(planes, block)
-        blocks = []
-        growing = levels - 1
-        for layer in range(1, growing + num_ext_layers + 1):
-            drop = stochastic_depth * layer / (growing + num_ext_layers)
-            created = layer <= growing
-            entering = channels[: layer if created else levels]
-            blocks += [self._rev_blocks(entering, drop) for _ in range(inv_blk_rep)]
-            blocks += [self._rev_silo(channels[: len(entering) + created], int(created), drop)]
         self.rev_stack = ReversibleSequence(
-            *blocks, stream=stream, retain_graph=retain_graph, start=1 if stem_downsampling else 0
+            *build.stack(inv_blk_rep, num_ext_layers, stochastic_depth),
+            stream=stream,
+            retain_graph=retain_graph,
+            start=1 if stem_downsampling else 0,
         )
         self.disable_rev = disable_rev if reversible is None else not reversible
-
-        head_lists = (head_dwk, head_dwkp, head_expand_ratios, head_se_ratios)
-        self.neck_channels = list(channels)
-        if head_channels and all(head_lists):
-            self.neck_channels = list(head_channels)
-            self.rev_stack.recomp_op = self._neck(channels, head_channels, *head_lists)
-        # As published, a head without neck takes the levels' own lists where the head's are missing or do not fit.
-        head_dwkp, head_expand_ratios, head_se_ratios = (
-            given if given and len(given) == levels else own
-            for given, own in zip(head_lists[1:], (dwkp, expand_ratios, se_ratios), strict=True)
-        )
+        if head_channels and head_dwk and head_dwkp and head_expand_ratios and head_se_ratios:
+            pyramid = build.pyramid(head_channels, head_dwk, head_dwkp, head_expand_ratios, head_se_ratios)
+            self.rev_stack.recomp_op = Neck(pyramid.neck(channels))
+        else:
+            pyramid = build.without_neck(head_dwkp, head_expand_ratios, head_se_ratios)
+        self.neck_channels = list(pyramid.channels)
         self.head = None
         if classes:
-            self.head = self._head(
-                self.neck_channels, head_dwkp, head_expand_ratios, head_se_ratios, fc_features, head_dropout, classes
-            )
+            merges, features = pyramid.merges(), pyramid.channels[-1]
+            final_conv = ConvNormAct(features, fc_features, 1, layers) if fc_features else None
+            self.head = Head(merges, final_conv, fc_features or features, head_dropout, classes)
         self._initialize(zero_init)
-
-    # Parts --------------------------------------------------------------------------------------
-
-    def _rev_blocks(self, channels: Sequence[int], drop: float) -> PerLevel:
-        """A RevBlock on every level; F maps the first half of the channels to the second, G back."""
-        blocks = []
-        for i, c in enumerate(channels):
-            options = {
-                "kernel_size": self._dwk[i] + self._dwkp[i],
-                "expand_ratio": self._expand[i],
-                "se_ratio": self._se[i],
-                "stochastic_depth": drop,
-                "layers": self._layers,
-            }
-            first, second = c - c // 2, c // 2
-            blocks.append(RevBlock(MBConv(first, second, **options), MBConv(second, first, **options)))
-        return PerLevel(blocks)
-
-    def _rev_silo(self, channels: Sequence[int], created: int, drop: float) -> RevSilo:
-        """Every pair of levels, down by a strided convolution, up by a convolution and upsampling."""
-        levels = len(channels)
-        down, up = {}, {}
-        for i in range(levels - created):
-            for j in range(i + 1, levels):
-                stride = 2 ** (j - i)
-                down[i, j] = MBConv(
-                    channels[i],
-                    channels[j],
-                    2 * stride - 1 + self._dwkp[i],
-                    expand_ratio=self._expand[i],
-                    se_ratio=self._se[i],
-                    stride=stride,
-                    stochastic_depth=0.0 if j >= levels - created else drop,
-                    layers=self._layers,
-                )
-        for i in range(levels):
-            for j in range(i):
-                transform = MBConv(
-                    channels[i],
-                    channels[j],
-                    3 + self._dwkp[i],
-                    expand_ratio=self._expand[j],
-                    se_ratio=self._se[j],
-                    stochastic_depth=drop,
-                    layers=self._layers,
-                )
-                up[i, j] = Upsampled(transform, 2 ** (i - j), self._upscale_mode)
-        return RevSilo(down, up, levels, created)
-
-    def _neck(self, channels, head_channels, dwk, dwkp, expand_ratios, se_ratios) -> Neck:  # noqa: ANN001
-        if not len(channels) == len(head_channels) == len(dwk) == len(dwkp) == len(expand_ratios) == len(se_ratios):
-            raise ValueError(f"head_*: expected one entry per level, {len(channels)} as channels has, in every list")
-        return Neck(
-            [
-                MBConv(c, out, k + kp, expand_ratio=expand, se_ratio=se, layers=self._layers)
-                for c, out, k, kp, expand, se in zip(
-                    channels, head_channels, dwk, dwkp, expand_ratios, se_ratios, strict=True
-                )
-            ]
-        )
-
-    def _head(self, channels, dwkp, expand_ratios, se_ratios, fc_features, dropout, classes) -> Head:  # noqa: ANN001
-        merges = [
-            MBConv(
-                channels[h],
-                channels[h + 1],
-                3 + dwkp[h + 1],
-                expand_ratio=expand_ratios[h],
-                se_ratio=se_ratios[h],
-                stride=2,
-                layers=self._layers,
-            )
-            for h in range(len(channels) - 1)
-        ]
-        final_conv = ConvNormAct(channels[-1], fc_features, 1, self._layers) if fc_features else None
-        return Head(merges, final_conv, fc_features or channels[-1], dropout, classes)
 
     def _initialize(self, zero_init: bool) -> None:
         """Convolutions kaiming-normal (fan-out, relu gain), their biases 0; normalisation and linear keep defaults."""
@@ -304,11 +211,10 @@ class RevBiFPN(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if zero_init:
-            for coupling in self.rev_stack.couplings():
-                for _, transform in coupling.terms:
-                    mbconv = transform[0] if isinstance(transform, Upsampled) else transform
-                    if not coupling.creates:
-                        nn.init.zeros_(mbconv.project_conv.norm.weight)
+            for transform in chain(*(c.transforms for c in self.rev_stack.couplings() if not c.creates)):
+                for module in transform.modules():
+                    if isinstance(module, MBConv) and module.project_conv.norm is not None:
+                        nn.init.zeros_(module.project_conv.norm.get_parameter("weight"))
 
     # Running ------------------------------------------------------------------------------------
 
@@ -431,13 +337,13 @@ class RevBiFPN(nn.Module):
         inversion: use ``eval()``, or ``stochastic_depth=0``.
         """
         streams = list(streams)
-        if len(streams) != len(self._dwk):
-            raise ValueError(f"streams: expected {len(self._dwk)} maps from high to low resolution, got {len(streams)}")
-        return self.stem.inverse(self.rev_stack.inverse(*streams))
+        if len(streams) != self.levels:
+            raise ValueError(f"streams: expected {self.levels} maps from high to low resolution, got {len(streams)}")
+        return self.stem.inverse(cast(Tensor, self.rev_stack.inverse(*streams)))  # the stack starts from one stream
 
 
-class ByArch:
-    """Mixin: construct a model by the name of a published scale.
+class ByArch(nn.Module):
+    """Mixin of a :class:`RevBiFPN`: construct a model by the name of a published scale.
 
     Args:
         arch: ``"revbifpn_s0"`` to ``"revbifpn_s6"``.

@@ -32,6 +32,7 @@ from types import ModuleType
 
 import torch
 
+from revkernels import reference
 from revkernels.damage import REBUILD, why_not_loaded
 from revkernels.registry import LIBRARY, NAMESPACE, OPS
 
@@ -40,7 +41,7 @@ IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
 
 @dataclass(frozen=True)
 class Status:
-    """Whether an implementation is in use, why not, its module, and the ops for which that has a kernel."""
+    """Whether an implementation is in use, why not, its module if so, and the ops for which that has a kernel."""
 
     name: str
     loaded: bool
@@ -73,9 +74,8 @@ def _why_not_built(name: str, module: str) -> str:
     others = [path.name for path in Path(__file__).parent.glob(f"{module}.*.so")]
     if others:
         return f"{others[0]} is for another Python than {sys.implementation.cache_tag}; {REBUILD}"
-    return (
-        f"revkernels.{module} was not built: {left_out().get(name, 'this is a source tree; `pip install -e .` builds')}"
-    )
+    reason = left_out().get(name, "this is a source tree, which `pip install -e .` builds in")
+    return f"revkernels.{module} was not built: {reason}"
 
 
 def _has_gpu() -> bool:
@@ -121,7 +121,7 @@ def _load() -> dict[str, Status]:
         return ""
 
     statuses = {
-        "reference": Status("reference", True),
+        "reference": Status("reference", True, module=reference),
         "cpp": _load_native("cpp", "_C", "CPU", why_not("cpp", needs_cuda=False)),
         "cuda": _load_native("cuda", "_C_cuda", "CUDA", why_not("cuda", needs_cuda=True)),
         "triton": _load_triton(why_not("triton", needs_cuda=False)),
@@ -165,7 +165,7 @@ def why_not(op: str, implementation: str, device: torch.device) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: {implementation!r} is unknown; choose from {IMPLEMENTATIONS}")
     status = STATUS[implementation]
-    if not status.loaded:
+    if status.module is None:
         return status.reason
     if implementation == "reference":
         return ""
@@ -202,9 +202,8 @@ def implementation(op: str, name: str, device: torch.device) -> Callable:
     can_run(op, name, device, raise_error=True)
     if name == "reference":
         return OPS[op].reference
-    if name == "triton":
-        return STATUS["triton"].module.LAUNCHERS[op]
-    return OPS[op].overload
+    module = STATUS[name].module
+    return module.LAUNCHERS[op] if name == "triton" and module else OPS[op].overload
 
 
 def in_use(op: str, device_type: str) -> str:

@@ -7,6 +7,7 @@ backward; the others are differentiable (once: none of them supports a second de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +115,8 @@ def _check_fixed_point(y: Tensor, fraction_bits: int | None, overflow: Tensor | 
         wanted = f"{FRACTION_BITS.start} to {FRACTION_BITS.stop - 1}"
         raise ValueError(f"fraction_bits: expected {wanted}, got {fraction_bits}")
     if y.dtype not in FIXED_POINT_DTYPES:
-        wanted = [str(d) for d in FIXED_POINT_DTYPES]
-        raise TypeError(f"y: expected one of {wanted}, as fraction_bits is given, got {y.dtype}")
+        dtypes = [str(d) for d in FIXED_POINT_DTYPES]
+        raise TypeError(f"y: expected one of {dtypes}, as fraction_bits is given, got {y.dtype}")
     if overflow is None:
         return
     if not isinstance(overflow, Tensor):
@@ -218,8 +219,9 @@ def couple_adjoint(
         _check_factor(f"factors[{k}]", f_k, mode)
         if h % f_k or w % f_k:
             raise ValueError(f"factors[{k}]: expected a divisor of dy's size {(h, w)}, got {f_k}")
-        if p[k] is not None:
-            _check_contributions(dy, [p[k]], [f_k], mode)
+        p_k = p[k]
+        if p_k is not None:
+            _check_contributions(dy, [p_k], [f_k], mode)
         _check_vector(f"center[{k}]", center[k], n, c, dy.device)
     du, sums = _ops.couple_adjoint(dy, p, center, list(factors), mode)
     du = [dy if f_k == 1 else du_k for f_k, du_k in zip(factors, du, strict=True)]
@@ -234,12 +236,12 @@ class _Couple(torch.autograd.Function):
         return couple_(y.clone(), p, factors, mode=mode)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.factors, ctx.mode, *p = inputs
         ctx.dtypes = [p_k.dtype for p_k in p]
 
     @staticmethod
-    def backward(ctx, dz: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("couple")
         du, _ = couple_adjoint(dz, ctx.factors, mode=ctx.mode)
         return dz, None, None, *(du_k.to(dtype) for du_k, dtype in zip(du, ctx.dtypes, strict=True))
@@ -264,11 +266,11 @@ class _Upsample(torch.autograd.Function):
         return _ops.upsample(x, factor, mode)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.factor, ctx.mode = inputs
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("upsample")
         return _ops.upsample_adjoint(dy, ctx.factor, ctx.mode), None, None
 
@@ -300,12 +302,12 @@ class _SpaceToDepth(torch.autograd.Function):
         return _ops.space_to_depth(x, planes, block)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, ctx.block = inputs
         ctx.channels = x.shape[1]
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("space_to_depth")
         return _ops.space_to_depth_adjoint(dy, ctx.channels, ctx.block), None, None
 
@@ -364,12 +366,12 @@ class _DepthwiseConv(torch.autograd.Function):
         return _ops.depthwise_conv(x, weight, None, None, stride)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, ctx.stride = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         forbid_double_backward("depthwise_conv")
         x, weight = ctx.saved_tensors
         dx = dw = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 HARDSIGMOID_SLOPE = 0.1666666716337204  # float32(1 / 6)
 
@@ -198,7 +199,7 @@ def depthwise_conv_grad_input(dy: Tensor, weight: Tensor, height: int, width: in
     acc = accumulate_dtype(dy.dtype)
     shape = (dy.shape[0], dy.shape[1], height, width)
     pad = (weight.shape[-1] - 1) // 2
-    dv = torch.nn.grad.conv2d_input(shape, weight.to(acc), dy.to(acc), stride, pad, 1, weight.shape[0])
+    dv = conv2d_input(shape, weight.to(acc), dy.to(acc), stride, pad, 1, weight.shape[0])
     return dv.to(dy.dtype)
 
 
@@ -212,7 +213,7 @@ def depthwise_conv_grad_weight(
     v = _prologue(x, scale, shift)
     c = x.shape[1]
     pad = (kernel - 1) // 2
-    return torch.nn.grad.conv2d_weight(v, (c, 1, kernel, kernel), dy.to(v.dtype), stride, pad, 1, c)
+    return conv2d_weight(v, (c, 1, kernel, kernel), dy.to(v.dtype), stride, pad, 1, c)
 
 
 # --- 1x1 convolution ------------------------------------------------------------------------------

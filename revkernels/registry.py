@@ -10,11 +10,12 @@ by name to a function with a parameter ``mode`` of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from revkernels import reference, reference_mbconv
 from revkernels.reference import accumulate_dtype
@@ -34,12 +35,12 @@ class Op:
     fake: Callable
 
     @property
-    def overload(self) -> Callable:
+    def overload(self) -> OpOverload:
         """The callable that the dispatcher answers."""
         return overload_of(self.name)
 
 
-def overload_of(name: str) -> Callable:
+def overload_of(name: str) -> OpOverload:
     return getattr(torch.ops.revkernels, name).default
 
 
@@ -86,14 +87,16 @@ def _depth_to_space(y: Tensor, channels: int, block: int) -> Tensor:
     return _empty(y, (n, channels, h * block, w * block))
 
 
-def _couple_adjoint(dy, p, center, factors, mode):  # noqa: ANN001, ANN202
+def _couple_adjoint(
+    dy: Tensor, p: Sequence[Tensor | None], center: Sequence[Tensor | None], factors: Sequence[int], mode: str
+) -> tuple[list[Tensor], list[Tensor]]:
     n, c, h, w = dy.shape
     dus = [_empty(dy, (0,) if f == 1 else (n, c, h // f, w // f)) for f in factors]
     sums = [_sums(dy, (0,) if p_k is None else (2, n, c)) for p_k in p]
     return dus, sums
 
 
-def _depthwise_conv(x: Tensor, weight: Tensor, scale, shift, stride: int) -> Tensor:  # noqa: ANN001
+def _depthwise_conv(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int) -> Tensor:
     n, c, h, w = x.shape
     return _empty(x, (n, c, -(-h // stride), -(-w // stride)), None if x.is_floating_point() else torch.float32)
 
@@ -102,7 +105,9 @@ def _depthwise_conv_grad_input(dy: Tensor, weight: Tensor, height: int, width: i
     return _empty(dy, (dy.shape[0], dy.shape[1], height, width))
 
 
-def _depthwise_conv_grad_weight(x: Tensor, dy: Tensor, scale, shift, kernel: int, stride: int) -> Tensor:  # noqa: ANN001
+def _depthwise_conv_grad_weight(
+    x: Tensor, dy: Tensor, scale: Tensor | None, shift: Tensor | None, kernel: int, stride: int
+) -> Tensor:
     return _sums(x, (x.shape[1], 1, kernel, kernel))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import wraps
 from math import gcd
+from typing import Any
 
 from torch import FunctionSchema, Tensor
 
@@ -91,7 +92,7 @@ def checked(schema: FunctionSchema, call: Callable, *, apart: bool = True) -> Ca
     writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
 
     @wraps(call)
-    def run(*arguments, **keywords):  # noqa: ANN002, ANN003, ANN202
+    def run(*arguments: Any, **keywords: Any) -> Any:
         tensors = []
         for name, value in [*zip(names, arguments, strict=False), *keywords.items()]:
             if isinstance(value, Tensor):

@@ -103,9 +103,10 @@ def mbconv_backward_bytes(
         0 if dz or (p and m.channels == m.expanded) else m.n * inner * m.item,
         m.n * m.inner * m.item if m.expands and m.stride != 1 else 0,
     )
+    sourced = not m.expands and dx and add and m.stride != 1
     passes = (
         _total(samples * out * m.item, 0 if p else samples * out * m.item),
-        _total(samples * inner * m.item, samples * m.inner * m.item if not m.expands and dx and add else 0),
+        _total(samples * inner * m.item, samples * m.inner * m.item if sourced else 0),
         _total(samples * m.inner * m.item if m.expands else 0),
     )
     return (0 if squeezed else _squeezed(m)) + _planes(m, e=e, d=d) + whole + max(passes)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 import revbifpn
 from revbifpn import fast
+from tests.marks import mostly_slow
 
 F64, F32 = torch.float64, torch.float32
 BOTH = {"plain": revbifpn, "fast": fast}
 MODULES = pytest.mark.parametrize("module", BOTH.values(), ids=BOTH)
+MOSTLY_FAST = pytest.mark.parametrize("module", mostly_slow([fast, revbifpn]), ids=["fast", "plain"])
 REVERSIBLE = pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])
 
 # The published kernels and ratios on few channels, as shallow as they go, with nothing random.

@@ -17,7 +17,7 @@ import revbifpn.fast
 from benchmarks.harness.cases import LARGEST_INTEGER, Case, map_nested, tensors
 from benchmarks.harness.command import BenchmarkError
 from benchmarks.harness.networks import CHECKPOINTED, FAST, PUBLISHED, REVBIFPN, REVERSIBLE, Network
-from revkernels import reference
+from revkernels.registry import OPS
 from revkernels.testing import relative_error
 
 GATE = {"resolution": 96, "batch": 4, "seeds": 3, "loss": 1e-4, "gradients": 1e-3}
@@ -91,23 +91,29 @@ def relative_errors(loss: Tensor, gradients: Tensor, loss0: Tensor, gradients0: 
     return tuple(math.inf if e.isnan() else e.item() for e in errors)
 
 
-def outcome(run: Callable, arguments: list[Any]) -> list[Tensor]:
-    """What a call computes: its results, or what became of y."""
-    arguments = [a.clone() if i == 0 and isinstance(a, Tensor) else a for i, a in enumerate(arguments)]
-    results = run(*arguments)
-    return tensors([arguments[0]] if results is None else results)
+SCRATCH = {"mbconv_backward": ("p", "dz")}  # written to, and what is in it afterwards is nobody's
+
+
+def outcome(op: str, run: Callable, arguments: Sequence[Any]) -> list[Tensor]:
+    """What a call computes: its results, and what became of the arguments that it writes to."""
+    schema = OPS[op].overload._schema.arguments
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema[: len(arguments)]]
+    given = [map_nested(a, Tensor, torch.clone) if w else a for a, w in zip(arguments, written, strict=True)]
+    results = run(*given)
+    kept = [a for a, w, s in zip(given, written, schema, strict=False) if w and s.name not in SCRATCH.get(op, ())]
+    return [t for t in tensors([results, kept]) if t.dtype in ULP]
 
 
 def disagreement(case: Case, runs: dict[str, Callable], device: torch.device) -> str:
     """Which contestant is further from the reference in float64 than rounding explains; empty when none is."""
     arguments = case.make(device)
     wide = map_nested(arguments, Tensor, lambda t: t.double() if t.is_floating_point() else t)
-    want = outcome(getattr(reference, case.op), wide)
+    want = outcome(case.op, OPS[case.op].reference, wide)
     is_fixed_point = case.op == "couple_" and len(arguments) > 7 and arguments[7] is not None
     step = 2.0 ** -arguments[7] if is_fixed_point else 0.0
     errors = {}
     for name, run in runs.items():
-        got = outcome(run, arguments)
+        got = outcome(case.op, run, arguments)
         errors[name] = [(relative_error(a, b), max(ULP[a.dtype], step)) for a, b in zip(got, want, strict=True)]
     coarsest = max(step, *(ULP[t.dtype] for t in tensors(arguments) if t.dtype in ULP))
     for name, pairs in errors.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revbifpn.fast
 from revbifpn.configs import CONFIGS
+from revkernels import reference, reference_mbconv
 from revkernels.registry import OPS
 
 BATCHES = {"s0": 8, "s3": 4, "s6": 2}  # of the training step, by scale
@@ -33,6 +35,9 @@ class Spec:
     @property
     def bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def shell(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
     def make(self, device: torch.device, generator: torch.Generator) -> Tensor:
         span = 1 + sum(s * (n - 1) for s, n in zip(self.stride, self.shape, strict=True)) if self.bytes else 0
@@ -75,6 +80,11 @@ class Case:
                 subtract, *fixed_point = (a for a in self.arguments[6:] if a is not None)
                 words += ["minus"] * subtract + [f"g{bits}" for bits in fixed_point[:1]]
                 words += ["counted"] * (len(fixed_point) == 2)
+        elif self.op.startswith("mbconv"):
+            named = named_arguments(self.op, self.arguments)
+            depthwise, project = named["depthwise"].shape, named["project"].shape
+            words += [f"by {depthwise[0]} to {project[0]} k{depthwise[-1]} s{named['stride']}"]
+            words += ["se"] * isinstance(named["squeeze"], Spec)
         elif self.op.startswith("upsample"):
             words += [f"f{self.arguments[1]}"]
         elif self.op in ("bn_act", "bn_act_grad"):
@@ -125,9 +135,51 @@ def hashable(value: Any) -> Any:
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
+def named_arguments(op: str, arguments: Sequence[Any]) -> dict[str, Any]:
+    return {a.name: value for a, value in zip(OPS[op].overload._schema.arguments, arguments, strict=True)}
+
+
+@contextmanager
+def passes_by(passes: Any) -> Iterator[None]:
+    """The ops of an MBConv are compositions of ``passes``, which has an attribute for each op."""
+    before = reference_mbconv.ref
+    reference_mbconv.ref = passes
+    try:
+        yield
+    finally:
+        reference_mbconv.ref = before
+
+
+class _RecordedPasses:
+    """The reference's passes; ``calls`` counts them by their arguments."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[tuple[str, tuple[Any, ...]]] = Counter()
+
+    def __getattr__(self, op: str) -> Callable:
+        run = getattr(reference, op)
+
+        def call(*arguments: Any) -> Any:
+            specs = map_nested(arguments, Tensor, lambda t: Spec(t.dtype, tuple(t.shape), tuple(t.stride())))
+            self.calls[op, hashable(specs)] += 1
+            return run(*arguments)
+
+        return call
+
+
+def _passes(case: Case) -> Iterator[Case]:
+    """The ops that an MBConv's op is composed of, as its reference calls them for the whole batch."""
+    recorded = _RecordedPasses()
+    with passes_by(recorded):
+        OPS[case.op].reference(*map_nested(case.arguments, Spec, Spec.shell))
+    for (op, arguments), calls in recorded.calls.items():
+        yield Case(case.scale, op, arguments, calls * case.calls)
+
+
 def cases(scale: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Case]:
     """Every call in a training step of ``revbifpn.fast`` at its native resolution, and the ops that none makes.
 
+    An MBConv is one op, and so are the passes that it is composed of: both are there.
     With a 16-bit ``dtype`` the same calls with maps in it, the streams, their gradients and the weights in float32.
     """
     config = CONFIGS[f"revbifpn_{scale}"]
@@ -137,7 +189,12 @@ def cases(scale: str, device: torch.device, dtype: torch.dtype = torch.float32) 
         images = torch.empty(BATCHES[scale], 3, config.resolution, config.resolution)
         with recorder:
             model(images).sum().backward()
-    found = [Case(scale, op, _narrowed(op, args, dtype), calls) for (op, args), calls in recorder.calls.items()]
+    called = [Case(scale, op, _narrowed(op, args, dtype), calls) for (op, args), calls in recorder.calls.items()]
+    called += [each for case in called if case.op.startswith("mbconv") for each in _passes(case)]
+    total: Counter[Case] = Counter()
+    for case in called:
+        total[case] += case.calls
+    found = [replace(case, calls=calls) for case, calls in total.items()]
     found += dict.fromkeys(_public_ops(found))
     order = list(OPS)
     found.sort(key=lambda c: (order.index(c.op), -sum(s.bytes for s in tensors(c.arguments))))
@@ -158,10 +215,16 @@ FLOAT32 = {  # the argument that is kept so
 }
 
 
+PLANES = ("p", "d", "e", "dz")  # of an MBConv
+
+
 def _narrowed(op: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     def narrow(spec: Spec) -> Spec:
         return replace(spec, dtype=dtype) if len(spec.shape) == 4 else spec
 
+    if op.startswith("mbconv"):
+        named = named_arguments(op, arguments)
+        return tuple(map_nested(a, Spec, narrow) if name in PLANES else a for name, a in named.items())
     kept = FLOAT32.get(op)
     return tuple(a if i == kept else map_nested(a, Spec, narrow) for i, a in enumerate(arguments))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.cases import hashable, map_nested, tensors
+from benchmarks.harness.cases import hashable, map_nested, passes_by, tensors
 from benchmarks.harness.timing import seconds
 from revkernels import reference
 from revkernels.registry import OPS
@@ -189,9 +190,19 @@ def _bn_act_grad(dz, x, scale, shift, gate, dpool, slope, offset, act):
     return dx if offset is None else dx + vector(offset)
 
 
+def _mbconv(op: str) -> Callable:
+    """An MBConv's op as its reference says it, of the compositions here."""
+
+    def run(*arguments: Any) -> Any:
+        with passes_by(SimpleNamespace(**COMPOSITIONS)):
+            return OPS[op].reference(*arguments)
+
+    return run
+
+
 # Where the reference already is the shortest way to say it in PyTorch, it is the rival too.
 COMPOSITIONS: dict[str, Callable] = {
-    **{op: getattr(reference, op) for op in OPS},
+    **{op: _mbconv(op) if op.startswith("mbconv") else getattr(reference, op) for op in OPS},
     "upsample": _interpolate,
     "upsample_adjoint": _interpolate_backward,
     "couple_": _couple_,

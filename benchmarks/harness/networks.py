@@ -28,7 +28,6 @@ import revbifpn
 import revbifpn.fast
 from benchmarks.harness.command import UsageError, require, select
 from benchmarks.harness.rivals import RIVALS, import_timm
-from revbifpn import fused
 from revbifpn.configs import CONFIGS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -265,14 +264,3 @@ def load_published(directory: str) -> ModuleType:
         raise UsageError(f"--published {directory}: its revbifpn.py defines no {unknown[0]}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="rev_structs")  # torch.cuda.amp, once per block
     return module
-
-
-@contextlib.contextmanager
-def gpu_chunks() -> Iterator[None]:
-    """Batches go through fused branches on the CPU in chunks as large as a GPU's."""
-    before = fused.CHUNK_BYTES["cpu"]
-    fused.CHUNK_BYTES["cpu"] = fused.CHUNK_BYTES["cuda"]
-    try:
-        yield
-    finally:
-        fused.CHUNK_BYTES["cpu"] = before

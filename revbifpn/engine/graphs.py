@@ -45,9 +45,21 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        # thread_local: other threads, a loader's or NCCL's, may meanwhile do what a capture forbids.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            outputs = run()
+        failure = None
+        try:
+            # A failure leaves PyTorch's context on the side stream. thread_local: other threads, a loader's or NCCL's,
+            # may meanwhile do what a capture forbids.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    outputs = run()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            raise failure or error from None  # what spoiled the capture, not that it was found spoiled at the end
         return graph.replay, outputs
 
 

@@ -28,14 +28,15 @@ from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
 from revbifpn.mbconv import ConvNormAct, MBConv
 from revbifpn.streams import Encoded
+from revkernels.precision import convolution_precision, products_in
 from revkernels.workspace import MBConvShape, mbconv_backward_bytes, mbconv_bytes, mbconv_recompute_bytes
 
 _forward = torch.ops.revkernels.mbconv.default
 _recompute = torch.ops.revkernels.mbconv_recompute.default
 _backward = torch.ops.revkernels.mbconv_backward.default
 
-# Bytes of a chunk of samples of the widest plane: about a core's cache on a CPU; on a GPU, enough to fill it.
-CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+# Bytes of a chunk of samples of the widest plane: a few fit a core's cache on a CPU; on a GPU, enough to fill it.
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 _chunk_bytes: ContextVar[int | None] = ContextVar("chunk_bytes", default=None)
 
 
@@ -83,6 +84,7 @@ class FusedRecord(NamedTuple):
     batch: tuple[bool, bool, bool]  # which norms took the batch's statistics
     chunk: int  # samples
     keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
+    precision: str | None = None  # of the 1x1 convolutions' products, see revkernels.precision
 
 
 class Kept(NamedTuple):
@@ -218,11 +220,14 @@ class FusedMBConv:
         batch, size = self._batch(), self.out_size(x)
         if True in batch:
             self._expect_several(x, size)
-        chunk = self.chunk(x, 1 if True in batch else 4)  # without sums over samples all planes of a chunk come at once
+        # Without sums over samples all planes of a chunk come at once. cuBLAS wants the chunks of the backward.
+        chunk = self.chunk(x, 4 if True not in batch and x.device.type == "cpu" else 1)
+        precision = convolution_precision(x.device, self.dtype)
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None
-        norms = self._norms(self.weights, batch, self._running(batch, update), None, x, chunk, p, d)
-        record = FusedRecord(norms, batch, self.chunk(x), self._draw_keep(x) if self._drops() else None)
+        with products_in(precision):
+            norms = self._norms(self.weights, batch, self._running(batch, update), None, x, chunk, p, d)
+        record = FusedRecord(norms, batch, self.chunk(x), self._draw_keep(x) if self._drops() else None, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
         return contribution, record, d
@@ -317,7 +322,8 @@ class FusedMBConv:
         )
         workspace = _workspace(mbconv_recompute_bytes(self._shape(x, record.chunk), d=d, e=e), planes[0])
         tail = (record.norms, self.stride, record.chunk, *planes, workspace)
-        return Kept(*planes, _recompute(*stored(x), *weights.convolutions, *tail))
+        with products_in(record.precision):
+            return Kept(*planes, _recompute(*stored(x), *weights.convolutions, *tail))
 
     @explicit
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
@@ -377,7 +383,8 @@ class FusedMBConv:
         )
         middle = (record.norms, record.batch, record.keep, self.stride, record.chunk)
         tail = (*kept, dz, dx, add, _workspace(size, du))
-        gradients = _backward(du, sums, *stored(x), *weights.convolutions, *middle, *tail)
+        with products_in(record.precision):
+            gradients = _backward(du, sums, *stored(x), *weights.convolutions, *middle, *tail)
         return [g if w.requires_grad else None for g, w in zip(gradients, weights, strict=True) if w is not None]
 
 

@@ -121,10 +121,7 @@ class FusedSegment:
     ) -> tuple[None, Pullback]:
         """The vector-Jacobian product; the map itself is not formed again. See :class:`Branch`."""
         y, *merged = inputs
-        weights = self._named(parameters)
-        # Below the highest level p is small and kept, rather than computed in every pass.
-        neck = self.neck.again(y, records[0], weights[0]) if merged else Kept()
-        return None, self._pullback(y, merged, records, weights, [neck])
+        return None, self._pullback(y, merged, records, self._named(parameters), [Kept()])
 
     def _pullback(
         self,
@@ -145,7 +142,10 @@ class FusedSegment:
                 fits = self.neck.expanded == self.neck.channels and dout.dtype == self.neck.dtype
                 dz = dout if fits else None
             if merged and into[1] is not None:
-                into[1].tensor().add_(dout)
+                if dz is None and self.merge is not None and into[1].adopts(dout):
+                    into[1].adopt(dout)  # it is read, and not written over
+                else:
+                    into[1].tensor().add_(dout)
             adopt = dz is not None and into[0] is not None and into[0].adopts(dz)
             dy = dz if adopt else None if into[0] is None else into[0].tensor()
             if dz is None and kept[0].p is None:

@@ -76,8 +76,19 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict) -> Any:
-    """The type of an argument as the launch would see it; fills in constants and known divisibility."""
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict, *, numbers: bool = True) -> Any:
+    """The type of an argument as the launch would see it; fills in constants and known divisibility.
+
+    ``numbers``: those of integers too.
+    """
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int) and not numbers:
+        return _integer(value)
     if isinstance(value, tuple):
         return tuple(_specialise(v, (*path, i), constexprs, attrs) for i, v in enumerate(value))
     if value is None or (isinstance(value, int) and value == 1):
@@ -86,7 +97,7 @@ def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict
     if isinstance(value, Tensor):
         address, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
     else:
-        address, kind = value, "i32" if -(2**31) <= value < 2**31 else "i64"
+        address, kind = value, _integer(value)
     if address % 16 == 0:
         attrs[path] = [["tt.divisibility", 16]]
     return kind
@@ -102,7 +113,8 @@ def compile_launch(launch: Launch, architecture: int) -> triton.compiler.Compile
         if parameter.is_constexpr:
             signature[parameter.name], constexprs[(i,)] = "constexpr", named[parameter.name]
         else:
-            signature[parameter.name] = _specialise(named[parameter.name], (i,), constexprs, attrs)
+            value, numbers = named[parameter.name], not parameter.do_not_specialize
+            signature[parameter.name] = _specialise(value, (i,), constexprs, attrs, numbers=numbers)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 

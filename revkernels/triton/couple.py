@@ -7,25 +7,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from revkernels.triton.plan import Plan, Planned, on_device_of, seen
 from revkernels.triton.tiles import (
     PIXELS_PER_PROGRAM,
+    SIZES,
+    Planes,
     accumulator,
+    ceil_div,
     contiguous,
     coordinates,
-    flat_tile,
+    decoded,
     fold,
     load_vector,
     offset,
-    plane_tile,
     planes_of,
+    specialised_on_nothing,
     split_buffers,
+    strides_in,
     strides_of,
     tile,
     vector_row,
-    warps_for,
 )
 
-MAX_ADJOINT_WIDTH = 1024  # pixels: whole rows up to here, blocks that overlap by two source pixels beyond
+# Tiles depend on nothing but the dtype, so that another image size compiles nothing.
+IDENTITY_TILE = (32, 64)  # rows, pixels; half the rows where elements are loaded one by one
+UPSAMPLED_TILE = (16, 32)  # pixels of a plane: with all factors, two warps of 8 pixels a thread
+ADJOINT_IDENTITY_TILE = (4, 256)  # half the rows likewise
+ADJOINT_UPSAMPLED_TILE = (16, 64)  # wider maps in blocks that overlap, by at least two source pixels
+ADJOINT_HALO = 8  # pixels on either side: the largest factor, and 16 bytes of the narrowest dtype
 
 
 @triton.jit
@@ -94,7 +103,7 @@ def _shifts(shift, shift_row, n, c, m, ACC: tl.constexpr, ROWS: tl.constexpr, CO
     b_total = tl.zeros([ROWS, COLUMNS], ACC)
     for k in tl.static_range(len(shift)):
         if shift[k] is not None:
-            b_total += load_vector(shift[k], shift_row[k], n, c, m, ACC)
+            b_total += load_vector(shift[k], decoded(shift_row[k]), n, c, m, ACC)
     return b_total
 
 
@@ -102,7 +111,7 @@ def _shifts(shift, shift_row, n, c, m, ACC: tl.constexpr, ROWS: tl.constexpr, CO
 def _add_scaled(b_total, b_p, scale, scale_row, n, c, m, ACC: tl.constexpr):
     """``total + a p``."""
     if scale is not None:
-        b_total = tl.fma(b_p, load_vector(scale, scale_row, n, c, m, ACC), b_total)
+        b_total = tl.fma(b_p, load_vector(scale, decoded(scale_row), n, c, m, ACC), b_total)
     else:
         b_total += b_p
     return b_total
@@ -118,14 +127,13 @@ def _rint(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _coupled(b_y, b_total, m, overflow, SUBTRACT: tl.constexpr, FRACTION_BITS: tl.constexpr, ACC: tl.constexpr):
+def _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS: tl.constexpr, ACC: tl.constexpr):
     """``y +/- total``; on a grid ``y +/- q 2^-g`` or ``wrap16(y +/- q)``, ``q = rint(2^g total)``; counts overflows."""
     if FRACTION_BITS is None:
-        b_y = b_y.to(ACC)
-        out = b_y - b_total if SUBTRACT else b_y + b_total
+        out = b_y.to(ACC) + sign * b_total
     else:
         STEPS: tl.constexpr = 2.0**FRACTION_BITS
-        b_q = _rint(b_total * (-STEPS if SUBTRACT else STEPS), ACC)
+        b_q = _rint(b_total * (sign * STEPS), ACC)
         if b_y.dtype == tl.int16:
             m_fits = tl.abs(b_q) < 2.0**31
             b_q = tl.where(m_fits, b_q, 0.0).to(tl.int32)  # saturated at 2^31, that is at 0 modulo 2^16
@@ -142,9 +150,9 @@ def _coupled(b_y, b_total, m, overflow, SUBTRACT: tl.constexpr, FRACTION_BITS: t
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _couple_identity_kernel(
-    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, rows, C, H, W, SUBTRACT: tl.constexpr,
+    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, rows, C, H, W, sign,
     FRACTION_BITS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``y <- y +/- sum_k (a_k p_k + b_k)``, the total rounded to ACC, and to the grid, before it meets y.
@@ -156,21 +164,23 @@ def _couple_identity_kernel(
     m_r = o_r < rows
     m = m_r & (o_w < W // VEC * VEC)
     o_x = o_w.to(tl.int64)
+    y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
     b_total = _shifts(shift, shift_row, n, c, m_r, ACC, BLOCK_R, BLOCK_W)
     for k in tl.static_range(len(p)):
-        b_p = tl.load(p[k] + offset(n, c, h, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
+        strides = strides_in(p_strides[k], VEC)
+        b_p = tl.load(p[k] + offset(n, c, h, strides, VEC) + o_x * strides[3], m, 0.0).to(ACC)
         b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, m_r, ACC)
-    b_y = _coupled(b_y, b_total, m, overflow, SUBTRACT, FRACTION_BITS, ACC)
+    b_y = _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS, ACC)
     tl.store(p_y, b_y.to(y.dtype.element_ty), m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _couple_upsampled_kernel(
-    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, C, H, W,
-    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, SUBTRACT: tl.constexpr, FRACTION_BITS: tl.constexpr,
-    ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, C, H, W, sign,
+    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, FRACTION_BITS: tl.constexpr, ACC: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``y <- y +/- sum_k (a_k up_{f_k}(p_k) + b_k)``, equal to ``up(a p + b)`` as the weights of a pixel sum to 1.
 
@@ -187,19 +197,22 @@ def _couple_upsampled_kernel(
     o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     m = (h < H) & (o_w < W // VEC * VEC)
     o_x = o_w.to(tl.int64)
+    y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
     b_total = _shifts(shift, shift_row, n, c, None, ACC, BLOCK_H, BLOCK_W)
     for k in tl.static_range(len(FACTORS)):
         if FACTORS[k] == 1:
-            b_p = tl.load(p[k] + offset(n, c, h, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
+            strides = strides_in(p_strides[k], VEC)
+            b_p = tl.load(p[k] + offset(n, c, h, strides, VEC) + o_x * strides[3], m, 0.0).to(ACC)
         else:
-            p_k = p[k] + offset(n, c, n * 0, p_strides[k], 1)
+            strides = strides_in(p_strides[k], 1)
+            p_k = p[k] + offset(n, c, n * 0, strides, 1)
             b_p = _upsampled(
-                p_k, p_strides[k], h, i_w, H // FACTORS[k], W // FACTORS[k], FACTORS[k], BILINEAR, ACC, BLOCK_W
+                p_k, strides, h, i_w, H // FACTORS[k], W // FACTORS[k], FACTORS[k], BILINEAR, ACC, BLOCK_W
             )  # fmt: skip
         b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, None, ACC)
-    b_y = _coupled(b_y, b_total, m, overflow, SUBTRACT, FRACTION_BITS, ACC)
+    b_y = _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS, ACC)
     tl.store(p_y, b_y.to(y.dtype.element_ty), m)
 
 
@@ -217,55 +230,56 @@ def couple_(
     """One launch, any number of contributions; see :func:`revkernels.reference.couple_`."""
     if y.numel() == 0 or not p:
         return
-    n, c = y.shape[:2]
+    p, scale, shift = tuple(p), tuple(map(contiguous, scale)), tuple(map(contiguous, shift))
     same = [k for k, f in enumerate(factors) if f == 1]
     identity = len(same) == len(p)
-    walk = planes_of(y, *(p[k] for k in same), flatten=identity)
-    p_strides = [strides_of(p_k) for p_k in p]
-    for k, strides in zip(same, walk.strides[1:], strict=True):
-        p_strides[k] = strides
-    scale, shift = tuple(map(contiguous, scale)), tuple(map(contiguous, shift))
-    tensors = (y, tuple(p), scale, shift, overflow)
-    strides = (walk.strides[0], tuple(p_strides), tuple(map(vector_row, scale)), tuple(map(vector_row, shift)))
-    shared = dict(
-        SUBTRACT=subtract, FRACTION_BITS=fraction_bits, ACC=accumulator(y), VEC=walk.vec, enable_fp_fusion=False
-    )
-    with torch.cuda.device_of(y):
+
+    def plan() -> Plan:
+        n, c = y.shape[:2]
+        walk = planes_of(y, *(p[k] for k in same), flatten=identity)
+        p_strides = [strides_of(p_k) for p_k in p]
+        for k, strides in zip(same, walk.strides[1:], strict=True):
+            p_strides[k] = strides
+        constants = dict(
+            y_strides=specialised_on_nothing(walk.strides[0]),
+            p_strides=tuple(map(specialised_on_nothing, p_strides)),
+            scale_row=specialised_on_nothing(map(vector_row, scale)),
+            shift_row=specialised_on_nothing(map(vector_row, shift)),
+            C=c,
+            H=walk.height,
+            W=walk.width,
+            sign=-1.0 if subtract else 1.0,
+            FRACTION_BITS=fraction_bits,
+            ACC=accumulator(y),
+            VEC=_vector(walk, y),
+        )
         if identity:
             rows = n * c * walk.height
-            block_r, block_w = flat_tile(walk, y)
-            grid = (triton.cdiv(rows, block_r) * triton.cdiv(walk.width, block_w),)
-            _couple_identity_kernel[grid](
-                *tensors,
-                *strides,
-                rows,
-                c,
-                walk.height,
-                walk.width,
-                BLOCK_R=block_r,
-                BLOCK_W=block_w,
-                num_warps=4,
-                **shared,
-            )
-        else:
-            block_h, block_w, warps = plane_tile(walk.height, walk.width)
-            grid = (n * c * triton.cdiv(walk.height, block_h) * triton.cdiv(walk.width, block_w),)
-            _couple_upsampled_kernel[grid](
-                *tensors,
-                *strides,
-                c,
-                walk.height,
-                walk.width,
-                FACTORS=tuple(factors),
-                BILINEAR=mode == "bilinear",
-                BLOCK_H=block_h,
-                BLOCK_W=block_w,
-                num_warps=warps,
-                **shared,
-            )
+            block_r, block_w = IDENTITY_TILE
+            block_r = block_r if constants["VEC"] > 1 else block_r // 2
+            constants |= dict(rows=rows, BLOCK_R=block_r, BLOCK_W=block_w)
+            return Plan(ceil_div(rows, block_r) * ceil_div(walk.width, block_w), constants)
+        block_h, block_w = UPSAMPLED_TILE
+        constants |= dict(FACTORS=tuple(factors), BILINEAR=mode == "bilinear", BLOCK_H=block_h, BLOCK_W=block_w)
+        programs = n * c * ceil_div(walk.height, block_h) * ceil_div(walk.width, block_w)
+        return Plan(programs, constants, num_warps=2)
+
+    tensors = (y, *p, *scale, *shift, overflow)
+    key = (y.get_device(), tuple(map(seen, tensors)), tuple(factors), mode, subtract, fraction_bits)
+    with on_device_of(y):
+        (_couple_identity if identity else _couple_upsampled)(key, plan, y, p, scale, shift, overflow)
 
 
-@triton.jit
+def _vector(walk: Planes, x: Tensor) -> int:
+    """Elements of x that make 16 bytes where every row starts and ends at a multiple of them, else 1."""
+    vec = 16 // x.element_size()
+    return vec if walk.vec % vec == 0 else 1
+
+
+_couple_identity, _couple_upsampled = Planned(_couple_identity_kernel), Planned(_couple_upsampled_kernel)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _couple_adjoint_identity_kernel(
     dy, p, center, sums, dy_strides, p_strides, center_row, rows, C, H, W, steps,
     ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -281,6 +295,7 @@ def _couple_adjoint_identity_kernel(
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     n, c, h = coordinates(o_r, C, 1)
     m_r = o_r < rows
+    dy_strides = strides_in(dy_strides, VEC)
     b_sum = tl.zeros([BLOCK_R, BLOCK_W], ACC)
     b_dots = ()
     for _ in tl.static_range(len(p)):
@@ -294,9 +309,10 @@ def _couple_adjoint_identity_kernel(
         b_sum += b_dy
         b_new = ()
         for k in tl.static_range(len(p)):
-            b_p = tl.load(p[k] + offset(n, c, h_i, p_strides[k], VEC) + o_x * p_strides[k][3], m, 0.0).to(ACC)
+            strides = strides_in(p_strides[k], VEC)
+            b_p = tl.load(p[k] + offset(n, c, h_i, strides, VEC) + o_x * strides[3], m, 0.0).to(ACC)
             if center[k] is not None:
-                b_p = b_p - load_vector(center[k], center_row[k], n, c, m_r, ACC)
+                b_p = b_p - load_vector(center[k], decoded(center_row[k]), n, c, m_r, ACC)
             b_new = b_new + (tl.fma(b_dy, b_p, b_dots[k]),)
         b_dots = b_new
     o_out = (i_s * 2).to(tl.int64) * rows + o_r
@@ -308,33 +324,37 @@ def _couple_adjoint_identity_kernel(
 def _adjoint_identity(dy: Tensor, p: list[Tensor], center: list[Tensor | None], sums: list[Tensor]) -> None:
     n, c = dy.shape[:2]
     walk = planes_of(dy, *p)
-    block_r, block_w = flat_tile(walk, dy, 2048 if len(p) == 1 else 1024)
-    steps = max(1, PIXELS_PER_PROGRAM // block_w)
-    splits = triton.cdiv(walk.height * triton.cdiv(walk.width, block_w), steps)
-    out = tuple(sums)
+    vec = _vector(walk, dy)
+    block_r, block_w = ADJOINT_IDENTITY_TILE
+    block_r = block_r if vec > 1 else block_r // 2
+    steps = PIXELS_PER_PROGRAM // block_w
+    splits = ceil_div(walk.height * ceil_div(walk.width, block_w), steps)
+    out, p, center = tuple(sums), tuple(p), tuple(map(contiguous, center))
     partial = split_buffers(out, splits)
-    center = tuple(map(contiguous, center))
-    _couple_adjoint_identity_kernel[(triton.cdiv(n * c, block_r) * splits,)](
-        dy,
-        tuple(p),
-        center,
-        partial,
-        walk.strides[0],
-        walk.strides[1:],
-        tuple(map(vector_row, center)),
-        n * c,
-        c,
-        walk.height,
-        walk.width,
-        steps,
-        ACC=accumulator(dy),
-        VEC=walk.vec,
-        BLOCK_R=block_r,
-        BLOCK_W=block_w,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+
+    def plan() -> Plan:
+        constants = dict(
+            dy_strides=specialised_on_nothing(walk.strides[0]),
+            p_strides=tuple(map(specialised_on_nothing, walk.strides[1:])),
+            center_row=specialised_on_nothing(map(vector_row, center)),
+            rows=n * c,
+            C=c,
+            H=walk.height,
+            W=walk.width,
+            steps=steps,
+            ACC=accumulator(dy),
+            VEC=vec,
+            BLOCK_R=block_r,
+            BLOCK_W=block_w,
+        )
+        return Plan(ceil_div(n * c, block_r) * splits, constants)
+
+    key = (dy.get_device(), *map(seen, (dy, *p, *center, *partial)))
+    _couple_adjoint_identity(key, plan, dy, p, center, partial)
     fold(out, partial)
+
+
+_couple_adjoint_identity = Planned(_couple_adjoint_identity_kernel)
 
 
 @triton.jit
@@ -356,8 +376,8 @@ def _row_weight(q, height, J: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _adjoint_of_one(
     dy, du, p, center, sums, dy_strides, p_strides, center_row, plane, i_h, origin, i_s, planes, C, H, W,
-    F: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, HALO: tl.constexpr,
+    halo, F: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One contribution's ``du`` and sums on ``[BLOCK_H / F, BLOCK_W / F]`` pixels: rows first, then columns."""
     ROWS: tl.constexpr = BLOCK_H // F
@@ -399,22 +419,23 @@ def _adjoint_of_one(
         b_du += tl.where(o_x == width - 1, 0.0, tl.gather(to_last, tl.minimum(o_c + 1, CELLS - 1), 1))
         b_du += tl.where(o_x == 0, 0.0, tl.gather(to_next, tl.maximum(o_c - 1, 0), 1))
 
-    m = m_q & (o_x < width) & (o_c >= HALO // F) & (o_c < (BLOCK_W - HALO) // F)
+    m = m_q & (o_x < width) & (o_c >= halo // F) & (o_c < (BLOCK_W - halo) // F)
     p_du = du + (plane.to(tl.int64) * height + o_q) * width + o_x
     tl.store(p_du, b_du.to(du.dtype.element_ty), m)
     if p is not None:
-        b_p = tl.load(p + offset(n, c, o_q, p_strides, 1) + o_x.to(tl.int64) * p_strides[3], m, 0.0).to(ACC)
+        strides = strides_in(p_strides, 1)
+        b_p = tl.load(p + offset(n, c, o_q, strides, 1) + o_x.to(tl.int64) * strides[3], m, 0.0).to(ACC)
         if center is not None:
-            b_p = b_p - load_vector(center, center_row, n, c, None, ACC)
+            b_p = b_p - load_vector(center, decoded(center_row), n, c, None, ACC)
         b_du = tl.where(m, b_du, 0.0)
         p_sums = sums + (i_s * 2).to(tl.int64) * planes + plane
         tl.store(p_sums, tl.sum(b_du))
         tl.store(p_sums + planes, tl.sum(b_du * b_p))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _couple_adjoint_upsampled_kernel(
-    dy, du, p, center, sums, dy_strides, p_strides, center_row, planes, C, H, W,
+    dy, du, p, center, sums, dy_strides, p_strides, center_row, planes, C, H, W, overlaps,
     FACTORS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
@@ -425,15 +446,17 @@ def _couple_adjoint_upsampled_kernel(
     Per element of dy: read dy, ``sum_k 1 / f_k^2`` reads of p and writes of du; ``4 + 6 / f_k`` FLOPs per factor.
     Bound: memory bandwidth, if the cache keeps up.
     """
-    blocks_w = tl.cdiv(W, BLOCK_W - 2 * HALO)
+    halo = overlaps * HALO
+    blocks_w = tl.cdiv(W, BLOCK_W - 2 * halo)
     splits = tl.cdiv(H, BLOCK_H) * blocks_w
     plane = tl.program_id(0) // splits
     i_s = tl.program_id(0) % splits
-    origin = (i_s % blocks_w) * (BLOCK_W - 2 * HALO) - HALO
+    origin = (i_s % blocks_w) * (BLOCK_W - 2 * halo) - halo
+    dy_strides = strides_in(dy_strides, VEC)
     for k in tl.static_range(len(FACTORS)):
         _adjoint_of_one(
             dy, du[k], p[k], center[k], sums[k], dy_strides, p_strides[k], center_row[k], plane, i_s // blocks_w,
-            origin, i_s, planes, C, H, W, FACTORS[k], BILINEAR, ACC, VEC, BLOCK_H, BLOCK_W, HALO,
+            origin, i_s, planes, C, H, W, halo, FACTORS[k], BILINEAR, ACC, VEC, BLOCK_H, BLOCK_W,
         )  # fmt: skip
 
 
@@ -447,43 +470,43 @@ def _adjoint_upsampled(
     sums: list[Tensor],
 ) -> None:
     n, c, h, w = dy.shape
-    walk = planes_of(dy, flatten=False)
-    block_w = min(MAX_ADJOINT_WIDTH, max(16, triton.next_power_of_2(w)))
-    halo = max(factors) if w > block_w else 0
-    block_h = max(max(factors), min(4096 // block_w, triton.next_power_of_2(h)))
-    splits = triton.cdiv(h, block_h) * triton.cdiv(w, block_w - 2 * halo)
-    wanted = [k for k, p_k in enumerate(p) if p_k is not None]
-    out = tuple(sums[k] for k in wanted)
+    block_h, block_w = ADJOINT_UPSAMPLED_TILE
+    overlaps = w > block_w
+    splits = ceil_div(h, block_h) * ceil_div(w, block_w - 2 * overlaps * ADJOINT_HALO)
+    du, p, center = tuple(du), tuple(p), tuple(map(contiguous, center))
+    out = tuple(s for s, p_k in zip(sums, p, strict=True) if p_k is not None)
     partial = split_buffers(out, splits)
-    targets: list[Tensor | None] = [None] * len(p)
-    for k, buffer in zip(wanted, partial, strict=True):
-        targets[k] = buffer
-    center = tuple(map(contiguous, center))
-    _couple_adjoint_upsampled_kernel[(n * c * splits,)](
-        dy,
-        tuple(du),
-        tuple(p),
-        center,
-        tuple(targets),
-        walk.strides[0],
-        tuple(None if p_k is None else strides_of(p_k) for p_k in p),
-        tuple(map(vector_row, center)),
-        n * c,
-        c,
-        h,
-        w,
-        FACTORS=tuple(factors),
-        BILINEAR=mode == "bilinear",
-        ACC=accumulator(dy),
-        VEC=walk.vec,
-        BLOCK_H=block_h,
-        BLOCK_W=block_w,
-        HALO=halo,
-        num_warps=warps_for(block_h * block_w),
-        enable_fp_fusion=False,
-    )
+    left = iter(partial)
+    targets = tuple(None if p_k is None else next(left) for p_k in p)
+
+    def plan() -> Plan:
+        walk = planes_of(dy, flatten=False)
+        constants = dict(
+            dy_strides=specialised_on_nothing(walk.strides[0]),
+            p_strides=tuple(None if p_k is None else specialised_on_nothing(strides_of(p_k)) for p_k in p),
+            center_row=specialised_on_nothing(map(vector_row, center)),
+            planes=n * c,
+            C=c,
+            H=h,
+            W=w,
+            overlaps=int(overlaps),
+            FACTORS=tuple(factors),
+            BILINEAR=mode == "bilinear",
+            ACC=accumulator(dy),
+            VEC=_vector(walk, dy),
+            BLOCK_H=block_h,
+            BLOCK_W=block_w,
+            HALO=ADJOINT_HALO,
+        )
+        return Plan(n * c * splits, constants)
+
+    key = (dy.get_device(), tuple(map(seen, (dy, *du, *p, *center, *targets))), tuple(factors), mode)
+    _couple_adjoint_upsampled(key, plan, dy, du, p, center, targets)
     if out:
         fold(out, partial)
+
+
+_couple_adjoint_upsampled = Planned(_couple_adjoint_upsampled_kernel)
 
 
 def couple_adjoint(
@@ -504,7 +527,7 @@ def couple_adjoint(
         return du, sums
     same = [k for k, f in enumerate(factors) if f == 1 and p[k] is not None]
     up = [k for k, f in enumerate(factors) if f > 1]
-    with torch.cuda.device_of(dy):
+    with on_device_of(dy):
         if same:
             _adjoint_identity(dy, [p[k] for k in same], [center[k] for k in same], [sums[k] for k in same])
         if up:

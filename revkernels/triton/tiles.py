@@ -10,6 +10,8 @@ Kernels are compiled without contraction of ``a * b + c``; where one rounding is
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -18,7 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_VEC = 16  # elements; 16 bytes of the narrowest dtype are 8, and Triton's own hint is 16
+from revkernels.triton.plan import Plan, Planned
+
+MAX_VEC = 8  # elements: 16 bytes of the narrowest dtype
+# Arguments that no kernel is specialised on: another batch or image size compiles nothing.
+SIZES = ("rows", "C", "H", "W", "planes", "steps", "overlaps", "size", "splits")
 PIXELS_PER_PROGRAM = 16384  # of one row of tiles, beyond which a sum is split
 Strides = tuple[int, int, int, int]
 
@@ -32,24 +38,37 @@ class Planes(NamedTuple):
     vec: int  # elements that every row of every map starts and ends at a multiple of
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``ceil(a / b)``."""
+    return -(-a // b)
+
+
+def _strides(shape: Sequence[int], stride: Sequence[int]) -> Strides:
+    return tuple(s if size > 1 else 0 for s, size in zip(stride, shape, strict=True))
+
+
 def strides_of(x: Tensor) -> Strides:
     """Strides in elements, 0 where the size is 1: such a stride is arbitrary and would spoil alignment."""
-    return tuple(s if size > 1 else 0 for s, size in zip(x.stride(), x.shape, strict=True))
+    return _strides(x.shape, x.stride())
 
 
-def _pixel_stride(x: Tensor) -> int | None:
+def _pixel_stride(h: int, w: int, stride: Sequence[int]) -> int | None:
     """Distance of neighbouring pixels of a plane without gaps between its rows, else None."""
-    h, w = x.shape[2:]
     if w == 1:
-        return x.stride(2)
-    return x.stride(3) if h == 1 or x.stride(2) == w * x.stride(3) else None
+        return stride[2]
+    return stride[3] if h == 1 or stride[2] == w * stride[3] else None
 
 
 def planes_of(*maps: Tensor, flatten: bool = True) -> Planes:
     """The common walk over maps ``[N, C, H, W]`` of one shape, as long rows where all of them allow it."""
-    height, width = maps[0].shape[2:]
-    strides = [strides_of(x) for x in maps]
-    pixel = [_pixel_stride(x) for x in maps]
+    return _planes(maps[0].shape, tuple(x.stride() for x in maps), flatten)
+
+
+@lru_cache(4096)
+def _planes(shape: torch.Size, stride: tuple[Strides, ...], flatten: bool) -> Planes:
+    height, width = shape[2:]
+    strides = [_strides(shape, s) for s in stride]
+    pixel = [_pixel_stride(height, width, s) for s in stride]
     if flatten and None not in pixel:
         height, width = 1, height * width
         strides = [(s[0], s[1], 0, step) for s, step in zip(strides, pixel, strict=True)]
@@ -58,38 +77,6 @@ def planes_of(*maps: Tensor, flatten: bool = True) -> Planes:
     if any(s[3] != 1 for s in strides):
         return Planes(height, width, tuple(strides), 1)
     return Planes(height, width, tuple(strides), gcd(MAX_VEC, width, *(step for s in strides for step in s[:3])))
-
-
-def block_width(width: int, widest: int = 1024) -> int:
-    """The widest power of two that wastes at most 15 % of its lanes on ``width``, else the one that wastes least."""
-    if width <= 16:
-        return 16
-    blocks = [1 << e for e in range(4, widest.bit_length()) if 1 << e < 2 * width]
-    padded = {block: triton.cdiv(width, block) * block for block in blocks}
-    good = [block for block in blocks if padded[block] <= 1.15 * width]
-    return max(good or [block for block in blocks if padded[block] == min(padded.values())])
-
-
-def flat_tile(walk: Planes, x: Tensor, elements: int = 2048) -> tuple[int, int]:
-    """``BLOCK_R, BLOCK_W`` of a tile over rows: fewer elements where they must be loaded one by one."""
-    if walk.vec * x.element_size() < 16:
-        elements //= 2
-    width = walk.width
-    block_w = triton.next_power_of_2(width) if width <= 256 else max(256, block_width(width))
-    block_w = max(16, min(block_w, elements))
-    return elements // block_w, block_w
-
-
-def warps_for(pixels: int) -> int:
-    """Warps for a tile of one plane: at least 8 pixels per thread."""
-    return max(1, min(4, pixels // 256))
-
-
-def plane_tile(height: int, width: int) -> tuple[int, int, int]:
-    """``BLOCK_H, BLOCK_W`` and warps of a tile of about 2048 pixels inside one plane."""
-    block_w = block_width(width, widest=128)
-    block_h = min(2048 // block_w, triton.next_power_of_2(height))
-    return block_h, block_w, warps_for(block_h * block_w)
 
 
 def vector_row(v: Tensor | None) -> int:
@@ -105,6 +92,31 @@ def contiguous(v: Tensor | None) -> Tensor | None:
 def accumulator(x: Tensor) -> tl.dtype:
     """Triton's name of ``accumulate_dtype(x.dtype)``."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def specialised_on_nothing(strides: Iterable[int]) -> tuple[int, ...]:
+    """Strides as a kernel takes them in a tuple; :func:`decoded` there.
+
+    Triton makes an integer of a tuple a constant where it is 1, and compiles anew where 16 begins or ends to divide
+    it, whatever ``do_not_specialize`` says. ``-1 - 2 s`` is neither.
+    """
+    return tuple(-1 - 2 * s for s in strides)
+
+
+@triton.jit
+def decoded(code):
+    """The number that :func:`specialised_on_nothing` made ``code`` of."""
+    return (-1 - code) // 2
+
+
+@triton.jit
+def strides_in(code, VEC: tl.constexpr):
+    """The strides of a map from their codes; with ``VEC > 1`` its pixels are neighbours."""
+    if VEC > 1:
+        out = (decoded(code[0]), decoded(code[1]), decoded(code[2]), 1)
+    else:
+        out = (decoded(code[0]), decoded(code[1]), decoded(code[2]), decoded(code[3]))
+    return out
 
 
 @triton.jit
@@ -138,7 +150,7 @@ def load_vector(v, v_row, n, c, m, ACC: tl.constexpr):
     return tl.load(v + n.to(tl.int64) * v_row + c, mask=m).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _fold_kernel(out, partial, size, splits, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """``out_k[i] = sum_s partial_k[s, i]``, always in the same order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -160,15 +172,13 @@ def fold(out: tuple[Tensor, ...], partial: tuple[Tensor, ...]) -> None:
     """Add up what :func:`split_buffers` gave out; all of ``out`` have one size."""
     if partial is out:
         return
-    size, block = out[0].numel(), 64
-    _fold_kernel[(triton.cdiv(size, block),)](
-        out,
-        partial,
-        size,
-        partial[0].shape[0],
-        ACC=accumulator(out[0]),
-        SPLITS=8,
-        BLOCK=block,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    size, splits, acc = out[0].numel(), partial[0].shape[0], accumulator(out[0])
+    block = 64
+
+    def plan() -> Plan:
+        return Plan(ceil_div(size, block), dict(size=size, splits=splits, ACC=acc, SPLITS=8, BLOCK=block))
+
+    _fold((out[0].get_device(), size, splits, acc, len(out)), plan, out, partial)
+
+
+_fold = Planned(_fold_kernel)

@@ -2,22 +2,17 @@ import csv
 import importlib
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import revbifpn
+from benchmarks import launches
+from benchmarks import memory_vs_hrnet as memory
+from benchmarks.harness import command, networks, results, rivals
 from revbifpn.memory import measure_step
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-command = importlib.import_module("benchmarks.harness.command")
-memory = importlib.import_module("benchmarks.memory_vs_hrnet")
-networks = importlib.import_module("benchmarks.harness.networks")
-results = importlib.import_module("benchmarks.harness.results")
-rivals = importlib.import_module("benchmarks.harness.rivals")
+from tests.marks import slow
 
 
 def row(model, variant, top1, size, *, family="RevBiFPN", setting="equal"):
@@ -215,7 +210,9 @@ def test_fake_run_gives_the_same_numbers(tiny, tmp_path):
     assert found["--fake"] == found["--no-fake"]
 
 
-@pytest.mark.parametrize("key", ["revbifpn_s0/fast", "tf_efficientnet_b0/checkpointed", "hrnet_w18/checkpointed"])
+@pytest.mark.parametrize(
+    "key", ["revbifpn_s0/fast", *slow(["tf_efficientnet_b0/checkpointed", "hrnet_w18/checkpointed"])]
+)
 def test_fake_steps_have_the_bytes_of_real_ones(key):
     if not key.startswith("revbifpn"):
         timm_or_skip()
@@ -226,7 +223,7 @@ def test_fake_steps_have_the_bytes_of_real_ones(key):
     assert real.meter != fake.meter
 
 
-@pytest.mark.parametrize("name", ["hrnet_w18", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_b0", *slow(["hrnet_w18"])])
 def test_checkpointing_rivals_keeps_their_numbers_and_saves_memory(name):
     timm_or_skip()
     rival = rivals.RIVALS[name]
@@ -246,14 +243,12 @@ def test_checkpointing_rivals_keeps_their_numbers_and_saves_memory(name):
 
 
 def test_operations_are_counted_without_views_and_allocations():
-    launches = importlib.import_module("benchmarks.launches")
     with launches.Operations() as operations:
         torch.empty(4, 4).t()[1:].reshape(12).add_(1).mul(2)
     assert operations.calls == {"clone": 1, "add_": 1, "mul": 1}
 
 
 def test_the_fast_step_takes_fewer_operations_than_the_reversible(tmp_path, capsys):
-    launches = importlib.import_module("benchmarks.launches")
     assert launches.main(["--models", "revbifpn_s0/fast", "--output", str(tmp_path)]) == 0
     assert "RevBiFPN-S0" in capsys.readouterr().out
     with (tmp_path / "launches.csv").open() as file:

@@ -12,14 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-networks = importlib.import_module("benchmarks.harness.networks")
-parts = importlib.import_module("benchmarks.gpu.parts")
-profile = importlib.import_module("benchmarks.gpu.profile")
-results = importlib.import_module("benchmarks.harness.results")
-runner = importlib.import_module("benchmarks.gpu.runner")
-suite = importlib.import_module("benchmarks.gpu_suite")
-workers = importlib.import_module("benchmarks.gpu.workers")
+from benchmarks import gpu_suite as suite
+from benchmarks.gpu import parts, profile, runner, workers
+from benchmarks.harness import networks, results
+from tests.networks import BOTH, NARROW
+
 Op, Part = profile.Op, parts.Part
 
 CPU = parts.Machine("cpu", "a CPU")
@@ -293,13 +290,10 @@ def test_every_kernel_of_a_profile_counts_once():
 
 
 def test_profile_of_a_small_step_sums_to_one(tmp_path, monkeypatch, capsys):
-    import revbifpn
-
     def small(module):
-        options = {"channels": [48, 16, 16, 16], "head_channels": [16] * 4, "fc_features": 16, "num_ext_layers": 0}
-        return lambda **given: module.RevBiFPN(**options, inv_blk_rep=1, classes=10, **given)
+        return lambda **given: module.RevBiFPN(**(NARROW | given))
 
-    for module in (revbifpn, importlib.import_module("revbifpn.fast")):
+    for module in BOTH.values():
         monkeypatch.setattr(module, "revbifpn_s0", small(module))
     monkeypatch.setattr(profile, "_median_seconds", lambda *_: 0.001)
     profile.work_profile(tmp_path, "cpu", "s0", 2, 32, ["float32"])

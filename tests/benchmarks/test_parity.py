@@ -1,17 +1,14 @@
 """The parity benchmark: its images, its training, its files, and what was measured with it."""
 
 import csv
-import importlib
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-parity = importlib.import_module("benchmarks.parity_digits")
+from benchmarks import parity_digits as parity
 
 CPU = torch.device("cpu")
 NARROW = {"channels": (48, 8, 8, 8), "num_ext_layers": 0, "head_channels": (8, 8, 8, 8), "fc_features": 8}

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import command, results
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # benchmarks/ is not installed
-command = importlib.import_module("benchmarks.harness.command")
-results = importlib.import_module("benchmarks.harness.results")
-terminal = importlib.import_module("benchmarks.harness.terminal")
 
 SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in p.read_text())
 OLD = {"bench.json": "old json", "bench.csv": "old csv", "bench.png": "old png"}

@@ -38,7 +38,7 @@ def run(library: ctypes.CDLL, call: dict, *, reverse: bool) -> list[np.ndarray]:
         buffer[:] = data
         buffers.append(buffer)
 
-    def convert(argument):  # noqa: ANN001, ANN202
+    def convert(argument: object) -> object:
         if argument is None:
             return ctypes.c_void_p(None)
         if isinstance(argument, int):

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
-from revbifpn import fast
 from revbifpn.memory import measure_step
 from revbifpn.reversible import is_recomputing
 from tests.marks import mostly_slow
@@ -20,6 +19,7 @@ from tests.networks import (
     F32,
     F64,
     MODULES,
+    MOSTLY_FAST,
     REVERSIBLE,
     TWO_LEVELS,
     assert_same_as_stored,
@@ -32,7 +32,6 @@ from tests.networks import (
     stored_gradients,
 )
 
-SLOW_ON_PLAIN = pytest.mark.parametrize("module", mostly_slow([fast, revbifpn]), ids=["fast", "plain"])
 DEPTHS = {"s0": (2, 0.0), "s3": (3, 0.05), "s6": (5, 0.3)}  # num_ext_layers, stochastic_depth
 
 
@@ -90,7 +89,7 @@ def test_each_switch_gives_equal_gradients(module, off):
     assert difference(gradients(narrow(module, **off, **options), image()), stored_gradients(image(), **options)) < 1e-9
 
 
-@SLOW_ON_PLAIN
+@MOSTLY_FAST
 def test_switches_store_what_their_names_say(module):
     """Kept between forward and backward: the neck's activations, the stack's, or both."""
     options = {"num_ext_layers": 2, "classes": None}
@@ -107,7 +106,7 @@ def test_switches_store_what_their_names_say(module):
     assert kept[True, True] - kept[False, False] == pytest.approx(neck + stack, rel=0.25)
 
 
-@SLOW_ON_PLAIN
+@MOSTLY_FAST
 def test_memory_does_not_grow_with_depth(module):
     peak = {
         (reversible, ext): measure_step(
@@ -142,7 +141,7 @@ def test_other_layers(module, options):
     assert difference(gradients(narrow(module, **options), image()), stored_gradients(image(), **options)) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("reversible", mostly_slow([True, False]))
 @pytest.mark.parametrize(
     "change",
@@ -237,7 +236,7 @@ FREEZE = {
 }
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("part", FREEZE)
 @pytest.mark.parametrize("image_gradient", mostly_slow([True, False]))
 def test_frozen_parameters(module, part, image_gradient):
@@ -624,7 +623,7 @@ def test_live_memory_does_not_grow_over_steps(module):
     assert kept[3] == kept[2] == kept[1]
 
 
-@SLOW_ON_PLAIN
+@MOSTLY_FAST
 def test_compiled_model_agrees(module):
     """Tracing is what can go wrong here; the code that inductor generates is not under test."""
     model = narrow(module, **TWO_LEVELS)

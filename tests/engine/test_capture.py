@@ -9,24 +9,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
-from revbifpn import NotCapturableError, RevBlock, ReversibleSequence, fast
+from revbifpn import NotCapturableError, RevBlock, ReversibleSequence
 from revbifpn.configs import CONFIGS
 from revbifpn.engine.capture import capture_lint
 from revbifpn.streams import is_capturing
+from tests import networks
+from tests.networks import MODULES
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 SCALES = pytest.mark.parametrize("scale", ["s0", "s3"])
 IMAGES, LABELS = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
 
 
-def narrow(module, scale, **options):
+def network(module, scale, **options):
     """A published scale's depth, ratios and kernels, on few channels."""
-    torch.manual_seed(0)
     arguments = CONFIGS[f"revbifpn_{scale}"].arguments()
-    arguments |= {"channels": [48, 16, 16, 24], "head_channels": [16, 16, 16, 16], "fc_features": 32, "classes": 10}
+    arguments |= {key: networks.NARROW[key] for key in ("channels", "head_channels", "fc_features", "classes")}
     if module is revbifpn:
         arguments |= {"stochastic_depth": 0.0}  # a random branch of the plain model is recomputed, see below
-    return module.RevBiFPN(**(arguments | options)).train()
+    return networks.narrow(module, networks.F32, **(arguments | options))
 
 
 def step(model, optimizer, dtype):
@@ -43,7 +43,7 @@ def step(model, optimizer, dtype):
     "dtype, stream", [(None, None), (torch.bfloat16, "fixed16"), (torch.bfloat16, None)], ids=["fp32", "fixed16", "amp"]
 )
 def test_a_training_step_can_be_captured(module, scale, dtype, stream):
-    model = narrow(module, scale, stream=stream)
+    model = network(module, scale, stream=stream)
     optimizer = torch.optim.SGD(model.parameters(), torch.tensor(0.01), momentum=0.9, fused=True)
     step(model, optimizer, dtype)
     with capture_lint():
@@ -53,14 +53,14 @@ def test_a_training_step_can_be_captured(module, scale, dtype, stream):
 @MODULES
 @SCALES
 def test_inference_can_be_captured(module, scale):
-    model = narrow(module, scale).eval()
+    model = network(module, scale).eval()
     with capture_lint(), torch.no_grad():
         model(IMAGES)
 
 
 @MODULES
 def test_the_first_step_of_an_exact_stream_can_be_captured_and_is_checked_later(module):
-    model = narrow(module, "s0", stream="fixed32")
+    model = network(module, "s0", stream="fixed32")
     with capture_lint():
         F.cross_entropy(model(IMAGES), LABELS).backward()
     assert model.rev_stack.self_check

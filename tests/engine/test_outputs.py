@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-import revbifpn
-from revbifpn import RevBlock, ReversibleSequence, fast
+from revbifpn import RevBlock, ReversibleSequence
+from revbifpn.reversible import Coupling, Part, Reversible, recomputed
+from tests.marks import product
+from tests.networks import F32, F64, MODULES, MOSTLY_FAST, image, narrow
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
 
 
@@ -29,27 +30,26 @@ class Detour(nn.Module):
 
 
 NECKS = {"its input": nn.Identity, "a slice": Half, "a transposed view": Transposed, "a reshaped view": Detour}
+MATRIX = product(
+    *(f"{neck}-float32" for neck in NECKS),
+    "its input-fixed16",
+    neck=NECKS,
+    stream={name: name for name in ("float32", "fixed32", "fixed16")},
+)
 
 
-def model(module, neck, stream, dtype=torch.float32):
-    torch.manual_seed(0)
-    net = module.RevBiFPN(channels=[48, 16, 24, 32], num_ext_layers=0, classes=None, stream=stream).to(dtype)
+def model(module, neck, stream="float32", dtype=F32):
+    net = narrow(module, dtype, classes=None, stream=stream)
     for i in range(4):
-        setattr(net.neck, f"recomp_transform_{i}", NECKS[neck]())
+        setattr(net.neck, f"recomp_transform_{i}", neck())
     return net.eval()
 
 
-def image(dtype=torch.float32):
-    torch.manual_seed(1)
-    return torch.randn(2, 3, 64, 64, dtype=dtype)
-
-
-@MODULES
-@STREAMS
-@pytest.mark.parametrize("neck", NECKS)
+@MOSTLY_FAST
+@MATRIX
 def test_outputs_keep_their_values_through_backward(module, neck, stream):
     net = model(module, neck, stream)
-    outputs = net(image())
+    outputs = net(image(F32))
     before = [y.detach().clone() for y in outputs]
     sum(y.square().sum() for y in outputs).backward()
     for y, value in zip(outputs, before, strict=True):
@@ -57,25 +57,24 @@ def test_outputs_keep_their_values_through_backward(module, neck, stream):
 
 
 @MODULES
-@pytest.mark.parametrize("neck", NECKS)
+@pytest.mark.parametrize("neck", NECKS.values(), ids=NECKS)
 def test_gradients_are_those_of_the_stored_run(module, neck):
     found = []
     for reversible in (True, False):
-        net = model(module, neck, "float32", torch.float64)
+        net = model(module, neck, dtype=F64)
         net.disable_rev = net.disable_recomp = not reversible
-        sum(y.square().sum() for y in net(image(torch.float64))).backward()
+        sum(y.square().sum() for y in net(image())).backward()
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) > 0
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
-@STREAMS
-@pytest.mark.parametrize("neck", NECKS)
+@MOSTLY_FAST
+@MATRIX
 def test_changing_an_output_in_place_changes_nothing_else(module, neck, stream):
     """The outputs are squared before they are changed, so autograd needs them as they were, and says so."""
     net = model(module, neck, stream)
-    outputs = net(image())
+    outputs = net(image(F32))
     loss = sum(y.square().sum() for y in outputs)
     with torch.no_grad():
         outputs[0].zero_()
@@ -83,14 +82,13 @@ def test_changing_an_output_in_place_changes_nothing_else(module, neck, stream):
         loss.backward()
 
 
-@MODULES
-@STREAMS
-@pytest.mark.parametrize("neck", NECKS)
+@MOSTLY_FAST
+@MATRIX
 def test_outputs_that_nothing_needs_any_more_may_be_changed_in_place(module, neck, stream):
     gradients = []
     for change in (False, True):
         net = model(module, neck, stream)
-        outputs = net(image())
+        outputs = net(image(F32))
         loss = sum(y.sum() for y in outputs)
         if change:
             with torch.no_grad():
@@ -103,7 +101,7 @@ def test_outputs_that_nothing_needs_any_more_may_be_changed_in_place(module, nec
 
 def test_a_view_of_the_input_may_be_recomputed():
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    y = revbifpn.reversible.recomputed(nn.Identity(), x)
+    y = recomputed(nn.Identity(), x)
     y.sum().backward()
     with torch.no_grad():
         y.zero_()
@@ -152,8 +150,6 @@ class Tokens(nn.Module):
 
 @STREAMS
 def test_streams_are_token_sequences(stream):
-    from revbifpn.reversible import Coupling, Part, Reversible
-
     class Block(Reversible):
         def __init__(self):
             super().__init__()

@@ -3,28 +3,16 @@
 import pytest
 import torch
 
-import revbifpn
-from revbifpn import fast
+from tests.marks import mostly_slow
+from tests.networks import F32, F64, MODULES, MOSTLY_FAST, image, narrow
 
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
-SMALL = {"channels": [48, 16, 24, 32], "num_ext_layers": 0, "head_channels": [16, 16, 24, 32], "fc_features": 64}
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
-HEADS = pytest.mark.parametrize("head", ["classes", "pyramid", "streams"])
+KINDS = {"classes": {}, "pyramid": {"classes": None}, "streams": {"classes": None, "head_channels": None}}
+HEADS = pytest.mark.parametrize("head", KINDS)
 
 
-def model(module, head="pyramid", dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    heads = {
-        "classes": {"classes": 5},
-        "pyramid": {"classes": None},
-        "streams": {"classes": None, "head_channels": None},
-    }
-    return module.RevBiFPN(**(SMALL | heads[head] | {"head_dropout": 0.0} | options)).to(dtype)
-
-
-def image(dtype=torch.float64):
-    torch.manual_seed(1)
-    return torch.randn(2, 3, 64, 64, dtype=dtype)
+def model(module, head="pyramid", dtype=F64, **options):
+    return narrow(module, dtype, **KINDS[head], **options)
 
 
 def losses(outputs):
@@ -58,12 +46,12 @@ def test_each_loss_has_its_own_gradients(module, head):
                 torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
-@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("reversible", mostly_slow([True, False]))
 def test_repeated_backwards_of_exact_streams_are_the_same_bits(module, stream, reversible):
-    net = model(module, "classes", torch.float32, stream=stream, retain_graph=True, reversible=reversible)
-    loss = losses(net(image(torch.float32)))[0]
+    net = model(module, "classes", F32, stream=stream, retain_graph=True, reversible=reversible)
+    loss = losses(net(image(F32)))[0]
     first, second = gradients(loss, net, retain_graph=True), gradients(loss, net)
     if stream == "float32" and reversible:
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
@@ -98,7 +86,7 @@ def test_a_backward_that_stopped_on_its_way_can_be_followed_by_another(module):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
+@MOSTLY_FAST
 @HEADS
 def test_by_default_a_second_backward_is_refused_and_the_message_leads(module, head):
     net = model(module, head)

@@ -22,6 +22,7 @@ from revbifpn import RevBiFPN, configs, fast, load_checkpoint, revbifpn_s0, save
 from revbifpn import model as plain
 from revbifpn.checkpoints import CheckpointError, LoadReport, load_published
 from revbifpn.configs import CONFIGS
+from tests.marks import mostly_slow
 from tests.networks import TWO_LEVELS
 
 NARROW = TWO_LEVELS | {"channels": [48, 64], "num_ext_layers": 1, "head_channels": [16, 32]}
@@ -351,7 +352,7 @@ def save_shapes(cls_or_factory, path, **arguments):
     torch.save({name: torch.zeros((), dtype=v.dtype).expand(v.shape) for name, v in state.items()}, path)
 
 
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", mostly_slow(CONFIGS, 2))
 def test_scale_of_the_checkpoint_is_recognised(tmp_path, refused, monkeypatch, arch):
     monkeypatch.setattr(RevBiFPN, "_initialize", lambda *args: None)
     save_shapes(getattr(plain, arch), tmp_path / "model.pth", classes=None)

@@ -12,7 +12,8 @@ import revbifpn
 from revbifpn import check_invertible, fast
 from revbifpn.configs import CONFIGS, get_config
 from revbifpn.mbconv import MBConv
-from tests.networks import F32, F64, MODULES, NARROW, error, image, narrow
+from tests.marks import mostly_slow
+from tests.networks import F32, F64, MODULES, MOSTLY_FAST, NARROW, error, image, narrow
 
 SMALL = NARROW | {"head_channels": [16, 16, 32, 32]}
 
@@ -89,7 +90,7 @@ def test_positional_arguments_mean_what_keywords_mean(module):
 
 
 @MODULES
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", mostly_slow(CONFIGS))
 def test_scale_by_name(module, arch):
     config = get_config(arch)
     with torch.device("meta"):
@@ -152,7 +153,7 @@ def test_zero_init_makes_the_stack_the_identity_on_level_0(module):
     assert all(level.abs().max() > 0 for level in streams)
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize(
     "options",
     [

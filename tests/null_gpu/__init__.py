@@ -28,6 +28,7 @@ COUNTS = (
 )  # fmt: skip
 # Whose imports are answered by one of our own calls, or by the name of the missing one.
 FAMILIES = re.compile(r"(__cuda|cuda[A-Z]|cublas)\w+")
+DRIVER_CALL = re.compile(r"\b(cu[A-Z]\w+)\(")  # in the source that Triton compiles
 
 
 class Unavailable(Exception):
@@ -81,7 +82,10 @@ def build(cache: Path = CACHE) -> Path:
         known = Path(scratch, "known.so")
         subprocess.run(["g++", *flags, "-o", known, *sources], check=True)
         imported = _symbols("--undefined-only", *map(str, (torch / "lib").glob("lib*cuda*.so")))
-        unknown = sorted(set(filter(FAMILIES.fullmatch, imported)) - _symbols("--defined-only", str(known)))
+        imported = set(filter(FAMILIES.fullmatch, imported))
+        for source in torch.parent.glob("triton/backends/nvidia/*.c"):
+            imported |= set(DRIVER_CALL.findall(source.read_text()))
+        unknown = sorted(imported - _symbols("--defined-only", str(known)))
         missing = Path(scratch, "missing.cpp")
         lines = [f'extern "C" void {name}() {{ null_gpu_unknown("{name}"); }}\n' for name in unknown]
         missing.write_text('extern "C" void null_gpu_unknown(const char*);\n' + "".join(lines))

@@ -75,6 +75,8 @@ NULL_GPU_API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute att
   if (memory.device_of(reinterpret_cast<const void*>(p)) < 0) return CUDA_ERROR_INVALID_VALUE;
   return *static_cast<CUdeviceptr*>(value) = p, CUDA_SUCCESS;
 }
+NULL_GPU_API CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 1 << 20, CUDA_SUCCESS; }
+NULL_GPU_API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 NULL_GPU_API CUresult cuOccupancyMaxActiveClusters(int* n, CUfunction, const CUlaunchConfig*) {
   return *n = 1, CUDA_SUCCESS;
 }

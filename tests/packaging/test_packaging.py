@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import revbifpn
 import revkernels
 from revkernels import dispatch
 
@@ -103,6 +104,11 @@ def test_tests_run_the_installed_package():
     expected = ROOT if editable else distribution.locate_file(".")
     assert os.path.samefile(Path(revkernels.__file__).parents[1], expected)
     assert distribution.version == revkernels.__version__
+
+
+@pytest.mark.parametrize("package", [revbifpn, revkernels], ids=lambda package: package.__name__)
+def test_package_says_that_it_is_typed(package):
+    assert Path(package.__file__).with_name("py.typed").exists()
 
 
 @loaded
@@ -249,6 +255,7 @@ def test_wheel_holds_both_packages_and_the_module_and_nothing_else(tree):
     assert len([name for name in names if name.endswith(".so")]) == 1
     for source in [*tree.glob("revkernels/**/*.py"), *tree.glob("revbifpn/**/*.py")]:
         assert source.relative_to(tree).as_posix() in names
+    assert {"revkernels/py.typed", "revbifpn/py.typed"} <= set(names)
     assert not list(tree.glob("revkernels/*.so")), "an ordinary build leaves nothing in the source tree"
     zipfile.ZipFile(wheel).extractall(tree / "unpacked")
     (module,) = (tree / "unpacked").glob("revkernels/_C*.so")

@@ -8,15 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import revbifpn
 from revbifpn import GraphedModule, GraphedStep, NotCapturableError, StreamOverflowWarning, fast, graphed
 from revbifpn.streams import rehearsed_capture
-
-MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
+from tests import networks
+from tests.networks import F32, F64, MODULES
 
 
 class Recorded(TorchDispatchMode):
@@ -86,16 +88,11 @@ def side(monkeypatch):
     return side
 
 
-def narrow(module, dtype=torch.float64, **options):
-    """Two levels of few channels."""
-    torch.manual_seed(0)
-    levels = {"channels": (48, 16), "dwk": (3, 3), "dwkp": (0, 0), "expand_ratios": (1, 2), "se_ratios": (0.25, 0.25)}
-    head = {"head_channels": (16, 16), "head_dwk": (3, 3), "head_dwkp": (0, 0), "head_expand_ratios": (1, 2)}
-    rest = {"head_se_ratios": (0.25, 0), "inv_blk_rep": 1, "num_ext_layers": 0, "fc_features": 16, "classes": 10}
-    return module.RevBiFPN(**(levels | head | rest | {"head_dropout": 0.0} | options)).to(dtype).train()
+def narrow(module, dtype=F64, **options):
+    return networks.narrow(module, dtype, **(networks.TWO_LEVELS | options))
 
 
-def batch(i, size=2, pixels=32, dtype=torch.float64):
+def batch(i, size=2, pixels=32, dtype=F64):
     generator = torch.Generator().manual_seed(i)
     images = torch.randn(size, 3, pixels, pixels, generator=generator, dtype=dtype)
     return images, torch.randint(10, (size,), generator=generator)
@@ -367,16 +364,16 @@ def test_an_average_may_be_any_function_of_the_model(side):
 
 
 def test_autocast_is_that_of_the_call(side):
-    step, _, models, optimizers = pair(side, fast, options={"stream": "fixed16", "dtype": torch.float32})
+    step, _, models, optimizers = pair(side, fast, options={"stream": "fixed16", "dtype": F32})
     for i in range(6):
         with torch.autocast("cpu", torch.bfloat16):
-            found = step(*batch(i, dtype=torch.float32))
-            loss = F.cross_entropy(models[1](batch(i, dtype=torch.float32)[0]), batch(i, dtype=torch.float32)[1])
+            found = step(*batch(i, dtype=F32))
+            loss = F.cross_entropy(models[1](batch(i, dtype=F32)[0]), batch(i, dtype=F32)[1])
         torch.testing.assert_close(found, loss.detach(), rtol=1e-3, atol=1e-3)
         loss.backward()
         optimizers[1].step()
         optimizers[1].zero_grad()
-    step(*batch(6, dtype=torch.float32))
+    step(*batch(6, dtype=F32))
     assert (side.captures, side.replays) == (1, 3)  # without autocast it is another step
 
 
@@ -546,19 +543,60 @@ def test_a_rehearsal_tells_without_a_gpu_whether_a_step_can_be_captured():
         step.rehearse(*batch(2))
 
 
+# --- several processes --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:no CUDA graphs")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_distributed_model_is_stepped_and_rehearsed(process_group, accumulate, monkeypatch):
+    model, reference = DistributedDataParallel(narrow(fast)), narrow(fast)
+    optimizer, other = sgd(model), sgd(reference)
+    reduced = []
+    model.register_comm_hook(None, lambda _, bucket: reduced.append(1) or default_hooks.allreduce_hook(None, bucket))
+    step = GraphedStep(model, F.cross_entropy, optimizer, accumulate=accumulate)
+    for i in range(4):
+        (step.rehearse if i >= 2 else step)(*batch(i))
+        (F.cross_entropy(reference(batch(i)[0]), batch(i)[1]) / accumulate).backward()
+        if (i + 1) % accumulate == 0:
+            other.step()
+            other.zero_grad(set_to_none=accumulate == 1)
+    assert len(reduced) == 4 // accumulate  # one bucket: gradients travel once per update
+    assert_close(tensors(model.module, optimizer), tensors(reference, other))
+
+
+def test_what_a_distributed_model_needs_for_a_capture_is_said(side, process_group):
+    ordinary = DistributedDataParallel(narrow(fast))
+    unused = DistributedDataParallel(narrow(fast), find_unused_parameters=True)
+    for model, options, message in (
+        (ordinary, {}, "stream: expected the stream that DistributedDataParallel was made under"),
+        (ordinary, {"stream": "a stream", "warm_up": 3}, "warm_up: DistributedDataParallel needs 11 calls, got 3"),
+        (unused, {"stream": "a stream"}, "find_unused_parameters=True"),
+        (ordinary, {"stream": "a stream"}, "collectives of NCCL, got the gloo backend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GraphedStep(model, F.cross_entropy, sgd(model), **options)
+
+
 # --- exact streams ------------------------------------------------------------------------------------
 
 
 def test_values_out_of_range_are_reported_after_a_replay(side):
-    model = narrow(fast, stream="fixed16", dtype=torch.float32)
+    model = narrow(fast, stream="fixed16", dtype=F32)
     optimizer = sgd(model, lr=0.0)
     side.memory = lambda: tensors(model, optimizer)
     step = GraphedStep(model, F.cross_entropy, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error", StreamOverflowWarning)
         for i in range(5):
-            step(*batch(i, dtype=torch.float32))
-        images, labels = batch(5, dtype=torch.float32)
+            step(*batch(i, dtype=F32))
+        images, labels = batch(5, dtype=F32)
         with pytest.raises(StreamOverflowWarning, match="level 0"):
             step(images * 1e3, labels)
     assert side.replays == 3
