@@ -270,7 +270,7 @@ class RevBiFPN(nn.Module):
         """The streams of x, on their tape, from which neck and head read."""
         owned = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
         tape = self.rev_stack.open(self.stem(x), owned=owned)
-        self.rev_stack(tape)
+        tape.call(self.rev_stack)
         tape.finish()
         return tape
 
