@@ -260,6 +260,13 @@ class RevBiFPN(nn.Module):
             raise ValueError(
                 f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
             )
+        dtypes = (parameter.dtype for parameter in self.parameters())
+        if not torch.is_autocast_enabled(x.device.type) and (first := next(dtypes, x.dtype)) != x.dtype:
+            if x.dtype not in dtypes:
+                raise ValueError(
+                    f"x: expected an image of {first}, as the parameters are, got {x.dtype}; convert it, as in "
+                    f"x.to({first}), or run under torch.autocast"
+                )
         if not all(size and size % self.stride == 0 for size in shape[-2:]):
             raise ValueError(
                 f"x: expected height and width to be positive multiples of {self.stride}, "
