@@ -46,7 +46,10 @@ def put(arguments, position, index, tensor):
 EVERY_TENSOR = [(op, *where) for op in OPS for where in tensors_of(op)]
 # An MBConv's planes may be one another's memory, chunk by chunk.
 EVERY_PAIR = [
-    (op, written, other) for op in OPS for written, other in itertools.permutations(tensors_of(op), 2) if written[3]
+    (op, written, other)
+    for op in samples()
+    for written, other in itertools.permutations(tensors_of(op), 2)
+    if written[3]
 ]
 
 
