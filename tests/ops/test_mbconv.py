@@ -163,6 +163,31 @@ def backward(
     )
 
 
+def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Arguments of the three ops that give every tensor."""
+    torch.manual_seed(0)
+    case = Case(dtype=dtype, expanded=8, keep=True)
+    found: dict[str, tuple] = {}
+
+    def note(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            found[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+            return getattr(OPS, name)(*arguments)
+
+        return call
+
+    x, weights = case.input(), case.weights()
+    norms = forward(case, note("mbconv"), x, weights, case.running()).norms
+    found["mbconv"] = tuple(norms.clone() if k == 29 else a for k, a in enumerate(found["mbconv"]))
+    p, d, e, squeezed = recompute(case, note("mbconv_recompute"), x, weights, norms, keep=True)
+    du, dx = torch.randn_like(p), torch.randn_like(x)
+    kept = dict(sums=torch.randn(2, case.n, case.channels, dtype=case.acc), p=p, d=d, e=e, squeezed=squeezed)
+    dz = case.plane(case.e, case.out_size)
+    keep = torch.ones(case.n, dtype=case.acc)
+    backward(case, note("mbconv_backward"), x, weights, norms, du, keep, dx, dz=dz, **kept)
+    return found
+
+
 def close(found: Tensor, wanted: Tensor, case: Case, factor: float = 1.0) -> None:
     """Equal but for rounding: of planes where there are 16 bits."""
     assert found.dtype == wanted.dtype and found.shape == wanted.shape
