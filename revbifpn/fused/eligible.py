@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from revbifpn.mbconv import ConvNormAct, MBConv
 from revbifpn.streams import Encoded, autocast_dtype
 
-
 _SQUEEZE_EXCITE = [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]
 
 
