@@ -51,7 +51,7 @@ def launches_of(step: Callable[[], object]) -> list[Launch]:
         step()
     with recorded() as launches:
         for op, args, kwargs in calls.found:
-            LAUNCHERS[op].__wrapped__(*args, **kwargs)  # without the checks of storage, which meta tensors have none of
+            LAUNCHERS[op](*args, **kwargs)
     return list({specialisation(launch): launch for launch in launches}.values())
 
 

@@ -168,3 +168,9 @@ def test_every_second_column_of_one_map_is_apart_from_the_others():
     expected = y + p
     torch.ops.revkernels.couple_(y, [p], [None], [None], [1], "bilinear", False)
     assert torch.equal(y, expected)
+
+
+def test_meta_tensors_share_no_memory():
+    """All of them are at address 0."""
+    a, b = (torch.empty(4, device="meta") for _ in range(2))
+    assert not storage.share_memory(a, b)
