@@ -43,7 +43,7 @@ def start(code, *, limit=None, **options):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, "-c", source], preexec_fn=prepare, env=environment, **options)
 
 
