@@ -100,9 +100,7 @@ class FusedSegment:
         """The segment's map, and what its recompute needs."""
         return self._run(inputs, keep=False)[:2]
 
-    def store(
-        self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]
-    ) -> tuple[Contribution, Pullback]:
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
         contribution, records, kept = self._run(inputs, keep=True)
         y, merged = inputs[0].clone(), inputs[1:]
