@@ -51,8 +51,10 @@ def _values(x: Tensor, fraction_bits: int | None) -> Tensor:
     return x if fraction_bits is None else x.to(torch.float32) * 2.0**-fraction_bits
 
 
-def _matrices(squeeze: Tensor | None, squeeze_bias, excite, excite_bias) -> SqueezeExcite | None:  # noqa: ANN001
-    if squeeze is None:
+def _matrices(
+    squeeze: Tensor | None, squeeze_bias: Tensor | None, excite: Tensor | None, excite_bias: Tensor | None
+) -> SqueezeExcite | None:
+    if squeeze is None or squeeze_bias is None or excite is None or excite_bias is None:
         return None
     return SqueezeExcite(squeeze.flatten(1), squeeze_bias, excite.flatten(1), excite_bias)
 
@@ -62,8 +64,8 @@ def norm_columns(expand: Tensor | None, depthwise: Tensor, project: Tensor) -> l
     return [0 if expand is None else depthwise.shape[0], depthwise.shape[0], project.shape[0]]
 
 
-def _split(norms: Tensor, *weights: Tensor | None) -> list[Norm]:
-    return [Norm(*columns) for columns in norms.split(norm_columns(*weights), 1)]
+def _split(norms: Tensor, expand: Tensor | None, depthwise: Tensor, project: Tensor) -> list[Norm]:
+    return [Norm(*columns) for columns in norms.split(norm_columns(expand, depthwise, project), 1)]
 
 
 def _expand(v: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,32 +125,31 @@ def mbconv(
     """``p``, and ``norms [4, K]``."""
     acc = accumulate_dtype(p.dtype)
     running = ((mean0, var0, batches0), (mean1, var1, batches1), (mean2, var2, batches2))
-    affine = ((gamma0, beta0), (gamma1, beta1), (gamma2, beta2))
     given = None if norms is None else _split(norms, expand, depthwise, project)
 
-    def observe(k: int, plane: Tensor) -> Norm:
+    def observe(k: int, plane: Tensor, gamma: Tensor, beta: Tensor) -> Norm:
         if batch[k]:
             mean, var = ref.bn_stats(plane)
             count = plane.numel() // plane.shape[1]
-            fold = ref.bn_fold(mean, var, *affine[k], *running[k], momentum[k], count, eps[k])
+            fold = ref.bn_fold(mean, var, gamma, beta, *running[k], momentum[k], count, eps[k])
         elif given is not None:
             return given[k]
         else:
-            mean, var = (v.to(acc) for v in running[k][:2])
-            fold = ref.bn_fold(mean, var, *affine[k], None, None, None, 0.0, 1, eps[k])
+            mean, var = (v.to(acc) for v in running[k][:2] if v is not None)
+            fold = ref.bn_fold(mean, var, gamma, beta, None, None, None, 0.0, 1, eps[k])
         return Norm(mean.clone(), *fold)
 
     source, found = _values(x, fraction_bits), []
-    if expand is not None:
+    if expand is not None and gamma0 is not None and beta0 is not None:
         source = _expand(source, expand, p.dtype)
-        found.append(observe(0, source))
+        found.append(observe(0, source, gamma0, beta0))
     plane = _depthwise(source, depthwise, found[0] if found else None, stride, p.dtype)
-    norm1 = observe(1, plane)
+    norm1 = observe(1, plane, gamma1, beta1)
     gate, _, _ = _squeeze(plane, norm1, _matrices(squeeze, squeeze_bias, excite, excite_bias))
     ref.pointwise_conv_(p, plane, project, norm1.scale, norm1.shift, gate)
     if d is not None:
         d.copy_(plane)
-    found += [norm1, observe(2, p)]
+    found += [norm1, observe(2, p, gamma2, beta2)]
     return torch.cat([torch.stack(norm) for norm in found], 1)
 
 
@@ -181,7 +182,7 @@ def mbconv_recompute(
     for kept, found in ((d, plane), (e, source)):
         if kept is not None:
             kept.copy_(found)
-    return norms.new_empty(0) if squeeze is None else torch.cat([v.flatten() for v in squeezed])
+    return norms.new_empty(0) if squeeze is None else torch.cat([v.flatten() for v in squeezed if v is not None])
 
 
 def mbconv_backward(
@@ -211,7 +212,9 @@ def mbconv_backward(
     workspace: Tensor,
 ) -> tuple[Tensor, ...]:
     """The gradients of the parameters, in the order of ``mbconv``; empty where there is no parameter."""
-    dtype = (dz if p is None else p).dtype
+    like = dz if p is None else p
+    assert like is not None, "without p, dz is given"
+    dtype = like.dtype
     n, count = x.shape[0], du.numel() // du.shape[1]
     norm0, norm1, norm2 = _split(norms, expand, depthwise, project)
     se = _matrices(squeeze, squeeze_bias, excite, excite_bias)
@@ -242,22 +245,22 @@ def mbconv_backward(
     sums = ref.bn_act_grad_sums(gradient, d, norm1.scale, norm1.shift, norm1.mean, "hardswish")
     none = norms.new_empty(0)
     dpool, dse = None, [none] * 4
-    if se is not None:
+    if se is not None and gate is not None and hidden is not None and pooled is not None:
         dpool, dw1, db1, dw2, db2 = ref.se_gate_grad(sums[0], gate, hidden, pooled, se.w1, se.w2)
         dpool = dpool / (d.shape[2] * d.shape[3])
-        dse = [dw1.view_as(squeeze), db1, dw2.view_as(excite), db2]
+        dse = [dw1.view(*dw1.shape, 1, 1), db1, dw2.view(*dw2.shape, 1, 1), db2]
     dgamma1, dbeta1, slope, offset = _fold_grad(norm1, batch[1], sums, gate, dpool, count)
     dd = ref.bn_act_grad(gradient, d, norm1.scale, norm1.shift, gate, dpool, slope, offset, "hardswish")
 
     # d = dw(v), v = h(BN_0(e)) or x
-    affine0 = (None, None) if expand is None else (norm0.scale, norm0.shift)
-    ddepthwise = ref.depthwise_conv_grad_weight(source, dd, *affine0, depthwise.shape[-1], stride)
+    scale0, shift0 = (None, None) if expand is None else (norm0.scale, norm0.shift)
+    ddepthwise = ref.depthwise_conv_grad_weight(source, dd, scale0, shift0, depthwise.shape[-1], stride)
     dv = ref.depthwise_conv_grad_input(dd, depthwise, x.shape[2], x.shape[3], stride)
     dexpand = [none] * 3
     if expand is not None:
-        sums = ref.bn_act_grad_sums(dv, source, *affine0, norm0.mean, "hardswish")
+        sums = ref.bn_act_grad_sums(dv, source, norm0.scale, norm0.shift, norm0.mean, "hardswish")
         dgamma0, dbeta0, slope, offset = _fold_grad(norm0, batch[0], sums, None, None, x.numel() // x.shape[1])
-        de = ref.bn_act_grad(dv, source, *affine0, None, None, slope, offset, "hardswish")
+        de = ref.bn_act_grad(dv, source, norm0.scale, norm0.shift, None, None, slope, offset, "hardswish")
         dexpand = [ref.pointwise_conv_grad_weight(v, de, None, None, None), dgamma0, dbeta0]
         dv = _expand(de, expand.transpose(0, 1), accumulate_dtype(dtype))
     if dz is not None:

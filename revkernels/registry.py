@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +51,9 @@ OPS: dict[str, Op] = {}
 def _register(schema: str, fake: Callable) -> None:
     name, arguments = schema.split("(", 1)
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    if name.startswith("mbconv"):  # its planes may be one another's memory, chunk by chunk
-        run = getattr(reference_mbconv, name)
-    else:
-        run = checked(overload_of(name)._schema, getattr(reference, name))
+    in_chunks = name.startswith("mbconv")  # its planes may be one another's memory, chunk by chunk
+    run = getattr(reference_mbconv if in_chunks else reference, name)
+    run = checked(overload_of(name)._schema, run, apart=not in_chunks)
     op = Op(name, "(" + arguments, run, fake)
     LIBRARY.impl(name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -198,24 +198,52 @@ _CONVOLUTIONS = (
 )
 
 
-def _mbconv(x, fraction_bits, expand, gamma0, beta0, depthwise, *others) -> Tensor:  # noqa: ANN001
+def _mbconv(
+    x: Tensor,
+    fraction_bits: int | None,
+    expand: Tensor | None,
+    gamma0: Tensor | None,
+    beta0: Tensor | None,
+    depthwise: Tensor,
+    *others: Any,
+) -> Tensor:
     columns = reference_mbconv.norm_columns(expand, depthwise, others[6])
     return _sums(others[-3], (4, sum(columns)))
 
 
-def _mbconv_recompute(x, fraction_bits, expand, depthwise, squeeze, squeeze_bias, *others) -> Tensor:  # noqa: ANN001
+def _mbconv_recompute(
+    x: Tensor,
+    fraction_bits: int | None,
+    expand: Tensor | None,
+    depthwise: Tensor,
+    squeeze: Tensor | None,
+    squeeze_bias: Tensor | None,
+    *others: Any,
+) -> Tensor:
     size = 0 if squeeze is None else x.shape[0] * (2 * squeeze.shape[1] + squeeze.shape[0])
     return _empty(others[3], (size,))
 
 
-def _mbconv_backward(  # noqa: ANN202
-    du, sums, x, fraction_bits, expand, depthwise, squeeze, squeeze_bias, excite, excite_bias, project, norms, *others
-):  # noqa: ANN001
-    e, c = depthwise.shape[0], project.shape[0]
-    none = (0,)
-    norm0 = [none] * 3 if expand is None else [expand.shape, (e,), (e,)]
-    se = [none] * 4 if squeeze is None else [v.shape for v in (squeeze, squeeze_bias, excite, excite_bias)]
-    shapes = [*norm0, depthwise.shape, (e,), (e,), *se, project.shape, (c,), (c,)]
+def _mbconv_backward(
+    du: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    fraction_bits: int | None,
+    expand: Tensor | None,
+    depthwise: Tensor,
+    squeeze: Tensor | None,
+    squeeze_bias: Tensor | None,
+    excite: Tensor | None,
+    excite_bias: Tensor | None,
+    project: Tensor,
+    norms: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    none, e, c = (0,), depthwise.shape[:1], project.shape[:1]
+    shapes: list[Sequence[int]] = [none] * 3 if expand is None else [expand.shape, e, e]
+    shapes += [depthwise.shape, e, e]
+    shapes += [none if v is None else v.shape for v in (squeeze, squeeze_bias, excite, excite_bias)]
+    shapes += [project.shape, c, c]
     return tuple(_empty(norms, tuple(shape)) for shape in shapes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from revbifpn.engine.nodes import forbid_second_derivative
 from revbifpn.fused.eligible import compute_dtype, has_hooks, why_not_fused
 from revbifpn.fused.mbconv import FusedMBConv
 from revbifpn.fused.segment import FusedSegment, Segment
-from revbifpn.streams import Encoded, as_map
+from revbifpn.streams import Values, as_map
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FusedLowered(Lowered):
 class FusedCoupler(Coupler):
     """Couplings by :mod:`revkernels`: Triton on CUDA, C++ on the CPU."""
 
-    def lower(self, coupling: Coupling, inputs: Sequence[Tensor | Encoded]) -> Lowered:
+    def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
         if not coupling.terms:
             return FusedLowered(coupling, (), (), "nearest")
         transforms, factors, modes = zip(*map(_taken_apart, coupling.transforms), strict=True)
@@ -90,7 +90,7 @@ class FusedCoupler(Coupler):
             )
         return FusedLowered(coupling, branches, factors, modes[factors.index(max(factors))])
 
-    def branch(self, transform: nn.Module, *inputs: Tensor | Encoded) -> Branch:
+    def branch(self, transform: nn.Module, *inputs: Values) -> Branch:
         if _fits(transform, inputs[0]):
             return FusedSegment(transform, compute_dtype(inputs[0]))
         return ModuleBranch(transform)
@@ -113,7 +113,7 @@ def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
     return transform, 1, "bilinear"
 
 
-def _fits(transform: nn.Module, y: Tensor | Encoded) -> bool:
+def _fits(transform: nn.Module, y: Values) -> TypeGuard[Segment]:
     """Whether ``transform`` is a segment of MBConvs that can be fused; merges read maps of y's dtype and device."""
     if not isinstance(transform, Segment):
         return False
@@ -131,10 +131,10 @@ class _StoredSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lowered: FusedLowered, y: Tensor | None, *tensors: Tensor) -> Tensor:
-        inputs = tensors[: len(lowered.branches)]
+        branches = cast(tuple[FusedMBConv, ...], lowered.branches)
         ctx.lowered = lowered
         contributions, ctx.records, ds = zip(
-            *(b.compute(x, keep_d=True) for b, x in zip(lowered.branches, inputs, strict=True)), strict=True
+            *(branch.compute(x, keep_d=True) for branch, x in zip(branches, tensors, strict=False)), strict=True
         )
         z = torch.zeros_like(contributions[0].p) if y is None else y.clone()
         lowered.add_(z, contributions, subtract=False, grid=None)

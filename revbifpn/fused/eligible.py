@@ -85,8 +85,8 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     modules = _submodules(transform)
     if has_hooks(modules):
         return "a module in it has hooks or a forward of its own"
-    dtype, kinds = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
-    if kinds != {dtype} or dtype not in (torch.float32, torch.float64):
+    dtype, dtypes = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
+    if dtypes != {dtype} or dtype not in (torch.float32, torch.float64):
         return f"its parameters and the stream are not all float32 or all float64 (the stream is {dtype})"
     if 0 in x.shape:
         return "the batch is empty"

@@ -18,18 +18,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import revkernels  # noqa: F401  defines the ops
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
-from revbifpn.mbconv import ConvNormAct, MBConv
-from revbifpn.streams import Encoded
+from revbifpn.mbconv import MBConv
+from revbifpn.streams import Encoded, Values
 from revkernels.precision import convolution_precision, products_in
 from revkernels.workspace import MBConvShape, mbconv_backward_bytes, mbconv_bytes, mbconv_recompute_bytes
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _forward = torch.ops.revkernels.mbconv.default
 _recompute = torch.ops.revkernels.mbconv_recompute.default
@@ -81,7 +84,7 @@ class FusedRecord(NamedTuple):
     """What one forward saved: ``O(C + N)`` numbers."""
 
     norms: Tensor  # [4, E + E + C'], see revkernels.reference_mbconv
-    batch: tuple[bool, bool, bool]  # which norms took the batch's statistics
+    batch: tuple[bool, ...]  # which norms took the batch's statistics
     chunk: int  # samples
     keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
     precision: str | None = None  # of the 1x1 convolutions' products, see revkernels.precision
@@ -96,13 +99,13 @@ class Kept(NamedTuple):
     squeezed: Tensor | None = None
 
 
-def explicit(method: Callable) -> Callable:
+def explicit(method: Callable[P, R]) -> Callable[P, R]:
     """Without autograd and autocast: every gradient and every cast is written out."""
 
     @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        if not cast and not torch.is_grad_enabled():
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        casts = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        if not casts and not torch.is_grad_enabled():
             return method(*args, **kwargs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return method(*args, **kwargs)
@@ -110,13 +113,13 @@ def explicit(method: Callable) -> Callable:
     return run
 
 
-def stored(x: Tensor | Encoded) -> tuple[Tensor, int | None]:
+def stored(x: Values) -> tuple[Tensor, int | None]:
     """x as the ops take it: a tensor, and what makes its integers values."""
     return (x.y, x.bits) if isinstance(x, Encoded) else (x, None)
 
 
-def _layer(layer: ConvNormAct) -> tuple[Tensor, Tensor, Tensor]:
-    modules = layer._modules
+def _layer(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    modules: dict[str, Any] = layer._modules
     norm = modules["norm"]._parameters
     return modules["conv"]._parameters["weight"], norm["weight"], norm["bias"]
 
@@ -125,22 +128,28 @@ class FusedMBConv:
     """The branch of an :class:`revbifpn.mbconv.MBConv` that :func:`revbifpn.fused.eligible.why_not_fused` lets pass.
 
     Args:
-        module: the MBConv.
+        module: an MBConv.
         dtype: of the planes.
         lean: its planes are the network's largest: compute d again in every pass of the backward instead of keeping it.
     """
 
-    def __init__(self, module: MBConv, dtype: torch.dtype, *, lean: bool = False) -> None:
-        self.module, self.dtype, self.lean = module, dtype, lean
-        modules = module._modules  # attributes of modules cost ten times as much, and this runs in every step
+    def __init__(self, module: nn.Module, dtype: torch.dtype, *, lean: bool = False) -> None:
+        self.module, self.dtype, self.lean = cast(MBConv, module), dtype, lean
+        modules: dict[str, Any] = (
+            module._modules
+        )  # attributes of modules cost ten times as much, and this runs in every step
         expand, depthwise, project = modules.get("exp_conv"), modules["dw_conv"], modules["project_conv"]
-        self.stride = depthwise._modules["conv"].stride[0]
-        self.norms = tuple(None if layer is None else layer._modules["norm"] for layer in (expand, depthwise, project))
-        se: tuple[Tensor | None, ...] = (None,) * 4
+        self.stride: int = depthwise._modules["conv"].stride[0]
+        self.norms: tuple[nn.BatchNorm2d | None, ...] = tuple(
+            None if layer is None else layer._modules["norm"] for layer in (expand, depthwise, project)
+        )
+        se: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
         if modules.get("se") is not None:
             layers = modules["se"]._modules["se"]._modules
             se = (*layers["1"]._parameters.values(), *layers["3"]._parameters.values())
-        expansion = (None,) * 3 if expand is None else _layer(expand)
+        expansion: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if expand is not None:
+            expansion = _layer(expand)
         self.weights = Weights(*expansion, *_layer(depthwise), *se, *_layer(project))
 
     def parameters(self) -> list[Tensor]:
@@ -149,7 +158,7 @@ class FusedMBConv:
     def named(self, parameters: Sequence[Tensor]) -> Weights:
         """:meth:`parameters` by name, for other values of them."""
         given = iter(parameters)
-        return Weights(*(None if w is None else next(given) for w in self.weights))
+        return Weights._make(None if w is None else next(given) for w in self.weights)
 
     @property
     def expanded(self) -> int:
@@ -159,21 +168,25 @@ class FusedMBConv:
     def channels(self) -> int:
         return self.weights.project.shape[0]
 
-    def out_size(self, x: Tensor | Encoded) -> tuple[int, int]:
+    def out_size(self, x: Values) -> tuple[int, int]:
         """Height and width of d and p."""
         return -(-x.shape[2] // self.stride), -(-x.shape[3] // self.stride)
 
-    def chunk(self, x: Tensor | Encoded, planes: int = 1) -> int:
+    def chunk(self, x: Values, planes: int = 1) -> int:
         """Samples of x that are computed at a time; ``planes``: how many times the usual size."""
         _, _, h, w = x.shape
         plane = self.expanded * h * w * self.dtype.itemsize
         return max(1, planes * chunk_bytes(x.device) // max(1, plane))
 
-    def _shape(self, x: Tensor | Encoded, chunk: int) -> MBConvShape:
+    def _shape(self, x: Values, chunk: int) -> MBConvShape:
         w, on_cpu = self.weights, x.device.type == "cpu"
         encoded = isinstance(x, Encoded)
+        samples, channels, height, width = x.shape
         return MBConvShape(
-            *x.shape,
+            samples,
+            channels,
+            height,
+            width,
             self.expanded,
             self.channels,
             0 if w.squeeze is None else w.squeeze.shape[0],
@@ -187,25 +200,25 @@ class FusedMBConv:
             converted=not on_cpu and (encoded or x.dtype != self.dtype),
         )
 
-    def plane(self, x: Tensor | Encoded, channels: int, size: Sequence[int]) -> Tensor:
+    def plane(self, x: Values, channels: int, size: Sequence[int]) -> Tensor:
         return torch.empty((x.shape[0], channels, *size), dtype=self.dtype, device=x.device)
 
     # Forward ------------------------------------------------------------------------------------
 
-    def evaluate(self, x: Tensor | Encoded, update: bool = True) -> Contribution:
+    def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
         """The contribution with the module as it is now; ``update``: running statistics move, once."""
-        return self.compute(x, update)[0]
+        return self.compute(*inputs, update=update)[0]
 
-    def record(self, x: Tensor | Encoded) -> tuple[Contribution, FusedRecord]:
+    def record(self, *inputs: Values) -> tuple[Contribution, FusedRecord]:
         """The contribution and what its recompute needs; running statistics are updated here, once."""
-        contribution, record, _ = self.compute(x)
+        contribution, record, _ = self.compute(*inputs)
         return contribution, record
 
     def is_frozen(self) -> bool:
         """Running statistics everywhere and nothing random: every sample is computed on its own."""
         return not any(self._batch()) and not self._drops()
 
-    def _batch(self) -> tuple[bool, bool, bool]:
+    def _batch(self) -> tuple[bool, ...]:
         """Which norms take the batch's statistics."""
         return tuple(n is not None and (n.training or n._buffers["running_mean"] is None) for n in self.norms)
 
@@ -214,7 +227,7 @@ class FusedMBConv:
 
     @explicit
     def compute(
-        self, x: Tensor | Encoded, update: bool = True, *, keep_d: bool = False
+        self, x: Values, *, update: bool = True, keep_d: bool = False
     ) -> tuple[Contribution, FusedRecord, Tensor | None]:
         """The contribution, its record, and d if it is to be kept."""
         batch, size = self._batch(), self.out_size(x)
@@ -235,10 +248,10 @@ class FusedMBConv:
     def _norms(
         self,
         weights: Weights,
-        batch: tuple[bool, bool, bool],
+        batch: tuple[bool, ...],
         running: Sequence[Tensor | None],
         norms: Tensor | None,
-        x: Tensor | Encoded,
+        x: Values,
         chunk: int,
         p: Tensor,
         d: Tensor | None,
@@ -250,7 +263,7 @@ class FusedMBConv:
         tail = (batch, momentum, eps, self.stride, chunk, norms, p, d, _workspace(size, p))
         return _forward(*stored(x), *weights, *running, *tail)
 
-    def _running(self, batch: tuple[bool, bool, bool], update: bool) -> list[Tensor | None]:
+    def _running(self, batch: tuple[bool, ...], update: bool) -> list[Tensor | None]:
         """Mean, variance and count of every norm: to be updated, or used where it does not take the batch's."""
         found: list[Tensor | None] = []
         for norm, from_batch in zip(self.norms, batch, strict=True):
@@ -262,7 +275,7 @@ class FusedMBConv:
                 found += (buffers["running_mean"], buffers["running_var"], count)
         return found
 
-    def _expect_several(self, x: Tensor | Encoded, size: tuple[int, int]) -> None:
+    def _expect_several(self, x: Values, size: tuple[int, int]) -> None:
         """As PyTorch's BatchNorm: one value per channel has no variance."""
         n, _, h, w = x.shape
         shapes = (n, self.expanded, h, w), (n, self.expanded, *size), (n, self.channels, *size)
@@ -270,7 +283,7 @@ class FusedMBConv:
             if norm is not None and norm.training and shape[0] * shape[2] * shape[3] == 1:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
-    def _draw_keep(self, x: Tensor | Encoded) -> Tensor:
+    def _draw_keep(self, x: Values) -> Tensor:
         drop = self.module.stochastic_depth
         keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
         return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
@@ -288,7 +301,7 @@ class FusedMBConv:
 
     @explicit
     def recompute(
-        self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+        self, record: FusedRecord, parameters: Sequence[Tensor], inputs: Sequence[Values], needs: Sequence[bool]
     ) -> tuple[Contribution, Pullback]:
         """The contribution again (without reductions, except in float64) and its vector-Jacobian product."""
         (x,) = inputs
@@ -296,9 +309,10 @@ class FusedMBConv:
         if x.dtype == torch.float64:
             record = self._renew(record, weights, x)
         kept = self.again(x, record, weights, d=not self.lean, e=not self.lean)
+        assert kept.p is not None
         return self.contribution(kept.p, record), self._pullback(x, record, weights, kept)
 
-    def _renew(self, record: FusedRecord, weights: Weights, x: Tensor) -> FusedRecord:
+    def _renew(self, record: FusedRecord, weights: Weights, x: Values) -> FusedRecord:
         """The record with batch statistics of the recovered x: norms then cancel part of its error, as usual.
 
         Worth its reductions in float64 alone, which is there to be exact.
@@ -309,9 +323,7 @@ class FusedMBConv:
         norms = self._norms(weights, record.batch, [None] * 9, record.norms, x, record.chunk, p, None)
         return record._replace(norms=norms)
 
-    def again(
-        self, x: Tensor | Encoded, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False
-    ) -> Kept:
+    def again(self, x: Values, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False) -> Kept:
         """p, and d and e if they are to be kept, from the norms of the forward."""
         size = self.out_size(x)
         e = e and weights.expand is not None
@@ -326,21 +338,21 @@ class FusedMBConv:
             return Kept(*planes, _recompute(*stored(x), *weights.convolutions, *tail))
 
     @explicit
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Contribution, Pullback]:
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
         x = inputs[0].clone()
         contribution, record, d = self.compute(x, keep_d=True)
-        return self.restore(record, parameters, x, d, contribution.p)
+        return contribution, self._pullback(x, record, self.named(parameters), Kept(contribution.p, d))
 
     @explicit
     def restore(
-        self, record: FusedRecord, parameters: Sequence[Tensor], x: Tensor, d: Tensor, p: Tensor
+        self, record: FusedRecord, parameters: Sequence[Tensor], x: Values, d: Tensor, p: Tensor
     ) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, from a stored d and p; p is overwritten."""
         return self.contribution(p, record), self._pullback(x, record, self.named(parameters), Kept(p, d))
 
-    def _pullback(self, x: Tensor | Encoded, record: FusedRecord, weights: Weights, kept: Kept) -> Pullback:
-        def pullback(du: Tensor, sums: Tensor, into: Sequence[Gradient | None]) -> list[Tensor | None]:
+    def _pullback(self, x: Values, record: FusedRecord, weights: Weights, kept: Kept) -> Pullback:
+        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             dx = None if into[0] is None else into[0].tensor()
             return self.pull(x, record, weights, kept, du, sums, dx)
 
@@ -349,7 +361,7 @@ class FusedMBConv:
     @explicit
     def pull(
         self,
-        x: Tensor | Encoded,
+        x: Values,
         record: FusedRecord,
         weights: Weights,
         kept: Kept,

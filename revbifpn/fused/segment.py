@@ -10,14 +10,13 @@ gradients on the way to y over that, and so it becomes y's own gradient in the e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
 from revbifpn.fused.mbconv import FusedMBConv, FusedRecord, Kept, Weights, explicit
-from revbifpn.streams import Encoded
+from revbifpn.streams import Values, values
 
 
 class Segment(nn.Module):
@@ -48,6 +47,11 @@ def _sum(contribution: Contribution, onto: Tensor | None) -> Tensor:
     return _add(out, contribution)
 
 
+def _first(merged: Sequence[Values]) -> Tensor | None:
+    """The map of the level above, where there is one."""
+    return values(merged[0]) if merged else None
+
+
 def _chunks(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
@@ -69,26 +73,25 @@ class FusedSegment:
         return [neck] if self.merge is None else [neck, self.merge.named(parameters[count:])]
 
     @explicit
-    def evaluate(self, y: Tensor | Encoded, *merged: Tensor, update: bool = True) -> Contribution:
+    def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
+        y, *merged = inputs
         size = y.shape[0]
         if self.merge is not None and self.neck.is_frozen() and self.merge.is_frozen():
             size = self.neck.chunk(y)  # samples on their own: the neck's map only for some at a time
         maps = [self._map(y[rows], *(m[rows] for m in merged), update=update) for rows in _chunks(y.shape[0], size)]
         return Contribution(maps[0] if len(maps) == 1 else torch.cat(maps))
 
-    def _map(self, y: Tensor | Encoded, *merged: Tensor, update: bool) -> Tensor:
-        out = _sum(self.neck.evaluate(y, update=update), merged[0] if merged else None)
+    def _map(self, y: Values, *merged: Values, update: bool) -> Tensor:
+        out = _sum(self.neck.evaluate(y, update=update), _first(merged))
         return out if self.merge is None else _sum(self.merge.evaluate(out, update=update), None)
 
     @explicit
-    def _run(
-        self, inputs: Sequence[Tensor | Encoded], *, keep: bool
-    ) -> tuple[Contribution, list[FusedRecord], list[Kept]]:
+    def _run(self, inputs: Sequence[Values], *, keep: bool) -> tuple[Contribution, list[FusedRecord], list[Kept]]:
         """The segment's map, the records of its parts, and what they keep."""
         y, *merged = inputs
         contribution, record, d = self.neck.compute(y, keep_d=keep)
         records, kept = [record], [Kept(contribution.p, d)]
-        out = _sum(contribution, merged[0] if merged else None)
+        out = _sum(contribution, _first(merged))
         if self.merge is not None:
             contribution, record, d = self.merge.compute(out, keep_d=keep)
             records.append(record)
@@ -96,18 +99,19 @@ class FusedSegment:
             out = _sum(contribution, None)
         return Contribution(out), records, kept
 
-    def record(self, *inputs: Tensor | Encoded) -> tuple[Contribution, list[FusedRecord]]:
+    def record(self, *inputs: Values) -> tuple[Contribution, list[FusedRecord]]:
         """The segment's map, and what its recompute needs."""
         return self._run(inputs, keep=False)[:2]
 
-    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Tensor | Encoded]) -> tuple[Contribution, Pullback]:
+    def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
         """As :meth:`recompute`, on what the forward computes, which is kept."""
         contribution, records, kept = self._run(inputs, keep=True)
         y, merged = inputs[0].clone(), inputs[1:]
 
-        def pullback(*arguments: Any) -> list[Tensor | None]:
-            copies = [k._replace(p=k.p.clone()) for k in kept]  # a pull writes over p, and the graph may be retained
-            return self._pullback(y, merged, records, self._named(parameters), copies)(*arguments)
+        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> Sequence[Tensor | None]:
+            # A pull writes over p, and the graph may be retained.
+            copies = [k._replace(p=None if k.p is None else k.p.clone()) for k in kept]
+            return self._pullback(y, merged, records, self._named(parameters), copies)(du, sums, into)
 
         return contribution, pullback
 
@@ -116,7 +120,7 @@ class FusedSegment:
         self,
         records: list[FusedRecord],
         parameters: Sequence[Tensor],
-        inputs: Sequence[Tensor | Encoded],
+        inputs: Sequence[Values],
         needs: Sequence[bool],
     ) -> tuple[None, Pullback]:
         """The vector-Jacobian product; the map itself is not formed again. See :class:`Branch`."""
@@ -125,15 +129,16 @@ class FusedSegment:
 
     def _pullback(
         self,
-        y: Tensor | Encoded,
-        merged: Sequence[Tensor],
+        y: Values,
+        merged: Sequence[Values],
         records: Sequence[FusedRecord],
         weights: Sequence[Weights],
         kept: list[Kept],
     ) -> Pullback:
         @explicit
-        def pullback(du: Tensor, _: None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
-            dout, dz, dmerge = du, None, []
+        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
+            dout, dz = du, None
+            dmerge: list[Tensor | None] = []
             if self.merge is not None:
                 dout = self._out(y, merged, records[0], weights[0], kept[0])
                 again = kept[1] if len(kept) > 1 else self.merge.again(dout, records[1], weights[1], d=True)
@@ -141,35 +146,35 @@ class FusedSegment:
                 del again
                 fits = self.neck.expanded == self.neck.channels and dout.dtype == self.neck.dtype
                 dz = dout if fits else None
-            if merged and into[1] is not None:
-                if dz is None and self.merge is not None and into[1].adopts(dout):
-                    into[1].adopt(dout)  # it is read, and not written over
+            of_y, of_map = into[0], into[1] if merged else None
+            if of_map is not None:
+                if dz is None and self.merge is not None and of_map.adopts(dout):
+                    of_map.adopt(dout)  # it is read, and not written over
                 else:
-                    into[1].tensor().add_(dout)
-            adopt = dz is not None and into[0] is not None and into[0].adopts(dz)
-            dy = dz if adopt else None if into[0] is None else into[0].tensor()
+                    of_map.tensor().add_(dout)
+            adopt = dz is not None and of_y is not None and of_y.adopts(dz)
+            dy = dz if adopt else None if of_y is None else of_y.tensor()
             if dz is None and kept[0].p is None:
                 dz = self.neck.plane(y, self.neck.expanded, self.neck.out_size(y))
             dneck = self.neck.pull(y, records[0], weights[0], kept[0], dout, None, dy, add=not adopt, dz=dz)
-            if adopt:
-                into[0].adopt(dz)
+            if adopt and of_y is not None and dy is not None:
+                of_y.adopt(dy)
             return dneck + dmerge
 
         return pullback
 
-    def _out(
-        self, y: Tensor | Encoded, merged: Sequence[Tensor], record: FusedRecord, weights: Weights, kept: Kept
-    ) -> Tensor:
+    def _out(self, y: Values, merged: Sequence[Values], record: FusedRecord, weights: Weights, kept: Kept) -> Tensor:
         """o again, a chunk of samples at a time where p is not kept."""
         if kept.p is not None:
-            return _sum(self.neck.contribution(kept.p, record), merged[0] if merged else None)
+            return _sum(self.neck.contribution(kept.p, record), _first(merged))
         size = self.neck.out_size(y)
         if merged:
-            out = merged[0].clone(memory_format=torch.contiguous_format)
+            out = values(merged[0]).clone(memory_format=torch.contiguous_format)
         else:
             out = self.neck.plane(y, self.neck.channels, size).zero_()
         for rows in _chunks(y.shape[0], record.chunk):
             p = self.neck.again(y[rows], record, weights).p
+            assert p is not None
             keep = None if record.keep is None else record.keep[rows]
             _add(out[rows], self.neck.contribution(p, record, keep))
         return out
