@@ -1,12 +1,15 @@
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install test lint format bench kernels env sdist
+.PHONY: install test test-all lint format bench kernels env sdist
 
 install:
 	pip install .
 
 test:
 	pytest
+
+test-all:
+	pytest -m "slow or not slow"
 
 lint:
 	ruff check .

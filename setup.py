@@ -8,8 +8,9 @@ Environment variables:
 
 ``REVKERNELS_REQUIRE``, ``REVKERNELS_DISABLE``
     Comma-separated ``cpp``, ``cuda``: parts that must be built, parts that are left out.
-``CXX``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``
-    Host compiler, CUDA toolkit, architectures of the CUDA kernels (``8.0;9.0+PTX``), parallel compilations.
+``CXX``, ``NVCC``, ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``
+    Compilers, with arguments if need be (``ccache g++ -m64``), CUDA toolkit, architectures of the CUDA kernels
+    (``8.0;9.0+PTX``), parallel compilations.
 ``REVKERNELS_CUDART``
     ``static`` (default) or ``shared``: the CUDA runtime that the CUDA kernels are linked with. ``shared`` lets another
     library stand in for it, as ``tests/null_gpu`` does.
@@ -28,18 +29,19 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.build_meta import (  # noqa: F401  the hooks of the build backend
+from setuptools import Extension, build_meta, setup
+from setuptools.build_meta import (  # noqa: F401  hooks of the build backend as they are
     build_editable,
-    build_sdist,
-    build_wheel,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
 )
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -49,6 +51,7 @@ OLDEST_TORCH = (2, 10)
 REINSTALL = "repeat this installation with --force-reinstall --no-deps --no-cache-dir"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those that nvcc knows; the newest as PTX too
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # words before a compiler
 DEFAULT_ARCHS = ";".join(ARCHS) + "+PTX"
 # No OpenMP: threads come from torch::stable::parallel_for, so there is one pool, torch's.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", STABLE_ABI]
@@ -126,12 +129,78 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
 get_requires_for_build_editable = get_requires_for_build_wheel
 
 
-def find_cxx() -> str:
+def _writable(hook: Callable[..., str]) -> Callable[..., str]:
+    """``hook`` in a copy of the source tree, where that is read-only: setuptools writes beside the sources."""
+
+    @wraps(hook)
+    def run(folder: str, *arguments: object, **keywords: object) -> str:
+        if os.access(".", os.W_OK):
+            return hook(folder, *arguments, **keywords)
+        source, folder = os.getcwd(), os.path.abspath(folder)
+        with tempfile.TemporaryDirectory() as copy:
+            tree = Path(copy, "source")
+            ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info")
+            shutil.copytree(source, tree, copy_function=shutil.copyfile, ignore=ignored)
+            for path, *_ in os.walk(tree):
+                os.chmod(path, 0o755)
+            os.chdir(tree)
+            try:
+                return hook(folder, *arguments, **keywords)
+            finally:
+                os.chdir(source)
+
+    return run
+
+
+build_wheel = _writable(build_meta.build_wheel)
+build_sdist = _writable(build_meta.build_sdist)
+prepare_metadata_for_build_wheel = _writable(build_meta.prepare_metadata_for_build_wheel)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Wait until no other process builds this source tree: all of them use ``build/``."""
+    if not sys.platform.startswith("linux"):  # nothing is built there
+        yield
+        return
+    import fcntl
+
+    folder = os.open(".", os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A compiler, what launches it (``ccache``), and the arguments that go with it."""
+
+    path: str
+    launcher: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, text: str) -> Compiler | None:
+        """The one that ``text`` names, a path or words as a shell reads them; None where there is no such program."""
+        words = [text] if shutil.which(text) else shlex.split(text)
+        launchers = 1 if len(words) > 1 and Path(words[0]).name in LAUNCHERS else 0
+        programs = [shutil.which(word) for word in words[: launchers + 1]]
+        return cls(programs[-1], tuple(programs[:-1]), tuple(words[launchers + 1 :])) if all(programs) else None
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.launcher, self.path, *self.arguments]
+
+
+def find_cxx() -> Compiler:
     """The C++ compiler."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in names:
-        if shutil.which(name):
-            return shutil.which(name)
+    for compiler in map(Compiler.of, names):
+        if compiler is not None:
+            return compiler
     raise Skip(f"no C++ compiler was found (tried {', '.join(names)})", "`apt install g++` or set CXX")
 
 
@@ -146,8 +215,8 @@ def find_ninja() -> str:
     raise Skip("ninja was not found", "`pip install ninja`")
 
 
-def find_nvcc(torch: Torch) -> str:
-    """An nvcc of torch's CUDA major version."""
+def find_nvcc(torch: Torch) -> Compiler:
+    """An nvcc of torch's CUDA major version: ``NVCC``, or the one of a toolkit."""
     if torch.cuda is None:
         remedy = "install a CUDA build of torch (https://pytorch.org/get-started)"
         raise Skip(f"torch {torch.version} is built without CUDA", remedy)
@@ -157,21 +226,28 @@ def find_nvcc(torch: Torch) -> str:
         homes.append(Path(shutil.which("nvcc")).parents[1])
     homes += ["/usr/local/cuda", f"/usr/local/cuda-{torch.cuda}", *Path("/usr/local").glob(f"cuda-{major}*")]
     homes += [torch.root.parent / "nvidia" / f"cu{major}"]
+    named = os.environ.get("NVCC")
+    if named:
+        compilers = [Compiler.of(named) or Compiler(named)]
+    else:
+        compilers = [Compiler(nvcc) for home in homes if home and (nvcc := shutil.which(f"{home}/bin/nvcc"))]
     found = []
-    for nvcc in (Path(home, "bin", "nvcc") for home in homes if home):
-        if nvcc.exists():
-            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-            version = re.search(r"release (\d+\.\d+)", text)
-            if version and version[1].split(".")[0] == major:
-                return str(nvcc)
-            found.append(f"{nvcc} ({version[1] if version else 'unknown version'})")
+    for nvcc in compilers:
+        if not shutil.which(nvcc.path):
+            found.append(f"no {nvcc.path}")
+            continue
+        text = subprocess.run([nvcc.path, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"release (\d+\.\d+)", text)
+        if version and version[1].split(".")[0] == major:
+            return nvcc
+        found.append(f"{nvcc.path} ({version[1] if version else 'unknown version'})")
     remedy = f"install the CUDA {major} toolkit and set CUDA_HOME to it"
     raise Skip(f"torch {torch.version} needs nvcc {major}.x; found {', '.join(found) or 'none'}", remedy)
 
 
-def default_archs(nvcc: str) -> str:
+def default_archs(nvcc: Compiler) -> str:
     """:data:`ARCHS`, without those that are too new for this nvcc."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run([nvcc.path, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     known = [arch for arch in ARCHS if f"compute_{arch.replace('.', '')}" in listed]
     return ";".join(known) + "+PTX" if known else DEFAULT_ARCHS
 
@@ -213,22 +289,23 @@ class Native(Extension):
         import pybind11
 
         if self.nvcc:
-            compiler = [self.nvcc, f"-ccbin={self.cxx}"]
+            host = [f"-ccbin={self.cxx.path}", *(f"-Xcompiler={argument}" for argument in self.cxx.arguments)]
+            compiler = [*self.nvcc.command, *host]
             flags = [*NVCC_FLAGS, *gencode(self.archs)]
             libraries = ["-ltorch_cuda", "-ltorch_cpu", f"-cudart={_cudart()}"]
         else:
-            compiler, flags, libraries = [self.cxx], CXX_FLAGS, ["-ltorch_cpu"]
+            compiler, flags, libraries = self.cxx.command, CXX_FLAGS, ["-ltorch_cpu"]
         about = {
             "REVKERNELS_FLAGS": " ".join(flags),
             "REVKERNELS_TORCH_VERSION": self.torch.version,
             "REVKERNELS_CUDA_ARCHS": self.archs,
         }
-        (folder / "about.h").write_text("".join(f'#define {name} "{value}"\n' for name, value in about.items()))
+        (folder / "about.h").write_text("".join(f"#define {name} {json.dumps(v)}\n" for name, v in about.items()))
         command = [*compiler, *flags, "-isystem", str(self.torch.root / "include"), "-Icsrc"]
         module = ["-include", str(folder / "about.h"), "-isystem", pybind11.get_include()]
         module += ["-isystem", sysconfig.get_path("include")]
         lines = [
-            f"builddir = {folder}",
+            f"builddir = {str(folder).replace('$', '$$')}",
             "rule compile",
             f"  command = {_ninja_join(command)} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -237,12 +314,12 @@ class Native(Extension):
             f"  command = {_ninja_join([*compiler, '-shared', '-L' + str(self.torch.root / 'lib')])} "
             f"$in -o $out {' '.join(libraries)}",
         ]
-        objects = [str(folder / f"{source}.o") for source in self.sources]
+        objects = [_ninja_path(folder / f"{source}.o") for source in self.sources]
         for source, target in zip(self.sources, objects, strict=True):
-            lines.append(f"build {target}: compile {source}")
+            lines.append(f"build {target}: compile {_ninja_path(source)}")
             if Path(source).name.startswith("module"):
                 lines.append(f"  flags = {_ninja_join(module)}")
-        lines.append(f"build {output}: link {' '.join(objects)}")
+        lines.append(f"build {_ninja_path(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 
 
@@ -253,7 +330,13 @@ def _cudart() -> str:
     return kind
 
 
+def _ninja_path(path: str | Path) -> str:
+    """A path in a build statement."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def _ninja_join(words: list[str]) -> str:
+    """Words of a command, for ninja and then for its shell."""
     return shlex.join(words).replace("$", "$$")
 
 
@@ -295,6 +378,13 @@ def _report(modules: list[Native], skipped: dict[str, str]) -> None:
         raise SystemExit(f"REVKERNELS_REQUIRE asks for {', '.join(missing)}: {skipped[missing[0]]}")
 
 
+def _record(module: Path) -> None:
+    """Write down what :mod:`revkernels.damage` compares."""
+    content = module.read_bytes()
+    record = {"file": module.name, "bytes": len(content), "crc32": zlib.crc32(content)}
+    module.with_name(f"{module.name.split('.')[0]}.json").write_text(json.dumps(record) + "\n")
+
+
 class CleanBuild(build):
     """``build`` from an empty folder: what an earlier build left there would end up in the wheel."""
 
@@ -315,7 +405,7 @@ class BuildPython(build_py):
 
 
 class BuildNative(build_ext):
-    """``build_ext`` with ninja."""
+    """``build_ext`` with ninja, and beside each module a record of the file, which is compared before it is loaded."""
 
     def build_extension(self, ext: Native) -> None:
         folder = Path(self.build_temp, ext.name)
@@ -326,11 +416,18 @@ class BuildNative(build_ext):
         file.write_text(ext.ninja_file(folder, output))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([ext.ninja, "-f", str(file), *jobs], check=True)
+        _record(output)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            _record(Path(self.get_ext_filename(ext.name)))  # packages lie where their names say
 
 
 if __name__ == "__main__":
-    setup(
-        ext_modules=plan()[0],
-        extras_require=extras(),
-        cmdclass={"build": CleanBuild, "build_py": BuildPython, "build_ext": BuildNative},
-    )
+    with one_at_a_time():
+        setup(
+            ext_modules=plan()[0],
+            extras_require=extras(),
+            cmdclass={"build": CleanBuild, "build_py": BuildPython, "build_ext": BuildNative},
+        )

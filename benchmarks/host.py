@@ -188,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks.import_timm()
     names = list(dict.fromkeys(n.name for n in chosen))
     groups = [contestants([n for n in chosen if n.name == name], dtypes, arguments.resolution) for name in names]
+    environment, rows = results.environment(device), []
+    stem = output / ("host_null_gpu" if "NULL_GPU" in os.environ else "host_gpu")
     for group in track(groups, lambda g: g[0].network.label, "host"):
         steps = [c.prepare(device, arguments.batch) for c in group]
         for c, times in zip(group, alternate(steps, arguments.steps, clock), strict=True):
@@ -195,12 +197,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             c.row |= dict(zip(("cpu_ms", "cpu_ms_p20", "cpu_ms_p80"), quantiles(cpu), strict=True))
             c.row["wall_ms"] = quantiles(wall)[0]
             c.runner = None
+            rows.append(c.row)
+        keys = ("model", "variant", "dtype", "batch", "resolution")
+        written = results.save(stem, environment, vars(arguments), rows, keys, UNITS)  # whole after every network
 
-    environment = results.environment(device)
-    rows = [c.row for group in groups for c in group]
-    keys = ("model", "variant", "dtype", "batch", "resolution")
-    stem = output / ("host_null_gpu" if "NULL_GPU" in os.environ else "host_gpu")
-    written = results.save(stem, environment, vars(arguments), rows, keys, UNITS)
     words = [Column(name, number=False) for name in ("model", "variant", "dtype")]
     numbers = ["CPU ms", "wall ms", "launches", "products", "compiled", "in s", "batch", "size", "MiB/sample"]
     cells = [[list(_cells(c.row)) for c in group] for group in groups]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.harness import command, networks, plots, results
 from benchmarks.harness.agreement import GATE, check_agreement
+from benchmarks.harness.capacity import GIGABYTES, capacities, show_capacities
 from benchmarks.harness.command import UsageError, entry
 from benchmarks.harness.networks import (
     COMPILED,
@@ -49,7 +50,6 @@ from benchmarks.harness.timing import alternate, paired_ratios, quantiles, secon
 from revbifpn.memory import MIB
 from revbifpn.streams import FIXED16, FIXED32, FLOAT32
 
-CAPACITY = "capacity"
 QUICK_MODELS = "revbifpn_s0/fast,revbifpn_s0/reversible,revbifpn_s0/stored"
 MODELS = {
     # all but the compiled, which take minutes there
@@ -59,8 +59,6 @@ MODELS = {
 }
 WARM_UP, ROUNDS, QUICK_ROUNDS = 2, {"cpu": 9, "cuda": 25}, 3
 FORMATS = (FLOAT32, FIXED32, FIXED16)
-GIGABYTES = (8, 16, 24, 80)
-OPTIMIZER_STATES = 1  # of the largest batches: SGD with momentum
 
 
 @dataclass
@@ -161,19 +159,6 @@ def _noting(row: Row) -> Iterator[None]:
         row.note = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
 
-def capacities(runners: Sequence[Runner], resolution: int, batch: int) -> list[dict[str, Any]]:
-    """The largest batch of a training step in each of ``GIGABYTES``, of all whose memory a meter sees."""
-    rows = []
-    metered = [r for r in runners if r.is_metered and not networks.why_not(r.network, r.device)]
-    for runner in track(metered, lambda r: r.network.key, "largest batch"):
-        row = {"task": CAPACITY, **runner.network.about, "resolution": resolution, "batch": None, "dtype": runner.dtype}
-        with suppress(torch.OutOfMemoryError):
-            fits = runner.largest_batch(resolution, batch, OPTIMIZER_STATES)
-            row |= {f"largest_batch_{gigabytes}gb": fits(gigabytes * 2**30) for gigabytes in GIGABYTES}
-        rows.append(row)
-    return rows
-
-
 def tables(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each task that there is."""
     found = {title: [row for row in rows if row.task == task] for task, title in TITLES.items()}
@@ -232,26 +217,6 @@ def _caption(environment: dict[str, Any], rows: Sequence[Row], gate: Sequence[di
     return "\n".join([*lines, results.origin(environment)])
 
 
-def show_capacities(rows: Sequence[dict[str, Any]], device: torch.device) -> None:
-    """Prints the table of largest batches."""
-    if not rows:
-        return
-    columns = [Column("model", number=False), Column("activations", number=False)]
-    columns += [Column(f"{gigabytes} GB") for gigabytes in GIGABYTES]
-    groups: dict[str, list[list[str]]] = {}
-    for row in rows:
-        found = [row.get(f"largest_batch_{gigabytes}gb") for gigabytes in GIGABYTES]
-        cells = ["-" if n is None else str(n) for n in found]
-        groups.setdefault(row["model"], []).append([row["label"], row["variant"], *cells])
-    how = "from the allocator's peaks" if device.type == "cuda" else "from a simulated step (revbifpn.estimate_memory)"
-    caption = (
-        f"Activations, images, parameters, gradients, {OPTIMIZER_STATES} optimizer state (SGD with momentum), {how}.\n"
-        "1 GB = 2^30 bytes. Not counted: CUDA's context, workspaces, what the allocator rounds up and keeps."
-    )
-    title = f"Largest batch of a training step at {rows[0]['resolution']} pixels, {rows[0]['dtype']}"
-    print_table(title, columns, groups.values(), caption)
-
-
 def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -275,21 +240,6 @@ def _parser() -> command.ArgumentParser:
     return parser
 
 
-def _numbers(flag: str, text: str) -> list[int]:
-    parts = command.split(text)
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"{flag}: got {text!r}, needs positive numbers with commas between")
-    return sorted({int(part) for part in parts})
-
-
-def _fractions(flag: str, text: str) -> list[float]:
-    with suppress(ValueError):
-        found = [float(part) for part in command.split(text)]
-        if all(0 <= fraction <= 1 for fraction in found):
-            return found
-    raise UsageError(f"{flag}: got {text!r}, needs numbers from 0 to 1 with commas between")
-
-
 def _checked(argv: Sequence[str] | None) -> Any:
     arguments = _parser().parse_args(argv)
     command.check_resolution(arguments.resolution)
@@ -299,7 +249,7 @@ def _checked(argv: Sequence[str] | None) -> Any:
         if getattr(arguments, flag) and device.type != "cuda":
             raise UsageError(f"--{flag}: needs CUDA, and this runs on the {device.type}")
     default = "4" if arguments.quick else "8,32,128" if device.type == "cuda" else "8"
-    arguments.batch = _numbers("--batch", arguments.batch or default)
+    arguments.batch = command.numbers("--batch", arguments.batch or default)
     arguments.rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS[device.type])
     published = networks.load_published(arguments.published) if arguments.published else None
     models = arguments.models or (QUICK_MODELS if arguments.quick else MODELS[device.type])
@@ -307,7 +257,7 @@ def _checked(argv: Sequence[str] | None) -> Any:
     arguments.output = command.pick_output(arguments.output)
     networks.check_packages(chosen)
     formats = command.some_of("--streams", arguments.streams, FORMATS) if arguments.streams else []
-    budgets = _fractions("--budgets", arguments.budgets) if arguments.budgets else []
+    budgets = command.fractions("--budgets", arguments.budgets) if arguments.budgets else []
     more = [(True, partial(networks.in_streams, formats=formats)), (arguments.graph, networks.in_a_graph)]
     more += [
         (True, partial(networks.on_budgets, budgets=budgets)),

@@ -352,24 +352,32 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   void* sums2 = cotangent.sums ? nullptr : workspace.take(2 * n * out, m.sums);
   void* sums1 = workspace.take(5 * n * e, m.sums);
   void* sums0 = m.expands() ? workspace.take(5 * n * e, m.sums) : nullptr;
-  void* slope = workspace.take(std::max(e, out), m.sums);
-  void* offset = workspace.take(std::max(e, out), m.sums);
+  void* slope2 = workspace.take(out, m.sums);
+  void* offset2 = workspace.take(out, m.sums);
+  void* slope = workspace.take(e, m.sums);  // of BN_1, then of BN_0
+  void* offset = workspace.take(e, m.sums);
   void* partial = workspace.take(
       ceil_div(samples, kSamplesPerPartial) * e * m.depthwise.size * m.depthwise.size, m.sums);
   void* gate_scratch = m.squeezes() ? workspace.take(n * (e + 2 * m.se.hidden), m.sums) : nullptr;
+  const bool over_p = kept.p.data != nullptr && out == e;
+  // Where d is not kept, dz is neither, unless dv takes its place.
+  const bool dz_again = dz.data == nullptr && !over_p && kept.d.data == nullptr &&
+                        !(m.expands() && m.depthwise.stride == 1);
   if (dz.data == nullptr) {
-    dz =
-        kept.p.data != nullptr && out == e ? kept.p : workspace.plane(m.planes, n, e, out_h, out_w);
+    dz = over_p ? kept.p : workspace.plane(m.planes, dz_again ? samples : n, e, out_h, out_w);
   }
+  Map dp;
+  if (dz_again) dp = workspace.plane(m.planes, samples, out, out_h, out_w);
   Map dv;  // gradient of v = h(BN_0(e))
   if (m.expands()) dv = m.depthwise.stride == 1 ? dz : workspace.plane(m.planes, n, e, h, w);
   const int64_t mark = workspace.mark();
-  const Map dp = workspace.plane(m.planes, samples, out, out_h, out_w);
+  if (!dz_again) dp = workspace.plane(m.planes, samples, out, out_h, out_w);
   const Map again = kept.p.data ? kept.p : workspace.plane(m.planes, samples, out, out_h, out_w);
   workspace.release(mark);
   const Map dd = workspace.plane(m.planes, samples, e, out_h, out_w);
   Map dsource;
-  if (!m.expands() && dx.data && add) {  // over dz, which was read by then, where that has its shape
+  if (!m.expands() && dx.data &&
+      add) {  // over dz, which was read by then, where that has its shape
     dsource = m.depthwise.stride == 1 ? dz : workspace.plane(m.planes, samples, e, h, w);
   }
   workspace.release(mark);
@@ -387,8 +395,6 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
     v.data = at(rows, c, e), v.dtype = m.sums, v.sn = e, v.sc = 1;
     return v;
   };
-  const auto slope_of = [&](const Norm& norm) { return norm.batch ? slope : nullptr; };
-  const auto offset_of = [&](const Norm& norm) { return norm.batch ? offset : nullptr; };
   const Norm &norm0 = m.norms[0], &norm1 = m.norms[1], &norm2 = m.norms[2];
   bool has_gate = squeezed;
   const auto gate = [&](Chunk c, const Map& d) -> const void* {
@@ -412,21 +418,25 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
     sums = sums2, has_gate = true;
   }
   b.fold_grad(sums, 2, n, norm2, cotangent.keep, nullptr, count,
-              {gradients.gamma[2], gradients.beta[2], slope, offset});
+              {gradients.gamma[2], gradients.beta[2], slope2, offset2});
 
   // p = W_p z, z = gate h(BN_1(d))
-  planes.for_chunks([&](Chunk c) {
-    const Map d = planes.d(c), chunk_dp = planes.of(dp, c), chunk_dz = planes.of(dz, c);
-    const void* chunk_gate = gate(c, d);
-    const Map p = p_of(c, d, chunk_gate);
+  const auto pull_project = [&](Chunk c, const Map& p) {
     Coefficient keep = cotangent.keep;
     keep.data = keep.data ? at(keep.data, c, keep.sn) : nullptr;
-    b.act_grad(chunk_dp, planes.of(du, c), p, norm2.affine(), keep, Coefficient{}, slope_of(norm2),
-               offset_of(norm2), Activation::identity);
-    b.pointwise_grad_weight(gradients.project, d, chunk_dp, norm1.affine(), chunk_gate,
+    b.act_grad(planes.of(dp, c), planes.of(du, c), p, norm2.affine(), keep, Coefficient{},
+               norm2.batch ? slope2 : nullptr, norm2.batch ? offset2 : nullptr,
+               Activation::identity);
+    b.pointwise(planes.of(dz, c), planes.of(dp, c), m.project.transpose(), Affine{}, nullptr,
+                false);
+  };
+  planes.for_chunks([&](Chunk c) {
+    const Map d = planes.d(c);
+    const void* chunk_gate = gate(c, d);
+    pull_project(c, p_of(c, d, chunk_gate));
+    b.pointwise_grad_weight(gradients.project, d, planes.of(dp, c), norm1.affine(), chunk_gate,
                             c.begin > 0);
-    b.pointwise(chunk_dz, chunk_dp, m.project.transpose(), Affine{}, nullptr, false);
-    b.act_grad_sums(chunk_dz, d, norm1.affine(), norm1.mean, at(sums1, c, e), n * e);
+    b.act_grad_sums(planes.of(dz, c), d, norm1.affine(), norm1.mean, at(sums1, c, e), n * e);
   });
 
   // gate = SE(mean_hw h(BN_1(d))): every pixel of h gets dpool on top of gate dz
@@ -440,8 +450,10 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   // d = dw(v), v = h(BN_0(e)) or x
   planes.for_chunks([&](Chunk c) {
     const Map source = planes.source(c), d = planes.d(c, source), chunk_dd = planes.of(dd, c);
+    if (dz_again) pull_project(c, planes.of(kept.p, c));
     b.act_grad(chunk_dd, planes.of(dz, c), d, norm1.affine(), per_sample(se.gate, c),
-               per_sample(dpool, c), slope_of(norm1), offset_of(norm1), Activation::hardswish);
+               per_sample(dpool, c), norm1.batch ? slope : nullptr, norm1.batch ? offset : nullptr,
+               Activation::hardswish);
     b.depthwise_grad_weight(gradients.depthwise, source, chunk_dd, m.depthwise, planes.prologue(),
                             c.begin > 0, partial);
     if (m.expands()) {
@@ -468,7 +480,8 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   planes.for_chunks([&](Chunk c) {
     const Map source = planes.source(c), chunk_de = planes.of(de, c);
     b.act_grad(chunk_de, planes.of(dv, c), source, norm0.affine(), Coefficient{}, Coefficient{},
-               slope_of(norm0), offset_of(norm0), Activation::hardswish);
+               norm0.batch ? slope : nullptr, norm0.batch ? offset : nullptr,
+               Activation::hardswish);
     b.pointwise_grad_weight(gradients.expand, planes.x(c), chunk_de, Affine{}, nullptr,
                             c.begin > 0);
     if (dx.data != nullptr) {

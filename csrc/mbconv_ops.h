@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "mbconv.h"
+#include "storage.h"
 
 namespace revkernels {
 
@@ -168,13 +169,7 @@ class MBConvCall {
     bool fits = t.dim() == int64_t(shape.size());
     for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == shape[size_t(d)];
     STD_TORCH_CHECK(fits, name, ": expected ", text_of(shape), ", got ", text_of(t));
-    int64_t last = 0, offset = 0, bytes = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    aoti_torch_get_storage_offset(t.get(), &offset);
-    aoti_torch_get_storage_size(t.get(), &bytes);
-    STD_TORCH_CHECK(t.numel() == 0 || (offset + last + 1) * int64_t(t.element_size()) <= bytes,
-                    name, ": its storage has ", bytes, " bytes, too few for its shape ", text_of(t),
-                    "; was it freed?");
+    check_storage(t, name);
   }
 
  private:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class _Graphed:
         """Bring what a graph reads from the device up to date."""
         self._momenta.refresh()
 
-    def _key(self) -> Hashable:
+    def _key(self) -> tuple[Hashable, ...]:
         """What a graph depends on besides the inputs: no two calls with the same key launch different kernels."""
         return (
             tuple([m.training for m in self._modules]),
@@ -111,19 +112,20 @@ class _Graphed:
         """Do what Python does after a call."""
 
     def _call(self, inputs: tuple, phase: Hashable) -> Any:
-        if self._side is None:
+        side = self._side
+        if side is None:
             return self._plain(inputs, phase)
         leaves, structure = tree_flatten(inputs)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         described = tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves])
         key = (structure, described, phase, self._key())
-        with self._side.current():
+        with side.current():
             graph = self._graphs.find(key)
             if graph is None:
                 candidate, calls = self._graphs.candidate(key)
                 if calls < self._graphs.warm_up or not candidate.rehearsed:
-                    return self._warm_up(candidate, calls, inputs, phase)
-                graph = self._capture(key, inputs, phase)
+                    return self._warm_up(side, candidate, calls, inputs, phase)
+                graph = self._capture(side, key, inputs, phase)
             for own, given in zip(graph.inputs, tensors, strict=True):
                 own.copy_(given, non_blocking=True)
             self._refresh()
@@ -150,24 +152,23 @@ class _Graphed:
         self._replayed(phase)
         return outputs
 
-    def _warm_up(self, candidate: Candidate, calls: int, inputs: tuple, phase: Hashable) -> Any:
+    def _warm_up(self, side: Cuda, candidate: Candidate, calls: int, inputs: tuple, phase: Hashable) -> Any:
         candidate.calls.append(self._graphs.count)
-        with self._side.aside():
+        with side.aside():
             if candidate.rehearsed or calls + 1 < self._graphs.warm_up:
                 return self._plain(inputs, phase)
             outputs = self._rehearse(inputs, phase)
         candidate.rehearsed = True
         return outputs
 
-    def _capture(self, key: Hashable, inputs: tuple, phase: Hashable) -> Graph:
+    def _capture(self, side: Cuda, key: Hashable, inputs: tuple, phase: Hashable) -> Graph:
         self._graphs.make_room()
         self._refresh()
         own = tree_map_only(Tensor, lambda x: x.to(self.device, copy=True), inputs)
         try:
             with captured_counters() as counters:
-                replay, outputs = self._side.capture(
-                    lambda: _own(self._run(own, phase, on_device=True)), self._generators
-                )
+                run = partial(self._run, own, phase, on_device=True)
+                replay, outputs = side.capture(lambda: _own(run()), self._generators)
         except (NotCapturableError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -248,17 +249,16 @@ class GraphedStep(_Graphed):
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"accumulate: expected a number of calls, at least 1, got {accumulate}")
-        distributed = isinstance(model, DistributedDataParallel)
         if warm_up is None:
-            warm_up = WARM_UP_DISTRIBUTED if distributed else WARM_UP
+            warm_up = WARM_UP_DISTRIBUTED if isinstance(model, DistributedDataParallel) else WARM_UP
         super().__init__(model, max_shapes=max_shapes, warm_up=warm_up, generators=generators, stream=stream)
         self.loss_fn, self.optimizer, self.ema = loss_fn, optimizer, ema
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulate, self.clip_norm = accumulate, clip_norm
         if self._side is not None:
             self._expect_capturable()
-        if distributed and self._side is not None:
-            self._expect_nccl(stream, warm_up)
+        if isinstance(model, DistributedDataParallel) and self._side is not None:
+            _expect_nccl(model, stream, warm_up)
         self._rates = Rates(optimizer, self.device)
         self._average = Average(ema, model, self.device) if isinstance(ema, AveragedModel) else None
         updated = (p for group in optimizer.param_groups for p in group["params"])
@@ -281,20 +281,6 @@ class GraphedStep(_Graphed):
                 "fused=True, which decides on the device (or train in bfloat16, which needs no scaler)"
             )
 
-    def _expect_nccl(self, stream: torch.cuda.Stream | None, warm_up: int) -> None:
-        if stream is None:
-            raise ValueError(
-                "stream: expected the stream that DistributedDataParallel was made under, which gradients are summed "
-                "on: with torch.cuda.stream(stream): model = DistributedDataParallel(model)"
-            )
-        if warm_up < WARM_UP_DISTRIBUTED:
-            raise ValueError(f"warm_up: DistributedDataParallel needs {WARM_UP_DISTRIBUTED} calls, got {warm_up}")
-        if self.model.find_unused_parameters:
-            raise ValueError("model: find_unused_parameters=True reads on the host which ones are unused")
-        backend = dist.get_backend(self.model.process_group)
-        if backend != "nccl":
-            raise ValueError(f"model: a CUDA graph can hold collectives of NCCL, got the {backend} backend")
-
     def __call__(self, images: Any, *targets: Any) -> Any:
         self._calls += 1
         last = self._calls % self.accumulate == 0
@@ -314,7 +300,7 @@ class GraphedStep(_Graphed):
         self._calls += 1
         return self._rehearse((images, *targets), self._calls % self.accumulate == 0)
 
-    def _key(self) -> Hashable:
+    def _key(self) -> tuple[Hashable, ...]:
         fixed = [name for name in self.optimizer.defaults if name != "lr"]
         groups = self.optimizer.param_groups
         return (*super()._key(), tuple([tuple([_hashable(group[name]) for name in fixed]) for group in groups]))
@@ -378,6 +364,21 @@ class GraphedStep(_Graphed):
 
     def _unsynchronized(self, last: Hashable) -> AbstractContextManager:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else nullcontext()
+
+
+def _expect_nccl(model: DistributedDataParallel, stream: torch.cuda.Stream | None, warm_up: int) -> None:
+    if stream is None:
+        raise ValueError(
+            "stream: expected the stream that DistributedDataParallel was made under, which gradients are summed "
+            "on: with torch.cuda.stream(stream): model = DistributedDataParallel(model)"
+        )
+    if warm_up < WARM_UP_DISTRIBUTED:
+        raise ValueError(f"warm_up: DistributedDataParallel needs {WARM_UP_DISTRIBUTED} calls, got {warm_up}")
+    if model.find_unused_parameters:
+        raise ValueError("model: find_unused_parameters=True reads on the host which ones are unused")
+    backend = dist.get_backend(model.process_group)
+    if backend != "nccl":
+        raise ValueError(f"model: a CUDA graph can hold collectives of NCCL, got the {backend} backend")
 
 
 class GraphedModule(_Graphed):

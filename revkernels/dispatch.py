@@ -19,17 +19,21 @@ Environment variables, read once at import:
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from revkernels import reference
+from revkernels.damage import REBUILD, why_not_loaded
 from revkernels.registry import LIBRARY, NAMESPACE, OPS
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda", "triton")
@@ -60,15 +64,36 @@ def _registered(device: str) -> frozenset[str]:
     return frozenset(op for op in OPS if has_kernel(f"{NAMESPACE}::{op}", device))
 
 
+def left_out() -> dict[str, str]:
+    """What the installation did not build, and why: implementation to reason."""
+    record = Path(__file__).with_name("_skipped.json")  # written by setup.py
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _why_not_built(name: str, module: str) -> str:
+    others = [path.name for path in Path(__file__).parent.glob(f"{module}.*.so")]
+    if others:
+        return f"{others[0]} is for another Python than {sys.implementation.cache_tag}; {REBUILD}"
+    reason = left_out().get(name, "this is a source tree, which `pip install -e .` builds in")
+    return f"revkernels.{module} was not built: {reason}"
+
+
+def _has_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU is here; PyTorch is not asked, as that would initialise it."""
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
+
+
 def _load_native(name: str, module: str, device: str, why_not: str) -> Status:
     if why_not:
         return Status(name, False, why_not)
+    spec = importlib.util.find_spec(f"revkernels.{module}")
+    reason = _why_not_built(name, module) if spec is None else why_not_loaded(Path(spec.origin))
+    if reason:
+        return Status(name, False, reason)
     before = _registered(device)
     try:
         loaded = importlib.import_module(f"revkernels.{module}")
         return Status(name, True, module=loaded, ops=_registered(device) - before)
-    except ModuleNotFoundError:
-        return Status(name, False, f"revkernels.{module} was not built; `python -m revkernels.env` says why")
     except ImportError as error:
         return Status(name, False, f"revkernels.{module} does not load: {error}")
 
@@ -104,8 +129,10 @@ def _load() -> dict[str, Status]:
     for name in sorted(required):
         if not statuses[name].loaded:
             raise ImportError(f"REVKERNELS_REQUIRE asks for {name!r}: {statuses[name].reason}")
-    if not statuses["cpp"].loaded and "cpp" not in disabled:
-        warnings.warn(f"revkernels runs without its C++ kernels: {statuses['cpp'].reason}", stacklevel=3)
+    wanted = {"cpp": "C++", "cuda": "CUDA"} if torch.version.cuda and _has_gpu() else {"cpp": "C++"}
+    for name, kernels in wanted.items():
+        if not statuses[name].loaded and name not in disabled:
+            warnings.warn(f"revkernels runs without its {kernels} kernels: {statuses[name].reason}", stacklevel=3)
     return statuses
 
 

@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if _is_ours(name)},
         "implementations": {name: _implementation(status) for name, status in dispatch.STATUS.items()},
-        "left_out": _left_out(),
+        "left_out": dispatch.left_out(),
         "ops": {op: {device: dispatch.in_use(op, device) for device in DEVICE_TYPES} for op in OPS},
     }
 
@@ -88,11 +88,6 @@ def _devices() -> dict[str, str]:
 def _implementation(status: dispatch.Status) -> dict[str, Any]:
     build_info = getattr(status.module, "build_info", None)
     return {"loaded": status.loaded, "reason": status.reason, "build": dict(build_info()) if build_info else {}}
-
-
-def _left_out() -> dict[str, str]:
-    record = Path(__file__).with_name("_skipped.json")  # written by setup.py
-    return json.loads(record.read_text()) if record.exists() else {}
 
 
 def render(report: dict[str, Any]) -> str:

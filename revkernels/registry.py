@@ -51,10 +51,9 @@ OPS: dict[str, Op] = {}
 def _register(schema: str, fake: Callable) -> None:
     name, arguments = schema.split("(", 1)
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    if name.startswith("mbconv"):  # its planes may be one another's memory, chunk by chunk
-        run = getattr(reference_mbconv, name)
-    else:
-        run = checked(overload_of(name)._schema, getattr(reference, name))
+    in_chunks = name.startswith("mbconv")  # its planes may be one another's memory, chunk by chunk
+    run = getattr(reference_mbconv if in_chunks else reference, name)
+    run = checked(overload_of(name)._schema, run, apart=not in_chunks)
     op = Op(name, "(" + arguments, run, fake)
     LIBRARY.impl(name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)

@@ -86,8 +86,8 @@ def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]
             )
 
 
-def checked(schema: FunctionSchema, call: Callable) -> Callable:
-    """``call``, an implementation of ``schema``, after both checks of its tensors."""
+def checked(schema: FunctionSchema, call: Callable, *, apart: bool = True) -> Callable:
+    """``call``, an implementation of ``schema``, after the checks of its tensors; ``apart``: of both kinds."""
     names = [argument.name for argument in schema.arguments]
     writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
 
@@ -102,7 +102,7 @@ def checked(schema: FunctionSchema, call: Callable) -> Callable:
         for name, tensor in tensors:
             check_storage(name, tensor)
         for name, tensor in tensors:
-            if name in writes:
+            if apart and name in writes:
                 check_apart(name, tensor, tensors)
         return call(*arguments, **keywords)
 

@@ -91,21 +91,26 @@ def mbconv_backward_bytes(
     """Of ``mbconv_backward``; flags: the tensors are given; ``add`` as there."""
     samples, vector = min(m.chunk, m.n), m.n * m.expanded * m.sums
     out, inner = m.channels * m.area, m.expanded * m.area
+    over_p = p and m.channels == m.expanded
+    dz_again = not (dz or over_p or d or (m.expands and m.stride == 1))
     whole = _total(
         vector if m.hidden else 0,
         0 if sums else 2 * m.n * m.channels * m.sums,
         5 * vector,
         5 * vector if m.expands else 0,
-        max(m.expanded, m.channels) * m.sums,
-        max(m.expanded, m.channels) * m.sums,
+        m.channels * m.sums,
+        m.channels * m.sums,
+        m.expanded * m.sums,
+        m.expanded * m.sums,
         -(-samples // SAMPLES_PER_PARTIAL) * m.expanded * m.kernel**2 * m.sums,
         m.n * (m.expanded + 2 * m.hidden) * m.sums if m.hidden else 0,
-        0 if dz or (p and m.channels == m.expanded) else m.n * inner * m.item,
+        0 if dz or over_p else (samples if dz_again else m.n) * inner * m.item,
+        samples * out * m.item if dz_again else 0,
         m.n * m.inner * m.item if m.expands and m.stride != 1 else 0,
     )
     sourced = not m.expands and dx and add and m.stride != 1
     passes = (
-        _total(samples * out * m.item, 0 if p else samples * out * m.item),
+        _total(0 if dz_again else samples * out * m.item, 0 if p else samples * out * m.item),
         _total(samples * inner * m.item, samples * m.inner * m.item if sourced else 0),
         _total(samples * m.inner * m.item if m.expands else 0),
     )

@@ -13,12 +13,12 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import revbifpn
-from revbifpn import fast, fused
+from revbifpn import GraphedStep, fast, fused
 from revbifpn.memory import measure_sample
 from revkernels import dispatch
 from revkernels.reference import accumulate_dtype
@@ -26,6 +26,7 @@ from revkernels.registry import OPS
 from revkernels.testing import relative_error
 from tests.golden import values as golden
 from tests.networks import error
+from tests.ops.test_registry import KERNELS
 
 DEVICE = os.environ.get("REVBIFPN_TEST_DEVICE", "cuda")
 SEED = int(os.environ.get("REVBIFPN_TEST_SEED") or time.time_ns() % 2**31)
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and not torch.cuda.is_available(), reason=f"no GPU: torch {torch.__version__} sees none"
 )
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="about CUDA itself")
-ops = pytest.mark.parametrize("op", OPS)
+ops = pytest.mark.parametrize("op", KERNELS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -309,7 +310,7 @@ def network_calls():
 
 class TestOps:
     @needs_cuda
-    @ops
+    @pytest.mark.parametrize("op", OPS)
     def test_op_runs_as_a_kernel_and_not_as_the_reference(self, op):
         reasons = [f"{name}: {dispatch.why_not(op, name, torch.device(DEVICE))}" for name in ("cuda", "triton")]
         assert dispatch.in_use(op, DEVICE) in ("cuda", "triton"), "; ".join(reasons)
@@ -539,6 +540,30 @@ class TestModel:
             torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
         for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
             assert relative_error(ours, theirs) < 1e-4, name
+
+    @needs_cuda
+    @pytest.mark.parametrize("stream, dtype", [("float32", None), ("fixed16", torch.bfloat16)])
+    def test_graphed_steps_follow_learning_rate_and_momentum(self, stream, dtype):
+        models = narrow(fast, stream=stream), narrow(fast, stream=stream)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9, fused=True) for m in models]
+        step = GraphedStep(models[0], lambda y, t: F.cross_entropy(y.float(), t), optimizers[0])
+        labels = torch.arange(8, device=DEVICE)
+        for seed in range(8):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.param_groups[0]["lr"] = 0.01 / (seed + 1)
+                for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+                    norm.momentum = 0.5 / (seed + 1)
+            x = images(seed=seed)
+            with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                found = step(x, labels)
+                want = F.cross_entropy(models[1](x).float(), labels)
+            want.backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+            torch.testing.assert_close(found, want.detach(), rtol=1e-2 if dtype else 1e-4, atol=1e-5)
+        assert step.captured == 1
+        for (name, ours), theirs in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+            assert relative_error(ours, theirs) < (1e-1 if dtype else 1e-3), name
 
     @needs_cuda
     @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "stored"])

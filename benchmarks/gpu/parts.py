@@ -51,7 +51,7 @@ class Part:
 
 def all_parts(machine: Machine) -> list[Part]:
     """All parts, in the order in which they run."""
-    groups = (_build, _tests, _sanitizers, _bandwidth, _kernels, _memory, _throughput, _profiles)
+    groups = (_build, _tests, _sanitizers, _bandwidth, _kernels, _memory, _throughput, _host, _profiles)
     found = [part for group in groups for part in group(machine)]
     return [Part("env", (_worker("env"),)), *found]
 
@@ -176,6 +176,13 @@ def _throughput(machine: Machine) -> Iterator[Part]:
         rivals = "revbifpn_s[03]/fast,hrnet_w18/[sc]*ed,tf_efficientnet_b0/[sc]*ed,tf_efficientnetv2_s/[sc]*ed"
         yield part(f"rivals-{dtype}", rivals, "64", 224, dtype, "--rounds", "9")
     yield part("s0-tf32", "revbifpn_s0/*", "256", 224, "float32", "--rounds", "15", "--tf32")
+
+
+def _host(machine: Machine) -> Iterator[Part]:
+    skip = "needs a GPU: python -m tests.null_gpu benchmarks/host.py has one that does nothing" if machine.dry else ""
+    for name, models in {"s0": "revbifpn_s0", "s3": "revbifpn_s3", "s6": "revbifpn_s6", "hrnet": "hrnet_w18"}.items():
+        command = _python("host.py", "--models", models, "--output", "{folder}")
+        yield Part(f"host-{name}", (command,), environment=_environment(machine), skip=skip)
 
 
 def _profiles(machine: Machine) -> Iterator[Part]:

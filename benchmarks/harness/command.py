@@ -164,6 +164,23 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def numbers(flag: str, text: str) -> list[int]:
+    """Positive whole numbers with commas between, in order, each once."""
+    parts = split(text)
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"{flag}: got {text!r}, needs positive numbers with commas between")
+    return sorted({int(part) for part in parts})
+
+
+def fractions(flag: str, text: str) -> list[float]:
+    """Numbers from 0 to 1 with commas between."""
+    with suppress(ValueError):
+        found = [float(part) for part in split(text)]
+        if all(0 <= fraction <= 1 for fraction in found):
+            return found
+    raise UsageError(f"{flag}: got {text!r}, needs numbers from 0 to 1 with commas between")
+
+
 def at_least_one(**options: int | None) -> None:
     """Each number that was given is at least 1."""
     for name, value in options.items():

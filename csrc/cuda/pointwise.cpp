@@ -1,5 +1,5 @@
 // The 1x1 convolution and its weight gradient: checks and allocation.
-#include "products.h"
+#include "torch_device.h"
 
 namespace revkernels {
 namespace {
@@ -52,23 +52,27 @@ void pointwise_conv_(Tensor y, const Tensor& x, const Tensor& weight, std::optio
   }
   const Tensor w = as(weight, y.scalar_type());
   const Matrices matrix{w.const_data_ptr(), 1, out.c, in.c, 0, w.stride(0), w.stride(1)};
-  run(x, [&](Stream stream) {
-    Tensor z = x;
-    Norm norm = prologue.norm();
-    if (x.scalar_type() != y.scalar_type()) {  // z is rounded to x's dtype, then to y's
-      if (norm.scale != nullptr) {
-        z = new_tensor(x, {in.n, in.c, in.h, in.w});
-        cuda::bn_act(dtype_of(x, "x"), in, norm, output_of(z), stream);
-        norm = {nullptr, nullptr, nullptr, Activation::identity};
-      }
-      z = torch::stable::to(z, y.scalar_type());
+  TorchDevice device(x);
+  Tensor z = x;
+  Norm norm = prologue.norm();
+  if (x.scalar_type() != y.scalar_type()) {  // z is rounded to x's dtype, then to y's
+    if (norm.scale != nullptr) {
+      z = new_tensor(x, {in.n, in.c, in.h, in.w});
+      cuda::bn_act(dtype_of(x, "x"), in, norm, output_of(z), device.stream);
+      norm = {nullptr, nullptr, nullptr, Activation::identity};
     }
-    const Map operand = map_of(z, "x");
-    if (is_dense(out)) return pointwise(x, dtype, out, operand, matrix, norm, false, stream);
+    z = torch::stable::to(z, y.scalar_type());
+  }
+  const Map operand = map_of(z, "x");
+  if (is_dense(out)) {
+    pointwise(device, dtype, out, operand, matrix, norm, false);
+  } else {
     const Tensor product = new_tensor(y, {in.n, out.c, in.h, in.w});
-    pointwise(x, dtype, map_of(product, "y"), operand, matrix, norm, false, stream);
-    cuda::convert(dtype, map_of(product, "y"), dtype, out, 1, false, stream);
-  });
+    const Map map = map_of(product, "y");
+    pointwise(device, dtype, map, operand, matrix, norm, false);
+    cuda::convert(dtype, map, dtype, out, 1, false, device.stream);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::optional<Tensor> scale,
@@ -88,10 +92,10 @@ Tensor pointwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
   Tensor dw = new_sums(x, {gradient.c, in.c, 1, 1});
   if (dw.numel() == 0) return dw;
   if (x.numel() == 0) return torch::stable::zero_(dw);
-  run(x, [&](Stream stream) {
-    pointwise_grad_weight(x, dtype_of(z, "x"), dw.mutable_data_ptr(), map, gradient,
-                          prologue.norm(), false, stream);
-  });
+  TorchDevice device(x);
+  pointwise_grad_weight(device, dtype_of(z, "x"), dw.mutable_data_ptr(), map, gradient,
+                        prologue.norm(), false);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return dw;
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,13 +33,12 @@ _STATE = "reads or sets the state of a random generator (a graph replays the gen
 _WAIT = "waits for the device"
 
 # Methods that read a tensor without a call of PyTorch's dispatcher where it is on the CPU.
-_METHODS: dict[Callable, str] = dict.fromkeys(
-    (
-        *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__),
-        *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__),
-    ),
-    _READ,
-) | {Tensor.pin_memory: "allocates pinned memory"}
+_READS = (
+    *("item", "tolist", "numpy", "cpu", "__array__"),
+    *("__bool__", "__int__", "__float__", "__index__", "__complex__"),
+)
+_METHODS: dict[Any, str] = {getattr(Tensor, name): _READ for name in _READS}
+_METHODS[Tensor.pin_memory] = "allocates pinned memory"
 
 # Functions that no mode sees, by their owner.
 _FUNCTIONS: tuple[tuple[Any, tuple[str, ...], str], ...] = (

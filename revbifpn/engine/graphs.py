@@ -183,9 +183,9 @@ class Momenta:
 
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self.norms = [m for m in norms if m.running_mean is not None]
+        self.norms = [m for m in norms if m.running_mean is not None and m.running_var is not None]
         self.shared: set[int] = set()
-        self.values = [torch.empty_like(m.running_mean) for m in self.norms]
+        self.values = [torch.empty_like(_statistics(m)[0]) for m in self.norms]
         self.known: list[float | None] = [None] * len(self.norms)
 
     def refresh(self) -> None:
@@ -205,13 +205,13 @@ class Momenta:
 
     def observe_calls(self) -> Callable[[], None]:
         """Call the result after a forward: it finds the shared norms by their counters."""
-        counted = [m for m in self.norms if m.num_batches_tracked is not None]
-        before = [m.num_batches_tracked.clone() for m in counted]
+        counters = {id(m): m.num_batches_tracked for m in self.norms if m.num_batches_tracked is not None}
+        before = [counter.clone() for counter in counters.values()]
 
         def find() -> None:
-            if counted:
-                calls = torch.stack([m.num_batches_tracked for m in counted]) - torch.stack(before)
-                self.shared |= {id(m) for m, n in zip(counted, calls.tolist(), strict=True) if n > 1}
+            if counters:
+                calls = torch.stack(list(counters.values())) - torch.stack(before)
+                self.shared |= {norm for norm, n in zip(counters, calls.tolist(), strict=True) if n > 1}
 
         return find
 
@@ -219,21 +219,29 @@ class Momenta:
     def applied(self) -> Iterator[None]:
         """Around a forward that is captured."""
         own = [m.training and m.momentum is not None and id(m) not in self.shared for m in self.norms]
-        active = list(compress(zip(self.norms, self.values, strict=True), own))
-        before = [(m.running_mean, m.running_var, m.momentum) for m, _ in active]
-        batch = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var, _ in before]
+        norms, weights = list(compress(self.norms, own)), list(compress(self.values, own))
+        running, momenta = list(map(_statistics, norms)), [norm.momentum for norm in norms]
+        batch = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in running]
         try:
-            for (m, _), (mean, var) in zip(active, batch, strict=True):
-                m.running_mean, m.running_var, m.momentum = mean, var, 1.0
+            _give(norms, batch, [1.0] * len(norms))
             yield
         finally:
-            for (m, _), state in zip(active, before, strict=True):
-                m.running_mean, m.running_var, m.momentum = state
-        if active:
-            with torch.no_grad():
-                for i in range(2):
-                    running, latest = [state[i] for state in before], [statistics[i] for statistics in batch]
-                    torch._foreach_lerp_(running, latest, [value for _, value in active])
+            _give(norms, running, momenta)
+        with torch.no_grad():
+            for targets, latest in zip(zip(*running, strict=True), zip(*batch, strict=True), strict=True):
+                torch._foreach_lerp_(targets, latest, weights)
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+def _give(
+    norms: Sequence[_BatchNorm], statistics: Sequence[tuple[Tensor, Tensor]], momenta: Sequence[float | None]
+) -> None:
+    for norm, (mean, var), momentum in zip(norms, statistics, momenta, strict=True):
+        norm.running_mean, norm.running_var, norm.momentum = mean, var, momentum
 
 
 class Average:
@@ -252,7 +260,7 @@ class Average:
     def update(self) -> None:
         """After the first update, which copies."""
         average, model = self.average, self.model
-        pairs = list(zip(average.module.parameters(), model.parameters(), strict=True))
+        pairs: list[tuple[Tensor, Tensor]] = list(zip(average.module.parameters(), model.parameters(), strict=True))
         buffers = list(zip(average.module.buffers(), model.buffers(), strict=True))
         if average.use_buffers:
             pairs += buffers

@@ -38,8 +38,8 @@ _forward = torch.ops.revkernels.mbconv.default
 _recompute = torch.ops.revkernels.mbconv_recompute.default
 _backward = torch.ops.revkernels.mbconv_backward.default
 
-# Bytes of a chunk of samples of the widest plane: a few fit a core's cache on a CPU; on a GPU, enough to fill it.
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Bytes of a chunk of samples of the widest plane: a few fit a core's cache on a CPU; on a GPU, microseconds of memory.
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 23}
 _chunk_bytes: ContextVar[int | None] = ContextVar("chunk_bytes", default=None)
 
 

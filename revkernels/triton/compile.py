@@ -103,8 +103,8 @@ def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict
     return kind
 
 
-def compile_launch(launch: Launch, architecture: int) -> triton.compiler.CompiledKernel:
-    """Compile a recorded launch for an architecture, 90 for sm_90."""
+def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for a launch, and its options."""
     options = {k: v for k, v in launch.kwargs.items() if k in OPTIONS}
     named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     named |= {k: v for k, v in launch.kwargs.items() if k not in OPTIONS}
@@ -115,7 +115,18 @@ def compile_launch(launch: Launch, architecture: int) -> triton.compiler.Compile
         else:
             value, numbers = named[parameter.name], not parameter.do_not_specialize
             signature[parameter.name] = _specialise(value, (i,), constexprs, attrs, numbers=numbers)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs), options
+
+
+def specialisation(launch: Launch) -> str:
+    """Equal for launches that are compiled once."""
+    source, options = _source(launch)
+    return f"{source.hash()} {options}"
+
+
+def compile_launch(launch: Launch, architecture: int) -> triton.compiler.CompiledKernel:
+    """Compile a recorded launch for an architecture, 90 for sm_90."""
+    source, options = _source(launch)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

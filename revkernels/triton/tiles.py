@@ -169,16 +169,20 @@ def split_buffers(out: tuple[Tensor, ...], splits: int) -> tuple[Tensor, ...]:
 
 
 def fold(out: tuple[Tensor, ...], partial: tuple[Tensor, ...]) -> None:
-    """Add up what :func:`split_buffers` gave out; all of ``out`` have one size."""
+    """Add up what :func:`split_buffers` gave out; all of ``out`` have one size.
+
+    A launch takes four of them, the last one again where there are fewer: one compilation for any number.
+    """
     if partial is out:
         return
-    size, splits, acc = out[0].numel(), partial[0].shape[0], accumulator(out[0])
-    block = 64
+    size, splits, acc, block = out[0].numel(), partial[0].shape[0], accumulator(out[0]), 64
 
     def plan() -> Plan:
         return Plan(ceil_div(size, block), dict(size=size, splits=splits, ACC=acc, SPLITS=8, BLOCK=block))
 
-    _fold((out[0].get_device(), size, splits, acc, len(out)), plan, out, partial)
+    for k in range(0, len(out), 4):
+        four = [(*tensors[k : k + 4], *tensors[-1:] * 3)[:4] for tensors in (out, partial)]
+        _fold((out[0].get_device(), size, splits, acc), plan, *four)
 
 
 _fold = Planned(_fold_kernel)

@@ -159,7 +159,7 @@ def test_parts_have_distinct_names_and_every_group(machine):
     found = parts.all_parts(machine)
     names = [part.name for part in found]
     assert len(set(names)) == len(names)
-    groups = {"env", "build", "tests", "sanitize", "bandwidth", "kernels", "memory", "throughput", "profile"}
+    groups = {"env", "build", "tests", "sanitize", "bandwidth", "kernels", "memory", "throughput", "host", "profile"}
     assert {part.group for part in found} == groups
     assert all(part.timeout <= 180 for part in found)
 
@@ -188,14 +188,14 @@ def parsed(part):
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["dry", "gpu"])
-@pytest.mark.parametrize("script", ["memory_vs_hrnet", "throughput", "kernels"])
+@pytest.mark.parametrize("script", ["memory_vs_hrnet", "throughput", "kernels", "host"])
 def test_benchmarks_know_the_options_and_models_they_are_given(machine, script):
     module = importlib.import_module(f"benchmarks.{script}")
     own = [part for part in parts.all_parts(machine) if Path(part.commands[0][1]).stem == script]
     assert own
     for part in own:
         _, arguments = parsed(part)
-        assert arguments.device == machine.device
+        assert script == "host" or arguments.device == machine.device
         if script != "kernels":
             everything = module.candidates() if script == "memory_vs_hrnet" else networks.catalogue()
             assert networks.choose(arguments.models, everything)

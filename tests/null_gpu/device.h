@@ -17,8 +17,19 @@
 namespace null_gpu {
 
 // What is counted, per device; COUNTS in __init__.py has the same order.
-enum Count { kLaunches, kDriverLaunches, kProducts, kCopies, kFills, kSynchronisations, kEvents,
-             kAllocations, kGraphLaunches, kCaptured, kCounts };
+enum Count {
+  kLaunches,
+  kDriverLaunches,
+  kProducts,
+  kCopies,
+  kFills,
+  kSynchronisations,
+  kEvents,
+  kAllocations,
+  kGraphLaunches,
+  kCaptured,
+  kCounts
+};
 
 constexpr int kMaxDevices = 8;
 constexpr size_t kMemory = size_t(80) << 30;
@@ -43,7 +54,8 @@ inline void count(Count what) { ++counts[current][what]; }
 inline thread_local cudaError_t last_error = cudaSuccess;
 inline cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-// Memory: of the host, never touched unless it is copied to. Addresses are those of CUDA: 2 MiB apart.
+// Memory: of the host, never touched unless it is copied to. Addresses are those of CUDA: 2 MiB
+// apart.
 struct Memory {
   std::mutex lock;
   std::map<uintptr_t, std::pair<size_t, int>> ranges;  // begin: size, device

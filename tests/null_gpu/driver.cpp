@@ -1,4 +1,5 @@
-// The CUDA driver of a GPU that does nothing: what Triton asks, and what torch takes from it by name.
+// The CUDA driver of a GPU that does nothing: what Triton asks, and what torch takes from it by
+// name.
 #include <cuda.h>
 #include <dlfcn.h>
 
@@ -6,8 +7,8 @@
 
 using namespace null_gpu;
 
-NULL_GPU_API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
-                                                          unsigned long long,
+NULL_GPU_API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function,
+                                                          unsigned, unsigned long long,
                                                           cudaDriverEntryPointQueryResult* result) {
   *function = dlsym(RTLD_DEFAULT, name);
   if (result) {
@@ -17,15 +18,21 @@ NULL_GPU_API cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void
 }
 
 namespace {
-CUcontext context_of(int device) { return reinterpret_cast<CUcontext>(uintptr_t(64 * (device + 1))); }
+CUcontext context_of(int device) {
+  return reinterpret_cast<CUcontext>(uintptr_t(64 * (device + 1)));
+}
 }  // namespace
 
 NULL_GPU_API CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
-NULL_GPU_API CUresult cuDriverGetVersion(int* version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
+NULL_GPU_API CUresult cuDriverGetVersion(int* version) {
+  return *version = CUDA_VERSION, CUDA_SUCCESS;
+}
 NULL_GPU_API CUresult cuDeviceGetCount(int* n) { return *n = devices(), CUDA_SUCCESS; }
 NULL_GPU_API CUresult cuDeviceGet(CUdevice* device, int i) { return *device = i, CUDA_SUCCESS; }
 NULL_GPU_API CUresult cuCtxGetDevice(CUdevice* device) { return *device = current, CUDA_SUCCESS; }
-NULL_GPU_API CUresult cuCtxGetCurrent(CUcontext* c) { return *c = context_of(current), CUDA_SUCCESS; }
+NULL_GPU_API CUresult cuCtxGetCurrent(CUcontext* c) {
+  return *c = context_of(current), CUDA_SUCCESS;
+}
 NULL_GPU_API CUresult cuCtxSetCurrent(CUcontext c) {
   return current = int(uintptr_t(c) / 64) - 1, CUDA_SUCCESS;
 }
@@ -35,12 +42,18 @@ NULL_GPU_API CUresult cuDevicePrimaryCtxRetain(CUcontext* c, CUdevice device) {
 NULL_GPU_API CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
   return *flags = 0, *active = 1, CUDA_SUCCESS;
 }
-NULL_GPU_API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
+NULL_GPU_API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute,
+                                           CUdevice device) {
   switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 228 << 10; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
+      *value = 228 << 10;
+      break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK:
-    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: *value = 65536; break;
-    default: cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device);
+    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR:
+      *value = 65536;
+      break;
+    default:
+      cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device);
   }
   return CUDA_SUCCESS;
 }
@@ -61,21 +74,26 @@ NULL_GPU_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attrib
                                                                 : 0;
   return CUDA_SUCCESS;
 }
-NULL_GPU_API CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
+NULL_GPU_API CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) {
+  return CUDA_SUCCESS;
+}
 NULL_GPU_API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 NULL_GPU_API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void**, void**) {
   return work(config->hStream, kDriverLaunches), CUDA_SUCCESS;
 }
-NULL_GPU_API CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                                     unsigned, CUstream stream, void**, void**) {
+NULL_GPU_API CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned,
+                                     unsigned, unsigned, CUstream stream, void**, void**) {
   return work(stream, kDriverLaunches), CUDA_SUCCESS;
 }
-NULL_GPU_API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr p) {
+NULL_GPU_API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute,
+                                            CUdeviceptr p) {
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
   if (memory.device_of(reinterpret_cast<const void*>(p)) < 0) return CUDA_ERROR_INVALID_VALUE;
   return *static_cast<CUdeviceptr*>(value) = p, CUDA_SUCCESS;
 }
-NULL_GPU_API CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 1 << 20, CUDA_SUCCESS; }
+NULL_GPU_API CUresult cuCtxGetLimit(size_t* value, CUlimit) {
+  return *value = 1 << 20, CUDA_SUCCESS;
+}
 NULL_GPU_API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 NULL_GPU_API CUresult cuOccupancyMaxActiveClusters(int* n, CUfunction, const CUlaunchConfig*) {
   return *n = 1, CUDA_SUCCESS;

@@ -44,22 +44,41 @@ NULL_GPU_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 NULL_GPU_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = architecture() / 10; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = architecture() % 10; break;
-    case cudaDevAttrMultiProcessorCount: *value = 132; break;
-    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
-    case cudaDevAttrMaxGridDimX: *value = 2147483647; break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    default: *value = 1;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = architecture() / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = architecture() % 10;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 132;
+      break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = 1024;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = 48 << 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 << 10;
+      break;
+    case cudaDevAttrMaxGridDimX:
+      *value = 2147483647;
+      break;
+    case cudaDevAttrWarpSize:
+      *value = 32;
+      break;
+    default:
+      *value = 1;
   }
   return cudaSuccess;
 }
 NULL_GPU_API cudaError_t cudaDeviceGetPCIBusId(char* id, int size, int device) {
   return std::snprintf(id, size, "0000:%02x:00.0", device), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { return *can = 0, cudaSuccess; }
+NULL_GPU_API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  return *can = 0, cudaSuccess;
+}
 NULL_GPU_API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
 }
@@ -77,15 +96,22 @@ NULL_GPU_API cudaError_t cudaGetLastError() {
 }
 NULL_GPU_API const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated:
       return "operation failed due to a previous error during capture";
-    case cudaErrorCapturedEvent: return "operation not permitted on an event last recorded in a capturing stream";
-    default: return "unknown error";
+    case cudaErrorCapturedEvent:
+      return "operation not permitted on an event last recorded in a capturing stream";
+    default:
+      return "unknown error";
   }
 }
 NULL_GPU_API const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
@@ -141,13 +167,15 @@ NULL_GPU_API cudaError_t cudaFreeHost(void* p) {
 NULL_GPU_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   *a = {};
   const int device = memory.device_of(p);
-  a->type = device >= 0 ? cudaMemoryTypeDevice : is_pinned(p) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+  a->type = device >= 0    ? cudaMemoryTypeDevice
+            : is_pinned(p) ? cudaMemoryTypeHost
+                           : cudaMemoryTypeUnregistered;
   a->device = device;
   a->devicePointer = a->hostPointer = const_cast<void*>(p);
   return cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
-                                         cudaStream_t stream) {
+NULL_GPU_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size,
+                                         cudaMemcpyKind kind, cudaStream_t stream) {
   work(stream, kCopies);
   return copy(to, from, size, kind);
 }
@@ -156,7 +184,8 @@ NULL_GPU_API cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cud
   count(kCopies), count(kSynchronisations);
   return copy(to, from, size, kind);
 }
-NULL_GPU_API cudaError_t cudaMemcpyPeerAsync(void*, int, const void*, int, size_t, cudaStream_t stream) {
+NULL_GPU_API cudaError_t cudaMemcpyPeerAsync(void*, int, const void*, int, size_t,
+                                             cudaStream_t stream) {
   return work(stream, kCopies), cudaSuccess;
 }
 NULL_GPU_API cudaError_t cudaMemset(void*, int, size_t) { return count(kFills), cudaSuccess; }
@@ -198,7 +227,8 @@ NULL_GPU_API cudaError_t cudaEventCreate(cudaEvent_t* event) {
 NULL_GPU_API cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return delete reinterpret_cast<Event*>(event), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
+NULL_GPU_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream,
+                                                  unsigned) {
   count(kEvents);
   reinterpret_cast<Event*>(event)->capture = capture_of(stream);
   return cudaSuccess;
@@ -210,7 +240,8 @@ NULL_GPU_API cudaError_t cudaEventQuery(cudaEvent_t handle) {
   if (const cudaError_t error = unsafe()) return error;
   Event* event = reinterpret_cast<Event*>(handle);
   std::lock_guard<std::mutex> guard(capture_lock);
-  return event->capture && captures.count(event->capture) ? fail(cudaErrorCapturedEvent) : cudaSuccess;
+  return event->capture && captures.count(event->capture) ? fail(cudaErrorCapturedEvent)
+                                                          : cudaSuccess;
 }
 NULL_GPU_API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   count(kSynchronisations);
@@ -234,8 +265,8 @@ NULL_GPU_API cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cuda
   if (capture_of(stream)) return fail(cudaErrorIllegalState);
   std::lock_guard<std::mutex> guard(capture_lock);
   Stream* s = stream_of(stream);
-  s->capture = std::make_shared<Capture>(
-      Capture{++id, reinterpret_cast<Graph*>(graph), mode, &this_thread});
+  s->capture =
+      std::make_shared<Capture>(Capture{++id, reinterpret_cast<Graph*>(graph), mode, &this_thread});
   s->began = true;
   captures[s->capture] = 1, ++capturing;
   return cudaSuccess;
@@ -255,12 +286,13 @@ NULL_GPU_API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* 
   *graph = reinterpret_cast<cudaGraph_t>(capture->graph);
   return cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+NULL_GPU_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream,
+                                                  cudaStreamCaptureStatus* status,
                                                   unsigned long long* id, cudaGraph_t* graph,
                                                   const cudaGraphNode_t** dependencies,
                                                   const cudaGraphEdgeData** edges, size_t* count) {
   const CapturePointer capture = capture_of(stream);
-  *status = !capture          ? cudaStreamCaptureStatusNone
+  *status = !capture           ? cudaStreamCaptureStatusNone
             : capture->invalid ? cudaStreamCaptureStatusInvalidated
                                : cudaStreamCaptureStatusActive;
   if (id && capture) *id = capture->id;
@@ -270,7 +302,8 @@ NULL_GPU_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStrea
   if (count) *count = 0;
   return cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+NULL_GPU_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream,
+                                               cudaStreamCaptureStatus* status) {
   return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 NULL_GPU_API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph,
@@ -285,7 +318,8 @@ NULL_GPU_API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t
 NULL_GPU_API cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t stream) {
   return work(stream, kGraphLaunches), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
+NULL_GPU_API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes,
+                                           size_t* count) {
   if (nodes) return fail(cudaErrorNotSupported);
   return *count = reinterpret_cast<Graph*>(graph)->nodes, cudaSuccess;
 }
@@ -295,14 +329,16 @@ NULL_GPU_API cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 NULL_GPU_API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   return delete reinterpret_cast<Graph*>(exec), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaDeviceGetGraphMemAttribute(int, cudaGraphMemAttributeType, void* value) {
+NULL_GPU_API cudaError_t cudaDeviceGetGraphMemAttribute(int, cudaGraphMemAttributeType,
+                                                        void* value) {
   return *static_cast<uint64_t*>(value) = 0, cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* p, cudaHostFn_t, unsigned,
-                                              unsigned) {
+NULL_GPU_API cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* p, cudaHostFn_t,
+                                              unsigned, unsigned) {
   return *object = static_cast<cudaUserObject_t>(p), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
+NULL_GPU_API cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned,
+                                                   unsigned) {
   return cudaSuccess;
 }
 
@@ -333,30 +369,36 @@ NULL_GPU_API void** __cudaRegisterFatBinary(void*) {
 }
 NULL_GPU_API void __cudaRegisterFatBinaryEnd(void**) {}
 NULL_GPU_API void __cudaUnregisterFatBinary(void**) {}
-NULL_GPU_API void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*,
-                                         void*, int*) {}
+NULL_GPU_API void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*,
+                                         void*, void*, int*) {}
 NULL_GPU_API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 NULL_GPU_API char __cudaInitModule(void**) { return 1; }
 NULL_GPU_API cudaError_t __cudaGetKernel(void** kernel, const void* function) {
   return *kernel = const_cast<void*>(function), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+NULL_GPU_API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t,
+                                          cudaStream_t stream) {
   return work(stream, kLaunches), cudaSuccess;
 }
-NULL_GPU_API cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+NULL_GPU_API cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t,
+                                            cudaStream_t stream) {
   return work(stream, kLaunches), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+NULL_GPU_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*,
+                                             void**) {
   return work(config->stream, kLaunches), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+NULL_GPU_API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 NULL_GPU_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
   *a = {};
   a->maxThreadsPerBlock = 1024, a->numRegs = 32, a->maxDynamicSharedSizeBytes = 227 << 10;
   a->ptxVersion = a->binaryVersion = architecture();
   return cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
+NULL_GPU_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
+                                                                                const void*, int,
                                                                                 size_t, unsigned) {
   return *blocks = 8, cudaSuccess;
 }

@@ -48,8 +48,8 @@ pytestmark = pytest.mark.skipif(
 def build(cache: Path, *flags: str) -> Path:
     """Compile the kernels and their driver as C++ into a shared library, unless ``cache`` has it."""
     cuda = ROOT / "csrc" / "cuda"
-    sources = [*sorted(cuda.glob("*.cu")), EMULATION / "driver.cpp"]
-    headers = [*cuda.glob("*.h"), *cuda.glob("*.cuh"), ROOT / "csrc" / "common.h", EMULATION / "cuda_emulation.h"]
+    sources = [*sorted(cuda.glob("*.cu")), *sorted(EMULATION.glob("*.cpp"))]
+    headers = [*cuda.glob("*.h"), *cuda.glob("*.cuh"), *(ROOT / "csrc").glob("*.h"), EMULATION / "cuda_emulation.h"]
     flags = ("-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-DREVK_EMULATE", *flags)
     content = repr(flags).encode() + b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     folder = cache / hashlib.sha256(content).hexdigest()[:16]

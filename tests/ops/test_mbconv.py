@@ -1,4 +1,4 @@
-"""The three ops of an MBConv against their reference, on chunks, in every dtype; memory, and arguments that do not fit."""
+"""The three ops of an MBConv: against their reference, in every dtype, on chunks; their memory; what they refuse."""
 
 from __future__ import annotations
 
@@ -293,7 +293,8 @@ def test_gradients_may_be_written_over_what_was_read() -> None:
     found = backward(case, OPS.mbconv_backward, x, weights, norms, over, None, over, add=False, dz=over)
     assert torch.equal(over, dx) and all(map(torch.equal, found, wanted))
 
-    for case in (case, replace(case, expanded=10), replace(case, stride=2)):  # dx over x
+    for other in (case, replace(case, expanded=10), replace(case, stride=2)):  # dx over x
+        case = other
         weights = case.weights()
         norms = forward(case, OPS.mbconv, x, weights, case.running()).norms
         du = torch.randn(case.n, case.channels, *case.out_size, dtype=case.acc)

@@ -61,5 +61,5 @@ def test_report_works_without_native_code_and_gives_the_reason(tmp_path, disable
 
 
 def test_report_shows_what_the_installation_left_out(monkeypatch):
-    monkeypatch.setattr(env, "_left_out", lambda: {"cuda": "no nvcc"})
+    monkeypatch.setattr(dispatch, "left_out", lambda: {"cuda": "no nvcc"})
     assert "no nvcc" in env.render(env.collect())

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def backend(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    for name in ("PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH", "CXX"):
+    for name in ("PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH", "CXX", "NVCC"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -191,7 +193,7 @@ def test_cuda_takes_the_nvcc_of_torchs_major_version(backend, monkeypatch, tmp_p
     with pytest.raises(backend.Skip, match=rf"needs nvcc 93\.x; found {old} \(92\.8\)"):
         backend.find_nvcc(torch_13)
     monkeypatch.setenv("CUDA_PATH", str(new.parents[1]))
-    assert backend.find_nvcc(torch_13) == str(new)
+    assert backend.find_nvcc(torch_13).path == str(new)
 
 
 @needs_checkout
@@ -207,7 +209,7 @@ def test_architectures_are_those_that_nvcc_knows(backend, tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_80\necho compute_90\necho compute_90a\n")
     nvcc.chmod(0o755)
-    assert backend.default_archs(str(nvcc)) == "7.5;8.0;9.0+PTX"
+    assert backend.default_archs(backend.Compiler(str(nvcc))) == "7.5;8.0;9.0+PTX"
 
 
 def test_architectures_become_flags_of_nvcc(backend):
@@ -307,3 +309,230 @@ def test_sdist_holds_every_source(tree):
     sources = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
     assert sources | {"setup.py", "pyproject.toml", "revkernels/registry.py", "tests/conftest.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", "_skipped.json"))]
+
+
+# --- tools with arguments, paths with spaces, builds beside one another ---------------------------------
+
+
+def module_of(wheel: Path) -> bytes:
+    """The native module in a wheel."""
+    archive = zipfile.ZipFile(wheel)
+    return archive.read(next(name for name in archive.namelist() if name.endswith(".so")))
+
+
+def launcher(folder: Path, name: str, program: str) -> Path:
+    """A program that notes its arguments and runs ``program`` with them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(f'#!/bin/sh\necho "$@" >> "$0.log"\nexec {program} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@needs_checkout
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("cc", ["{bin}/cc"]),
+        ("ccache cc", ["{bin}/ccache", "{bin}/cc"]),
+        ("ccache cc -m64 '-DA=\"b c\"'", ["{bin}/ccache", "{bin}/cc", "-m64", '-DA="b c"']),
+        ("cc -m64", ["{bin}/cc", "-m64"]),
+        ("{bin}/cc", ["{bin}/cc"]),
+        ("ccache", ["{bin}/ccache"]),
+        ("ccache no-such-compiler", None),
+        ("no-such-compiler -m64", None),
+    ],
+)
+def test_a_compiler_is_a_path_or_words_as_a_shell_reads_them(backend, monkeypatch, tmp_path, text, command):
+    folder = tmp_path / "a b"
+    for name in ("cc", "ccache"):
+        launcher(folder, name, "true")
+    monkeypatch.setenv("PATH", str(folder))
+    compiler = backend.Compiler.of(text.format(bin=folder))
+    assert compiler == command if command is None else compiler.command == [w.format(bin=folder) for w in command]
+
+
+@needs_checkout
+def test_nvcc_may_be_named_with_a_launcher_or_lie_in_a_folder_with_spaces(backend, monkeypatch, tmp_path):
+    nvcc = fake_nvcc(tmp_path / "CUDA toolkit", "13.0")
+    torch_13 = backend.Torch(tmp_path / "torch", "2.13.0+cu130", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parents[1]))
+    assert backend.find_nvcc(torch_13).command == [str(nvcc)]
+    monkeypatch.delenv("CUDA_HOME")
+    cache = launcher(tmp_path / "bin", "ccache", "true")
+    monkeypatch.setenv("NVCC", f"'{cache}' '{nvcc}' --threads=2")
+    assert backend.find_nvcc(torch_13).command == [str(cache), str(nvcc), "--threads=2"]
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    with pytest.raises(backend.Skip, match="no no-such-nvcc"):
+        backend.find_nvcc(torch_13)
+
+
+@needs_checkout
+@needs_build_tools
+def test_tools_with_arguments_build_in_folders_with_spaces(tree, tmp_path_factory):
+    spaced = tmp_path_factory.mktemp("a b") / "c $d"
+    shutil.copytree(tree, spaced)
+    cache = launcher(spaced / "bin", "ccache", "")
+    process = run_hook(
+        spaced,
+        "build_wheel",
+        CXX=f"'{cache}' g++ -m64 -DSPACED='\"a b\"'",
+        TMPDIR=str(cache.parent),
+        REVKERNELS_REQUIRE="cpp",
+        REVKERNELS_DISABLE="cuda",
+    )
+    assert process.returncode == 0, process.stderr
+    calls = cache.with_name("ccache.log").read_text()
+    assert "g++ -m64" in calls and "module.cpp" in calls
+    (wheel,) = (spaced / "dist").iterdir()
+    assert module_of(wheel)[:4] == b"\x7fELF"
+
+
+@needs_checkout
+@needs_build_tools
+def test_an_editable_build_with_spaces_in_the_temporary_folder_leaves_the_module_in_the_tree(tree):
+    temporary = tree / "a b"
+    temporary.mkdir()
+    process = run_hook(
+        tree, "build_editable", TMPDIR=str(temporary), REVKERNELS_REQUIRE="cpp", REVKERNELS_DISABLE="cuda"
+    )
+    assert process.returncode == 0, process.stderr
+    (module,) = tree.glob("revkernels/_C.*.so")
+    record = json.loads((tree / "revkernels" / "_C.json").read_text())
+    assert record["file"] == module.name and record["bytes"] == module.stat().st_size
+
+
+@needs_checkout
+@needs_build_tools
+def test_two_builds_of_one_tree_at_once_make_the_same_wheel(tree):
+    code = "import setup, sys; setup.build_wheel(sys.argv[1])"
+    environment = os.environ | {"REVKERNELS_REQUIRE": "cpp", "REVKERNELS_DISABLE": "cuda"}
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, folder],
+            cwd=tree,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for folder in ("first", "second")
+    ]
+    for process in builds:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output.decode()
+    first, second = (next((tree / folder).iterdir()) for folder in ("first", "second"))
+    assert zipfile.ZipFile(first).namelist() == zipfile.ZipFile(second).namelist()
+    assert module_of(first) == module_of(second)
+
+
+@needs_checkout
+@needs_build_tools
+def test_a_read_only_tree_is_built_elsewhere_and_left_as_it_was(tree, tmp_path_factory):
+    before = {path: path.stat().st_mtime_ns for path in tree.rglob("*")}
+    # For root no folder is read-only: what the hook asks is answered for it.
+    code = """
+import os, sys
+access = os.access
+os.access = lambda path, mode, **others: path != "." and access(path, mode, **others)
+import setup
+print(setup.build_wheel(sys.argv[1]))
+"""
+    folder = tmp_path_factory.mktemp("dist")
+    environment = os.environ | {
+        "REVKERNELS_REQUIRE": "cpp",
+        "REVKERNELS_DISABLE": "cuda",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-c", code, folder]
+    process = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    wheel = folder / process.stdout.splitlines()[-1]
+    assert module_of(wheel)[:4] == b"\x7fELF"
+    assert {path: path.stat().st_mtime_ns for path in tree.rglob("*")} == before
+
+
+# --- what was not built, and what was damaged since ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of the installed package with its native code, to damage."""
+    if not dispatch.STATUS["cpp"].loaded:
+        pytest.skip(dispatch.STATUS["cpp"].reason)
+    folder = tmp_path_factory.mktemp("installed")
+    shutil.copytree(Path(revkernels.__file__).parent, folder / "revkernels", ignore=shutil.ignore_patterns("*.pyc"))
+    return folder
+
+
+def import_from(folder: Path, code="import revkernels", **variables: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("REVKERNELS_")}
+    environment |= {"PYTHONPATH": str(folder), "REVKERNELS_DISABLE": "cuda,triton", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *(["-m", "revkernels.env"] if code == "env" else ["-c", code])]
+    return subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True)
+
+
+DAMAGES = {
+    "truncated": (lambda content: content[: len(content) // 2], "is truncated: "),
+    "empty": (lambda content: b"", r"is no shared library \(0 bytes\)"),
+    "text": (lambda content: b"<html>404</html>" * 10000, "is no shared library"),
+    "of another machine": (lambda content: content[:18] + b"\xf3\x00" + content[20:], "is built for riscv64, and this"),
+    "longer": (lambda content: content + b"\0", "is not the file that was built: .* bytes instead of"),
+    "changed": (lambda content: content[:100_000] + bytes(1000) + content[101_000:], "its checksum is another"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_module_is_not_loaded_and_a_sentence_says_so(package, damage):
+    (module,) = package.glob("revkernels/_C.*.so")
+    content, (change, sentence) = module.read_bytes(), DAMAGES[damage]
+    record = {"file": module.name, "bytes": len(content), "crc32": zlib.crc32(content)}
+    (package / "revkernels" / "_C.json").write_text(json.dumps(record))
+    module.unlink()  # the tests' own process has the file mapped
+    module.write_bytes(change(content))
+    try:
+        for process in (import_from(package), import_from(package, "env")):
+            assert process.returncode == 0, process.stderr
+            assert re.search(rf"UserWarning: revkernels runs without its C\+\+ kernels: .*{sentence}", process.stderr)
+        assert re.search(rf"cpp +NOT loaded: .*{sentence}", process.stdout)
+        process = import_from(package, REVKERNELS_REQUIRE="cpp")
+        assert process.returncode == 1
+        assert re.search(rf"ImportError: REVKERNELS_REQUIRE asks for 'cpp': .*{sentence}", process.stderr)
+    finally:
+        module.write_bytes(content)
+
+
+def test_a_module_of_another_python_is_named(package):
+    (module,) = package.glob("revkernels/_C.*.so")
+    other = module.rename(module.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
+    try:
+        process = import_from(package)
+        assert process.returncode == 0
+        assert f"{other.name} is for another Python than {sys.implementation.cache_tag}" in process.stderr
+    finally:
+        other.rename(module)
+
+
+def test_what_was_not_built_is_said_with_its_reason_at_every_import(package):
+    (module,) = package.glob("revkernels/_C.*.so")
+    hidden = module.rename(module.with_name("hidden"))
+    record = package / "revkernels" / "_skipped.json"
+    record.write_text(json.dumps({"cpp": "no C++ compiler was found"}))
+    try:
+        process = import_from(package)
+        assert process.returncode == 0
+        assert "revkernels._C was not built: no C++ compiler was found" in process.stderr
+    finally:
+        hidden.rename(module)
+        record.unlink()
+
+
+def test_missing_cuda_kernels_are_said_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(dispatch, "_load_native", lambda name, *_: dispatch.Status(name, name == "cpp", "no nvcc"))
+    monkeypatch.setattr(dispatch, "_load_triton", lambda why_not: dispatch.Status("triton", False, "absent"))
+    for gpu in (True, False):
+        monkeypatch.setattr(dispatch, "_has_gpu", lambda gpu=gpu: gpu)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dispatch._load()
+        assert ["without its CUDA kernels: no nvcc" in str(w.message) for w in caught] == [True] * gpu
