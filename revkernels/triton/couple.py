@@ -323,9 +323,7 @@ def _couple_adjoint_identity_kernel(
         tl.store(sums[k] + o_out + rows, tl.sum(b_dots[k], 1, keep_dims=True), m_r)
 
 
-def _adjoint_identity(
-    dy: Tensor, p: Sequence[Tensor], center: Sequence[Tensor | None], sums: Sequence[Tensor]
-) -> None:
+def _adjoint_identity(dy: Tensor, p: Sequence[Tensor], center: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
     n, c = dy.shape[:2]
     walk = planes_of(dy, *p)
     vec = _vector(walk, dy)
