@@ -56,9 +56,8 @@ def launches_of(step: Callable[[], object]) -> list[Launch]:
         step()
     with recorded() as launches:
         for op, args, kwargs in calls.found:
-            inspect.unwrap(LAUNCHERS[op])(
-                *args, **kwargs
-            )  # without the checks of storage, which meta tensors have none of
+            launcher = inspect.unwrap(LAUNCHERS[op])  # without the checks of storage, which meta tensors have none of
+            launcher(*args, **kwargs)
     return list({specialisation(launch): launch for launch in launches}.values())
 
 
