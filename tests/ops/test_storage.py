@@ -58,7 +58,7 @@ def name_of(value):
 
 
 def test_every_tensor_of_every_schema_is_walked():
-    for op in KERNELS:
+    for op in OPS:
         wanted = {a.name for a in OPS[op].overload._schema.arguments if "Tensor" in str(a.type)}
         assert {name.split("\\")[0] for name, *_ in tensors_of(op)} == wanted, op
 
