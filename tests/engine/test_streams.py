@@ -21,7 +21,7 @@ from revbifpn import (
 from revbifpn.configs import CONFIGS
 from revbifpn.memory import MIB, measure_sample
 from tests.marks import product
-from tests.networks import BOTH, F32, MODULES, NARROW, REVERSIBLE, identical
+from tests.networks import BOTH, F32, MODULES, MOSTLY_FAST, NARROW, REVERSIBLE, identical
 from tests.networks import image as draw
 
 FORMATS = pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
@@ -127,14 +127,14 @@ def test_float_streams_are_not_exact_in_bfloat16(module):
     assert not identical(found, wanted)
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("off", [{"disable_rev": True}, {"disable_recomp": True}])
 def test_either_part_may_be_stored(module, off):
     wanted = step(narrow(module, stream="fixed16"), image(), True)
     assert identical(step(narrow(module, stream="fixed16", **off), image(), True), wanted)
 
 
-@MODULES
+@MOSTLY_FAST
 @FORMATS
 def test_gradient_of_the_image_is_straight_through(module, stream):
     found = []
@@ -173,7 +173,7 @@ def test_fused_branches_run_in_the_dtype_of_autocast(monkeypatch):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scale", "batch", "most"), [("s0", 8, 1.4), ("s3", 4, 6)])
+@pytest.mark.parametrize(("scale", "batch", "most"), [("s0", 8, 1.4), pytest.param("s3", 4, 6, marks=pytest.mark.slow)])
 def test_memory_of_sixteen_bit_streams(scale, batch, most):
     config = CONFIGS[f"revbifpn_{scale}"]
     model = getattr(fast, config.arch)(stream="fixed16")

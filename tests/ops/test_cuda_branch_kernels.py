@@ -453,6 +453,7 @@ def sanitized_calls():
         yield bn_fold_grad(*size[:2], torch.float32, "five pooled", True)
 
 
+@pytest.mark.slow
 def test_kernels_are_clean_under_the_sanitizers(sanitized_library, tmp_path):  # noqa: F811
     calls = list(sanitized_calls())
     done = run_sanitized(sanitized_library, [call.recorded for call in calls], tmp_path)
