@@ -83,7 +83,7 @@ def _integer(value: int) -> str:
 def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict, *, numbers: bool = True) -> Any:
     """The type of an argument as the launch would see it; fills in constants and known divisibility.
 
-    ``numbers``: those of integers too.
+    ``numbers``: those of integers too. Empty entries are made where Triton makes them, as its cache's key has them.
     """
     if isinstance(value, float):
         return "fp32"
@@ -93,13 +93,14 @@ def _specialise(value: Any, path: tuple[int, ...], constexprs: dict, attrs: dict
         return tuple(_specialise(v, (*path, i), constexprs, attrs) for i, v in enumerate(value))
     if value is None or (isinstance(value, int) and value == 1):
         constexprs[path] = value
+        if len(path) == 1:
+            attrs[path] = []
         return "constexpr"
     if isinstance(value, Tensor):
         address, kind = value.storage_offset() * value.element_size(), POINTERS[value.dtype]
     else:
         address, kind = value, _integer(value)
-    if address % 16 == 0:
-        attrs[path] = [["tt.divisibility", 16]]
+    attrs[path] = [["tt.divisibility", 16]] if address % 16 == 0 else []
     return kind
 
 
@@ -113,7 +114,7 @@ def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     attrs: dict[tuple[int, ...], list] = {}
     for i, parameter in enumerate(launch.kernel.params):
         if parameter.is_constexpr:
-            signature[parameter.name], constexprs[(i,)] = "constexpr", named[parameter.name]
+            signature[parameter.name], constexprs[(i,)], attrs[(i,)] = "constexpr", named[parameter.name], []
         else:
             value, numbers = named[parameter.name], not parameter.do_not_specialize
             signature[parameter.name] = _specialise(value, (i,), constexprs, attrs, numbers=numbers)
