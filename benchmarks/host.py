@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = list(dict.fromkeys(n.name for n in chosen))
     groups = [contestants([n for n in chosen if n.name == name], dtypes, arguments.resolution) for name in names]
     environment, rows = results.environment(device), []
+    settings = {name: getattr(arguments, name) for name in ("models", "dtypes", "batch", "resolution", "steps")}
     stem = output / ("host_null_gpu" if "NULL_GPU" in os.environ else "host_gpu")
     for group in track(groups, lambda g: g[0].network.label, "host"):
         steps = [c.prepare(device, arguments.batch) for c in group]
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             c.runner = None
             rows.append(c.row)
         keys = ("model", "variant", "dtype", "batch", "resolution")
-        written = results.save(stem, environment, vars(arguments), rows, keys, UNITS)  # whole after every network
+        written = results.save(stem, environment, settings, rows, keys, UNITS)  # whole after every network
 
     words = [Column(name, number=False) for name in ("model", "variant", "dtype")]
     numbers = ["CPU ms", "wall ms", "launches", "products", "compiled", "in s", "batch", "size", "MiB/sample"]

@@ -236,6 +236,7 @@ torch::stable::Tensor mbconv_op(
   STD_TORCH_CHECK(eps.size() == 3, "eps: expected 3 numbers, got ", eps.size());
   MBConv& m = call.m;
   const int64_t columns = call.norm_columns();
+  if (given.has_value()) call.check(*given, "norms", {4, columns});
   torch::stable::Tensor norms =
       given.has_value() ? torch::stable::clone(*given) : call.sums({4, columns});
   call.set_norms(call.written(norms, "norms", {4, columns}), batch);

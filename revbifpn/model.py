@@ -29,7 +29,7 @@ from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import ReversibleSequence
-from revbifpn.streams import StreamFormat
+from revbifpn.streams import StreamFormat, autocast_dtype
 from revkernels import reference
 
 
@@ -260,6 +260,13 @@ class RevBiFPN(nn.Module):
             raise ValueError(
                 f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
             )
+        dtypes = (parameter.dtype for parameter in self.parameters())
+        if (first := next(dtypes, x.dtype)) != x.dtype and x.dtype not in dtypes:
+            if autocast_dtype(x.device) is None:
+                raise ValueError(
+                    f"x: expected an image of {first}, as the parameters are, got {x.dtype}; convert it, as in "
+                    f"x.to({first}), or run under torch.autocast"
+                )
         if not all(size and size % self.stride == 0 for size in shape[-2:]):
             raise ValueError(
                 f"x: expected height and width to be positive multiples of {self.stride}, "
@@ -270,7 +277,7 @@ class RevBiFPN(nn.Module):
         """The streams of x, on their tape, from which neck and head read."""
         owned = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
         tape = self.rev_stack.open(self.stem(x), owned=owned)
-        self.rev_stack(tape)
+        tape.call(self.rev_stack)
         tape.finish()
         return tape
 

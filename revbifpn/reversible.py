@@ -118,11 +118,15 @@ class Reversible(nn.Module, ABC):
     def forward(self, *streams: Tensor | Tape | Stored | TapeAt) -> Tensor | tuple[Tensor, ...] | None:
         """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
 
-        A container calls its blocks with its tape instead of tensors, so that their hooks run.
+        A container calls its blocks with its tape instead of tensors, so that their hooks run, and with what travels
+        through autograd (:meth:`revbifpn.engine.tape.Tape.call`).
         """
         if isinstance(streams[0], (Tape, Stored, TapeAt)):
-            self.run(streams[0])
-            return None
+            tape, *carried = streams
+            if carried:
+                tape.carry(carried[0])
+            self.run(tape)
+            return tape.carried()
         tape = self.open(*cast(tuple[Tensor, ...], streams))
         with names_of(self):
             self.run(tape)
@@ -270,7 +274,7 @@ class PerLevel(Reversible):
 
     def run(self, tape: Tape | Stored | TapeAt) -> None:
         for level, block in enumerate(self.blocks):
-            block(TapeAt(tape, level))
+            tape.call(block, level)
 
 
 class ReversibleSequence(Reversible):
@@ -309,7 +313,7 @@ class ReversibleSequence(Reversible):
 
     def run(self, tape: Tape | Stored | TapeAt) -> None:
         for block in self.blocks:
-            block(tape)
+            tape.call(block)
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ def _load_native(name: str, module: str, device: str, why_not: str) -> Status:
     if why_not:
         return Status(name, False, why_not)
     spec = importlib.util.find_spec(f"revkernels.{module}")
-    reason = _why_not_built(name, module) if spec is None else why_not_loaded(Path(spec.origin))
+    origin = spec and spec.origin
+    reason = why_not_loaded(Path(origin)) if origin else _why_not_built(name, module)
     if reason:
         return Status(name, False, reason)
     before = _registered(device)

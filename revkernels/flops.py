@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -89,7 +89,7 @@ class _Products(NamedTuple):
 
 
 @_counts
-def mbconv(x: Shape, fraction_bits: int | None, *others: object, **__: object) -> int:
+def mbconv(x: Shape, fraction_bits: int | None, *others: Any, **__: object) -> int:
     """Expansion, depthwise convolution, squeeze-excite and projection, ``others`` from the expansion's weight on."""
     expand, depthwise, squeeze, project, stride = (others[k] for k in (0, 3, 6, 10, 25))
     return sum(_Products.of(x, expand, depthwise, squeeze, project, stride))

@@ -63,8 +63,8 @@ def _reaches(terms: list[tuple[int, int, int]], target: int) -> bool:
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have a byte in common. Halves of one map's channels, which interleave in memory, do not."""
-    if a.is_meta or b.is_meta:
-        return False  # they have none
+    if a.is_meta or b.is_meta:  # no memory, and all at address 0
+        return False
     begin, end = a.data_ptr(), a.data_ptr() + _extent(a) * a.itemsize
     if begin >= b.data_ptr() + _extent(b) * b.itemsize or b.data_ptr() >= end:
         return False

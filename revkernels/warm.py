@@ -13,9 +13,11 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -32,7 +34,9 @@ class _Calls(TorchDispatchMode):
         super().__init__()
         self.found: list[tuple[str, tuple, dict]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         namespace, name = func.name().split("::")
         if namespace == "revkernels" and name in LAUNCHERS:
             self.found.append((name, *tree_map_only(Tensor, _meta, (args, kwargs or {}))))
@@ -51,7 +55,7 @@ def launches_of(step: Callable[[], object]) -> list[Launch]:
         step()
     with recorded() as launches:
         for op, args, kwargs in calls.found:
-            LAUNCHERS[op].__wrapped__(*args, **kwargs)  # without the checks of storage, which meta tensors have none of
+            LAUNCHERS[op](*args, **kwargs)
     return list({specialisation(launch): launch for launch in launches}.values())
 
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.gpu.profile import work_profile
 from benchmarks.harness import results
+from benchmarks.harness.command import BenchmarkError
 from benchmarks.harness.terminal import markdown
 from benchmarks.harness.timing import seconds
 
@@ -56,7 +57,7 @@ def work_implementations(folder: Path, device: str) -> None:
     missing = [op for op, name in used.items() if name == "reference"]
     if device == "cuda" and missing:
         reasons = [f"{name}: {about['reason']}" for name, about in report["implementations"].items() if about["reason"]]
-        raise SystemExit(f"no CUDA kernel for {', '.join(missing)} ({'; '.join(reasons) or 'none registered'})")
+        raise BenchmarkError(f"no CUDA kernel for {', '.join(missing)} ({'; '.join(reasons) or 'none registered'})")
     print(", ".join(f"{n} ops by {name}" for name in sorted(set(used.values())) if (n := [*used.values()].count(name))))
 
 

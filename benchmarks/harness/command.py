@@ -61,7 +61,7 @@ def entry(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., i
     def command(argv: Sequence[str] | None = None) -> int:
         with _interrupts_raised():
             try:
-                code = main(argv) or 0
+                code = _returned(main, argv)
                 _flush()
                 return code
             except BrokenPipeError:
@@ -80,6 +80,13 @@ def entry(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., i
             return code
 
     return command
+
+
+def _returned(main: Callable, argv: Sequence[str] | None) -> int:
+    try:
+        return main(argv) or 0
+    except SystemExit as done:  # --help
+        return done.code or 0
 
 
 def _flush() -> None:

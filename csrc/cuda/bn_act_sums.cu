@@ -59,7 +59,7 @@ __device__ __forceinline__ void finish(const PlaneLanes& walk, const Place& plac
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     bn_act_squeeze_kernel(const PlaneLanes walk, const Map x, const Norm norm,
                           accumulate_t<T>* out) {
   using A = accumulate_t<T>;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     bn_act_grad_sums_kernel(const PlaneLanes walk, const Map dz, const Map x, const Norm norm,
                             const void* mean, accumulate_t<T>* out, int64_t stride) {
   using A = accumulate_t<T>;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class T, class D, int V>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     coupling_sums_kernel(const PlaneLanes walk, const Map du, const Map p, const void* mean,
                          accumulate_t<T>* out, int64_t stride) {
   using A = accumulate_t<T>;

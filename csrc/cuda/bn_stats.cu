@@ -55,7 +55,7 @@ struct Merge {
 
 // moments[n, c] = mean, sum of squared deviations
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     bn_moments_kernel(const PlaneLanes walk, const Map x, double* out) {
   using A = accumulate_t<T>;
   REVK_SHARED(shared);
@@ -120,7 +120,7 @@ struct ChannelLane {
 };
 
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     bn_merge_kernel(const double* moments, int64_t samples, int64_t channels, int64_t area,
                     const Results results) {
   REVK_SHARED(shared);
@@ -138,14 +138,14 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     bn_fold_kernel(int64_t channels, const A* mean, const A* var, const Fold fold) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c < channels) fold_channel(fold, c, mean[c], var[c]);
 }
 
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads) bn_fold_grad_kernel(const FoldGrad args) {
+__global__ void __launch_bounds__(kMaxThreads, 1) bn_fold_grad_kernel(const FoldGrad args) {
   REVK_SHARED(shared);
   const ChannelLane place;
   const int64_t c = place.channel;

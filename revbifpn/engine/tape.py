@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,20 @@ class Tape:
             self.state.apply(lowered)
         else:
             self.token = Step.apply(self.token, self.state, lowered, *lowered.parameters())
+
+    def call(self, block: nn.Module, level: int = 0) -> None:
+        """Call a block that starts at ``level``; what travels through autograd goes in and comes out.
+
+        So hooks on the call's tensors, such as those that gather sharded parameters, see its forward and its backward.
+        """
+        self.carry(block(TapeAt(self, level), *(() if self.token is None else (self.token,))))
+
+    def carry(self, token: Tensor | None) -> None:
+        """Go on from ``token``, which a hook may have put in place of the last one."""
+        self.token = self.token if token is None else token
+
+    def carried(self) -> Tensor | None:
+        return self.token
 
     def finish(self) -> None:
         """All couplings have been applied."""
@@ -94,6 +109,16 @@ class Stored:
         else:
             self._levels[target.level][target.half] = y
 
+    def call(self, block: nn.Module, level: int = 0) -> None:
+        """As :meth:`Tape.call`."""
+        self.carry(block(TapeAt(self, level), self._levels))
+
+    def carry(self, levels: Sequence[Tensor | list[Tensor]]) -> None:
+        self._levels = list(levels)
+
+    def carried(self) -> list[Tensor | list[Tensor]]:
+        return self._levels
+
     def leave(self) -> tuple[Tensor, ...]:
         return tuple(self._get(Part(i)) for i in range(len(self._levels)))
 
@@ -112,11 +137,20 @@ class Stored:
 class TapeAt:
     """A tape as a block sees it whose stream 0 is the tape's stream ``level``."""
 
-    tape: Tape | Stored | TapeAt
+    tape: Tape | Stored
     level: int
 
     def step(self, coupling: Coupling) -> None:
         self.tape.step(coupling.at(self.level))
+
+    def call(self, block: nn.Module, level: int = 0) -> None:
+        self.tape.call(block, self.level + level)
+
+    def carry(self, carried: Any) -> None:
+        self.tape.carry(carried)
+
+    def carried(self) -> Any:
+        return self.tape.carried()
 
 
 def open_tape(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from revbifpn.mbconv import ConvNormAct, MBConv
 from revbifpn.streams import Encoded, autocast_dtype
 
+_SQUEEZE_EXCITE = [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]
+
 
 def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
     """What a branch computes an input's planes in: autocast's dtype, or the input's."""
@@ -24,7 +26,8 @@ def _plain_norm(norm: nn.Module | None) -> bool:
 def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = False) -> bool:
     if type(layer) is not ConvNormAct:
         return False
-    conv = layer.conv
+    modules = layer._modules  # attributes of modules cost ten times as much, and this runs in every step
+    conv = modules.get("conv")
     if type(conv) is not nn.Conv2d:
         return False
     if depthwise:
@@ -33,15 +36,15 @@ def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = Fa
         fits = conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1)
     return (
         fits
-        and conv.bias is None
+        and conv._parameters.get("bias") is None
         and conv.padding_mode == "zeros"
         and conv.dilation == (1, 1)
         and conv.kernel_size[0] == conv.kernel_size[1]
         and conv.kernel_size[0] % 2 == 1
         and conv.padding == (conv.kernel_size[0] // 2,) * 2
         and conv.stride[0] == conv.stride[1]
-        and _plain_norm(layer.norm)
-        and type(layer.act) is (act or type(None))
+        and _plain_norm(modules.get("norm"))
+        and type(modules.get("act")) is (act or type(None))
     )
 
 
@@ -71,23 +74,25 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     """
     if type(transform) is not MBConv:
         return f"it is a {type(transform).__name__}, not an MBConv"
-    expand, se = transform.exp_conv, transform.se
+    parts = transform._modules
+    expand, se = parts.get("exp_conv"), parts.get("se")
     if expand is not None and not _plain_conv_norm(expand, nn.Hardswish):
         return "its expansion is not a 1x1 convolution followed by BatchNorm2d and Hardswish"
-    if not _plain_conv_norm(transform.dw_conv, nn.Hardswish, depthwise=True):
+    if not _plain_conv_norm(parts["dw_conv"], nn.Hardswish, depthwise=True):
         return "its depthwise convolution is not one followed by BatchNorm2d and Hardswish"
-    if not _plain_conv_norm(transform.project_conv, None):
+    if not _plain_conv_norm(parts["project_conv"], None):
         return "its projection is not a 1x1 convolution followed by BatchNorm2d alone"
     if se is not None:
-        kinds = [type(layer) for layer in se.se]
-        if kinds != [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]:
-            return "its squeeze-excite is not of Hardswish and Hardsigmoid"
+        layers = list(se._modules["se"]._modules.values())
+        if [type(layer) for layer in layers] != _SQUEEZE_EXCITE or None in (layers[1].bias, layers[3].bias):
+            return "its squeeze-excite is not of Hardswish and Hardsigmoid, with biases"
     modules = _submodules(transform)
     if has_hooks(modules):
         return "a module in it has hooks or a forward of its own"
     dtype, dtypes = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
+    dtypes |= {q.dtype for m in modules for q in m._buffers.values() if q is not None and q.dtype != torch.int64}
     if dtypes != {dtype} or dtype not in (torch.float32, torch.float64):
-        return f"its parameters and the stream are not all float32 or all float64 (the stream is {dtype})"
+        return f"its parameters, statistics and the stream are not all float32 or all float64 (the stream is {dtype})"
     if 0 in x.shape:
         return "the batch is empty"
     return ""

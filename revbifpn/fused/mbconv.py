@@ -281,7 +281,10 @@ class FusedMBConv:
         shapes = (n, self.expanded, h, w), (n, self.expanded, *size), (n, self.channels, *size)
         for norm, shape in zip(self.norms, shapes, strict=True):
             if norm is not None and norm.training and shape[0] * shape[2] * shape[3] == 1:
-                raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got input size {shape}; take a larger "
+                    "batch or image, or running statistics with model.freeze_norms()"
+                )
 
     def _draw_keep(self, x: Values) -> Tensor:
         drop = self.module.stochastic_depth

@@ -108,7 +108,9 @@ def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     options = {k: v for k, v in launch.kwargs.items() if k in OPTIONS}
     named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     named |= {k: v for k, v in launch.kwargs.items() if k not in OPTIONS}
-    signature, constexprs, attrs = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list] = {}
     for i, parameter in enumerate(launch.kernel.params):
         if parameter.is_constexpr:
             signature[parameter.name], constexprs[(i,)] = "constexpr", named[parameter.name]
@@ -143,7 +145,7 @@ def resources(op: str, configuration: str, launch: Launch, architecture: int) ->
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [cuobjdump, "--dump-resource-usage", cubin.name]
+        command = [str(cuobjdump), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(

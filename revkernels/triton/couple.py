@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -218,10 +220,10 @@ def _couple_upsampled_kernel(
 
 def couple_(
     y: Tensor,
-    p: list[Tensor],
-    scale: list[Tensor | None],
-    shift: list[Tensor | None],
-    factors: list[int],
+    p: Sequence[Tensor],
+    scale: Sequence[Tensor | None],
+    shift: Sequence[Tensor | None],
+    factors: Sequence[int],
     mode: str,
     subtract: bool,
     fraction_bits: int | None = None,
@@ -299,7 +301,7 @@ def _couple_adjoint_identity_kernel(
     b_sum = tl.zeros([BLOCK_R, BLOCK_W], ACC)
     b_dots = ()
     for _ in tl.static_range(len(p)):
-        b_dots = b_dots + (tl.zeros([BLOCK_R, BLOCK_W], ACC),)
+        b_dots = b_dots + (tl.zeros([BLOCK_R, BLOCK_W], ACC),)  # type: ignore[assignment]  # unrolled: it grows
     for i in range(i_s * steps, tl.minimum((i_s + 1) * steps, H * blocks)):
         o_w = (i % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
         m = m_r & (o_w < W // VEC * VEC)
@@ -313,7 +315,7 @@ def _couple_adjoint_identity_kernel(
             b_p = tl.load(p[k] + offset(n, c, h_i, strides, VEC) + o_x * strides[3], m, 0.0).to(ACC)
             if center[k] is not None:
                 b_p = b_p - load_vector(center[k], decoded(center_row[k]), n, c, m_r, ACC)
-            b_new = b_new + (tl.fma(b_dy, b_p, b_dots[k]),)
+            b_new = b_new + (tl.fma(b_dy, b_p, b_dots[k]),)  # type: ignore[assignment]  # likewise
         b_dots = b_new
     o_out = (i_s * 2).to(tl.int64) * rows + o_r
     for k in tl.static_range(len(p)):
@@ -321,7 +323,7 @@ def _couple_adjoint_identity_kernel(
         tl.store(sums[k] + o_out + rows, tl.sum(b_dots[k], 1, keep_dims=True), m_r)
 
 
-def _adjoint_identity(dy: Tensor, p: list[Tensor], center: list[Tensor | None], sums: list[Tensor]) -> None:
+def _adjoint_identity(dy: Tensor, p: Sequence[Tensor], center: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
     n, c = dy.shape[:2]
     walk = planes_of(dy, *p)
     vec = _vector(walk, dy)
@@ -462,12 +464,12 @@ def _couple_adjoint_upsampled_kernel(
 
 def _adjoint_upsampled(
     dy: Tensor,
-    p: list[Tensor | None],
-    center: list[Tensor | None],
-    factors: list[int],
+    p: Sequence[Tensor | None],
+    center: Sequence[Tensor | None],
+    factors: Sequence[int],
     mode: str,
-    du: list[Tensor],
-    sums: list[Tensor],
+    du: Sequence[Tensor],
+    sums: Sequence[Tensor],
 ) -> None:
     n, c, h, w = dy.shape
     block_h, block_w = ADJOINT_UPSAMPLED_TILE
@@ -511,9 +513,9 @@ _couple_adjoint_upsampled = Planned(_couple_adjoint_upsampled_kernel)
 
 def couple_adjoint(
     dy: Tensor,
-    p: list[Tensor | None],
-    center: list[Tensor | None],
-    factors: list[int],
+    p: Sequence[Tensor | None],
+    center: Sequence[Tensor | None],
+    factors: Sequence[int],
     mode: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One launch for the contributions with ``f_k > 1``, one for the others; see the reference's ``couple_adjoint``."""
@@ -525,12 +527,13 @@ def couple_adjoint(
         for s in sums:
             s.zero_()
         return du, sums
-    same = [k for k, f in enumerate(factors) if f == 1 and p[k] is not None]
+    same = [(k, p_k) for k, p_k in enumerate(p) if p_k is not None and factors[k] == 1]
     up = [k for k, f in enumerate(factors) if f > 1]
     with on_device_of(dy):
         if same:
-            _adjoint_identity(dy, [p[k] for k in same], [center[k] for k in same], [sums[k] for k in same])
+            centers, targets = [center[k] for k, _ in same], [sums[k] for k, _ in same]
+            _adjoint_identity(dy, [p_k for _, p_k in same], centers, targets)
         if up:
-            args = [[values[k] for k in up] for values in (p, center, factors, du, sums)]
-            _adjoint_upsampled(dy, args[0], args[1], args[2], mode, args[3], args[4])
+            given = [p[k] for k in up], [center[k] for k in up], [factors[k] for k in up]
+            _adjoint_upsampled(dy, *given, mode, [du[k] for k in up], [sums[k] for k in up])
     return du, sums

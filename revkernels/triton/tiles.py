@@ -44,7 +44,8 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def _strides(shape: Sequence[int], stride: Sequence[int]) -> Strides:
-    return tuple(s if size > 1 else 0 for s, size in zip(stride, shape, strict=True))
+    n, c, h, w = (s if size > 1 else 0 for s, size in zip(stride, shape, strict=True))
+    return n, c, h, w
 
 
 def strides_of(x: Tensor) -> Strides:
@@ -68,10 +69,10 @@ def planes_of(*maps: Tensor, flatten: bool = True) -> Planes:
 def _planes(shape: torch.Size, stride: tuple[Strides, ...], flatten: bool) -> Planes:
     height, width = shape[2:]
     strides = [_strides(shape, s) for s in stride]
-    pixel = [_pixel_stride(height, width, s) for s in stride]
-    if flatten and None not in pixel:
+    steps = [step for step in (_pixel_stride(height, width, s) for s in stride) if step is not None]
+    if flatten and len(steps) == len(stride):
         height, width = 1, height * width
-        strides = [(s[0], s[1], 0, step) for s, step in zip(strides, pixel, strict=True)]
+        strides = [(s[0], s[1], 0, step) for s, step in zip(strides, steps, strict=True)]
     if width == 1:
         strides = [(*s[:3], 1) for s in strides]
     if any(s[3] != 1 for s in strides):

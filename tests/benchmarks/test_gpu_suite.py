@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gpu_suite as suite
 from benchmarks.gpu import parts, profile, runner, workers
-from benchmarks.harness import networks, results
+from benchmarks.harness import command, networks, results
 from tests.networks import BOTH, NARROW
 
 Op, Part = profile.Op, parts.Part
@@ -167,8 +167,8 @@ def test_parts_have_distinct_names_and_every_group(machine):
 def test_commands_start_scripts_that_are_there():
     for machine in (CPU, GPU):
         for part in parts.all_parts(machine):
-            for command in part.commands:
-                scripts = [word for word in command if word.endswith(".py") and "/benchmarks/" in word]
+            for words in part.commands:
+                scripts = [word for word in words if word.endswith(".py") and "/benchmarks/" in word]
                 assert all(Path(script).is_file() for script in scripts), part.name
 
 
@@ -181,10 +181,10 @@ def test_a_gpu_gets_no_fallback_and_its_own_architecture():
 
 def parsed(part):
     """Parse the command of a benchmark's part with the benchmark's own parser."""
-    command = list(part.commands[0])
-    script = Path(command[1]).stem
+    words = part.commands[0]
+    script = Path(words[1]).stem
     parser = importlib.import_module(f"benchmarks.{script}")._parser()
-    return script, parser.parse_args(command[2:])
+    return script, parser.parse_args(words[2:])
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["dry", "gpu"])
@@ -344,7 +344,7 @@ def test_reference_on_a_gpu_is_a_failure(tmp_path, monkeypatch):
     for op, used in report["ops"].items():
         used["cuda"] = "reference" if op == "couple_" else "triton"
     monkeypatch.setattr(env, "collect", lambda: report)
-    with pytest.raises(SystemExit, match="no CUDA kernel for couple_"):
+    with pytest.raises(command.BenchmarkError, match="no CUDA kernel for couple_"):
         workers.work_implementations(tmp_path, "cuda")
     report["ops"]["couple_"]["cuda"] = "triton"
     workers.work_implementations(tmp_path, "cuda")

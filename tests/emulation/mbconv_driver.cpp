@@ -8,16 +8,24 @@ namespace {
 using namespace revkernels;
 
 struct HeapDevice {
+  static inline int64_t allocated = 0, peak = 0;  // bytes
+
   class Memory {
    public:
     Memory() = default;
-    explicit Memory(int64_t bytes) : bytes_(new char[size_t(bytes)]) {
+    explicit Memory(int64_t bytes)
+        : bytes_(new char[size_t(bytes)], [bytes](char* memory) {
+            allocated -= bytes;
+            delete[] memory;
+          }) {
       std::memset(bytes_.get(), emulation::kPoison, size_t(bytes));
+      allocated += bytes;
+      peak = std::max(peak, allocated);
     }
     void* data() const { return bytes_.get(); }
 
    private:
-    std::unique_ptr<char[]> bytes_;
+    std::shared_ptr<char> bytes_;
   };
 
   cuda::Stream stream = nullptr;
@@ -177,15 +185,17 @@ const char* emulate_mbconv_backward(int64_t reverse, const Map* x, double unit, 
   });
 }
 
-// The weight gradient of a 1x1 convolution alone, and the bytes that it took.
+// The weight gradient of a 1x1 convolution alone, and how many bytes it took at a time.
 const char* emulate_pointwise_grad_weight(int64_t reverse, const Map* x, const Map* dy,
                                           const void* scale, const void* shift, const void* gate,
-                                          void* dw, int64_t add) {
+                                          void* dw, int64_t add, int64_t* peak) {
   return emulate(reverse, [&] {
     HeapDevice device;
+    HeapDevice::peak = HeapDevice::allocated = 0;
     const Activation act = scale ? Activation::hardswish : Activation::identity;
     cuda::pointwise_grad_weight(device, type_of(x->dtype), dw, map_of(*x), map_of(*dy),
                                 {scale, shift, gate, act}, add != 0);
+    *peak = HeapDevice::peak;
   });
 }
 

@@ -1,8 +1,8 @@
 """Runs recorded kernel calls through an emulated library. Needs no torch, so that a sanitizer can be preloaded.
 
 A call is a dict: ``function``; ``buffers``, uint8 arrays; ``arguments``, each an int, a float, a str, None,
-``("pointer", buffer, offset)`` or ``("map", buffer, offset, shape, strides)`` with the offset in bytes and strides in elements;
-``outputs``, the buffers to hand back. As a script: ``replay.py LIBRARY CALLS RESULTS``, pickled lists.
+``("pointer", buffer, offset)`` or ``("map", buffer, offset, shape, strides)`` with the offset in bytes and strides in
+elements; ``outputs``, the buffers to hand back. As a script: ``replay.py LIBRARY CALLS RESULTS``, pickled lists.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DistributedDataParallel over two processes: gradients are the mean over what each process computes alone."""
+"""Two processes: gradients are the mean over what each computes alone, with replicated and with sharded parameters."""
 
 import copy
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import revbifpn
@@ -66,6 +68,30 @@ def run_global_batch(module, rank):
     return {name: p.grad for name, p in model.module.named_parameters()}
 
 
+SHARDED = {
+    "blocks": lambda stack: stack.blocks,
+    "blocks of levels": lambda stack: _of_levels(stack),
+    "root": lambda _: [],
+}
+
+
+def _of_levels(stack):
+    return [part for block in stack.blocks for part in getattr(block, "blocks", [block])]
+
+
+def run_sharded(module, parts, reversible, rank):
+    """Parameters of every part are gathered for its forward and for its backward, and let go of after each."""
+    model = network(module, reversible=reversible)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for part in SHARDED[parts](model.rev_stack):
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for step in range(STEPS):
+        model.zero_grad(set_to_none=True)
+        loss_of(model(images(rank, 10 * step))).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
 def worker(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
@@ -74,6 +100,9 @@ def worker(rank, store, out):
         for scenario in SCENARIOS:
             results[module, scenario] = run_scenario(module, scenario, rank)
         results[module, "global batch"] = run_global_batch(module, rank)
+        for parts in SHARDED:
+            for reversible in (True, False):
+                results[module, parts, reversible] = run_sharded(module, parts, reversible, rank)
     torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -127,6 +156,14 @@ def test_gradients_are_the_mean_of_what_stored_models_compute_alone(results, mod
         found = of_rank[module, scenario]
         assert_equal_gradients({name: g for name, g in found.items() if name in wanted}, wanted)
         assert not any(g.any() for name, g in found.items() if name not in wanted)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("parts", SHARDED)
+@pytest.mark.parametrize("module", MODULES)
+def test_sharded_parameters_have_the_gradients_of_replicated_ones(results, module, parts, reversible):
+    for of_rank in results:
+        assert_equal_gradients(of_rank[module, parts, reversible], results[0]["plain", "plain"])
 
 
 @pytest.mark.parametrize("module", MODULES)

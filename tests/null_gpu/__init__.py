@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from functools import lru_cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -160,7 +161,7 @@ class Kernels:
     """Finds ``revkernels._C_cuda`` where :func:`build_kernels` left it, rather than beside the package."""
 
     @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None):  # noqa: ANN205
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name == "revkernels._C_cuda":
             return importlib.util.spec_from_file_location(name, os.environ["NULL_GPU_KERNELS"])
         return None

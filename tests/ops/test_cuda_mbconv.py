@@ -24,6 +24,9 @@ from tests.ops.test_mbconv import CASES, Case, backward, close, forward, recompu
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16)
 
 
+PARTIAL_BYTES = 16 << 20  # csrc/cuda/products.h
+
+
 class GpuCase(Case):
     """A case with the workspace that CUDA takes: x is converted to the planes' dtype first."""
 
@@ -215,8 +218,10 @@ def test_weight_gradient_matches_the_reference(library, size, form, dtype) -> No
     wanted = pointwise_conv_grad_weight(*(None if v is None else v.double() for v in (x, dy, *vectors)))
     for add in (False, True):
         dw = torch.full((o, c), 0.5 if add else float("nan"), dtype=acc)
-        Emulated(library).run(
-            "pointwise_grad_weight", _map(x), _map(dy), *map(_pointer, vectors), _pointer(dw), int(add)
-        )
+        peak = torch.zeros((), dtype=torch.int64)
+        pointers = (*map(_pointer, vectors), _pointer(dw), int(add), _pointer(peak))
+        Emulated(library).run("pointwise_grad_weight", _map(x), _map(dy), *pointers)
+        products = max(PARTIAL_BYTES, dw.nbytes) if n > 1 else 0
+        assert 0 < peak.item() <= products + 2 * (x.nbytes + dy.nbytes) + 8 * (c + o) * dtype.itemsize
         error = relative_error(dw - (0.5 if add else 0.0), wanted[:, :, 0, 0])
         assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 5e-3}[dtype]

@@ -110,6 +110,37 @@ print(json.dumps([other, here, skewed, torch.cuda.current_device()]))
     assert device == 0
 
 
+def test_what_was_warmed_is_not_compiled_again(tmp_path, run):
+    from revkernels import warm
+
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    code = f"""
+import torch
+from revkernels import warm
+op = torch.ops.revkernels
+v = torch.zeros(4)
+def step():
+    for size in {warm.SIZES}:
+        y, p = torch.zeros(2, 4, size, size), [torch.zeros(2, 4, size // f, size // f) for f in (1, 2)]
+        op.couple_(y, p, [v, v], [v, v], [1, 2], "bilinear", False)
+        op.couple_adjoint(y, p, [v, v], [1, 2], "bilinear")
+print(warm.warm(step, [90]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+    code = f"""
+knobs.cache.dir = {str(tmp_path)!r}
+hits = []
+knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
+launch((1, 2))
+launch((1, 2), n=3, size=(72, 104))
+print(json.dumps(hits))
+"""
+    hits = run(code)
+    assert hits and all(hits)
+
+
 def test_integers_of_a_tuple_are_neither_one_nor_divisible_by_16():
     codes = specialised_on_nothing(range(4096))
     assert not any(code == 1 or code % 16 == 0 for code in codes)

@@ -163,6 +163,31 @@ def backward(
     )
 
 
+def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Arguments of the three ops that give every tensor."""
+    torch.manual_seed(0)
+    case = Case(dtype=dtype, expanded=8, keep=True)
+    found: dict[str, tuple] = {}
+
+    def note(name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            found[name] = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+            return getattr(OPS, name)(*arguments)
+
+        return call
+
+    x, weights = case.input(), case.weights()
+    norms = forward(case, note("mbconv"), x, weights, case.running()).norms
+    found["mbconv"] = tuple(norms.clone() if k == 29 else a for k, a in enumerate(found["mbconv"]))
+    p, d, e, squeezed = recompute(case, note("mbconv_recompute"), x, weights, norms, keep=True)
+    du, dx = torch.randn_like(p), torch.randn_like(x)
+    kept = dict(sums=torch.randn(2, case.n, case.channels, dtype=case.acc), p=p, d=d, e=e, squeezed=squeezed)
+    dz = case.plane(case.e, case.out_size)
+    keep = torch.ones(case.n, dtype=case.acc)
+    backward(case, note("mbconv_backward"), x, weights, norms, du, keep, dx, dz=dz, **kept)
+    return found
+
+
 def close(found: Tensor, wanted: Tensor, case: Case, factor: float = 1.0) -> None:
     """Equal but for rounding: of planes where there are 16 bits."""
     assert found.dtype == wanted.dtype and found.shape == wanted.shape
@@ -374,3 +399,56 @@ def test_opcheck(case: Case) -> None:
         (p, None, x, None, *convolutions, norms, list(case.batch), None, *tail, p.clone(), None, None, None, None)
         + (torch.zeros_like(x), True, space),
     )
+
+
+def freed(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+BAD = {
+    "x: expected .*got": {"x": torch.zeros(2, 6, 4)},
+    "fraction_bits: expected an int, as x is int16": {"x": torch.zeros(3, 6, 9, 7, dtype=torch.int16)},
+    "fraction_bits: expected None": {"fraction_bits": 9},
+    "fraction_bits: expected -8 to 24, got 30": {"x": torch.zeros(3, 6, 9, 7, dtype=torch.int16), "fraction_bits": 30},
+    r"depthwise: expected \[6, 1, k, k\]": {"depthwise": torch.zeros(5, 1, 3, 3)},
+    "depthwise: expected an odd kernel": {"depthwise": torch.zeros(6, 1, 4, 4)},
+    r"project: expected \[5, 6, 1, 1\], got \[5, 7, 1, 1\]": {"project": torch.zeros(5, 7, 1, 1)},
+    "project: expected float32, got": {"project": torch.zeros(5, 6, 1, 1, dtype=torch.float64)},
+    r"squeeze: expected \[4, 6, 1, 1\]": {"squeeze": torch.zeros(4, 5, 1, 1)},
+    "squeeze_bias, excite, excite_bias: expected tensors": {"excite": None},
+    r"excite_bias: expected \[6\]": {"excite_bias": torch.zeros(5)},
+    r"norms: expected \[4, 11\]": {"norms": torch.zeros(4, 12)},
+    "stride: expected at least 1, got 0": {"stride": 0},
+    "chunk: expected at least 1, got 0": {"chunk": 0},
+    r"p: expected \[3, 5, 9, 7\], got \[3, 5, 9, 8\]": {"p": torch.zeros(3, 5, 9, 8)},
+    "p: expected a contiguous tensor": {"p": torch.zeros(5, 3, 9, 7).transpose(0, 1)},
+    "d: expected the planes' dtype, got": {"d": torch.zeros(3, 6, 9, 7, dtype=torch.bfloat16)},
+    "e: there is no expansion": {"e": torch.zeros(3, 6, 9, 7)},
+    "workspace: expected a contiguous uint8 tensor": {"workspace": torch.zeros(1 << 16)},
+    "workspace: expected at least": {"workspace": torch.zeros(8, dtype=torch.uint8)},
+    "x: .*freed": {"x": freed(torch.zeros(3, 6, 9, 7))},
+    "project: .*freed": {"project": freed(torch.zeros(5, 6, 1, 1))},
+    "p: .*freed": {"p": freed(torch.zeros(3, 5, 9, 7))},
+    "workspace: .*freed": {"workspace": freed(torch.zeros(1 << 16, dtype=torch.uint8))},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message: str) -> None:
+    case = Case()
+    weights = case.weights()
+    arguments = {"x": case.input(), "fraction_bits": None, **{name: weights[name] for name in CONVOLUTIONS}}
+    arguments |= {
+        "norms": torch.ones(4, 11),
+        "stride": 1,
+        "chunk": 2,
+        "p": case.plane(5, case.size),
+        "d": None,
+        "e": None,
+    }
+    arguments["workspace"] = memory(1 << 16)
+    OPS.mbconv_recompute(*arguments.values())
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        OPS.mbconv_recompute(*(arguments | BAD[message]).values())

@@ -8,11 +8,14 @@ import torch
 from revkernels import storage
 from revkernels.registry import OPS
 from revkernels.testing import implementations
-from tests.ops.test_registry import KERNELS, fixed_point_samples, samples
+from tests.ops import test_mbconv
+from tests.ops.test_registry import fixed_point_samples, samples
 
 
 def arguments_of(op):
     """Arguments of a call that gives every optional tensor."""
+    if op.startswith("mbconv"):
+        return list(test_mbconv.samples()[op])
     return list(fixed_point_samples()["int16, counted"] if op == "couple_" else samples()[op])
 
 
@@ -40,9 +43,13 @@ def put(arguments, position, index, tensor):
         arguments[position] = [*arguments[position][:index], tensor, *arguments[position][index + 1 :]]
 
 
-EVERY_TENSOR = [(op, *where) for op in KERNELS for where in tensors_of(op)]
+EVERY_TENSOR = [(op, *where) for op in OPS for where in tensors_of(op)]
+# An MBConv's planes may be one another's memory, chunk by chunk.
 EVERY_PAIR = [
-    (op, written, other) for op in KERNELS for written, other in itertools.permutations(tensors_of(op), 2) if written[3]
+    (op, written, other)
+    for op in samples()
+    for written, other in itertools.permutations(tensors_of(op), 2)
+    if written[3]
 ]
 
 
@@ -51,7 +58,7 @@ def name_of(value):
 
 
 def test_every_tensor_of_every_schema_is_walked():
-    for op in KERNELS:
+    for op in OPS:
         wanted = {a.name for a in OPS[op].overload._schema.arguments if "Tensor" in str(a.type)}
         assert {name.split("\\")[0] for name, *_ in tensors_of(op)} == wanted, op
 
@@ -69,7 +76,7 @@ def test_a_tensor_without_its_storage_is_refused_by_name(op, name, position, ind
             call(*arguments)
 
 
-@pytest.mark.parametrize("op", [op for op in KERNELS if samples()[op][0].dim() == 4])
+@pytest.mark.parametrize("op", [op for op in samples() if samples()[op][0].dim() == 4])
 def test_an_empty_tensor_needs_no_storage(op):
     for _, call in implementations(op):
         arguments = arguments_of(op)
@@ -161,3 +168,9 @@ def test_every_second_column_of_one_map_is_apart_from_the_others():
     expected = y + p
     torch.ops.revkernels.couple_(y, [p], [None], [None], [1], "bilinear", False)
     assert torch.equal(y, expected)
+
+
+def test_meta_tensors_share_no_memory():
+    """All of them are at address 0."""
+    a, b = (torch.empty(4, device="meta") for _ in range(2))
+    assert not storage.share_memory(a, b)

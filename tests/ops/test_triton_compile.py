@@ -83,3 +83,17 @@ def test_the_interpreter_is_refused_with_the_way_out():
 
     with pytest.raises(RuntimeError, match="unset it"):
         next(report())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["float32", "bfloat16 --stream fixed16", "bfloat16 --stream float32"])
+@pytest.mark.parametrize("scale", ["s0", "s3"])
+def test_every_launch_of_a_step_compiles_down_to_one_pixel_maps(scale, options, tmp_path):
+    """Images of 32 pixels have maps of one pixel: integers that are 1 must not become constants that cannot compile."""
+    code = "from revkernels import warm; warm.SIZES = (32, 96); warm.main()"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(PACKAGES)}
+    command = [sys.executable, "-c", code, "--scales", scale, "--dtype", *options.split()]
+    done = subprocess.run(command, env=environment, cwd=PACKAGES, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernels are in Triton's cache for sm_90" in done.stdout
