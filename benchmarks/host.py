@@ -8,8 +8,9 @@ For every network, alternating with the others: CPU time and wall time from the 
 backward, without waiting for the device; kernel launches and products of one step; Triton's compilations in the first
 step, after another batch, and after another image size; and the slope of the allocator's peak over the batch. float32,
 and bfloat16 autocast (the fast model with int16 streams). The self-check of exact streams, which is part of the first
-step only, is off. On a real GPU the batch must be small enough not to fill the launch queue. Prints a table and writes
-host_DEVICE.csv and .json.
+step only, is off. On a real GPU the batch must be small enough not to fill the launch queue; without one, plain
+networks multiply sample by sample and are to be compared at --batch 1. Prints a table and writes host_null_gpu or
+host_gpu, .csv and .json.
 """
 
 from __future__ import annotations
