@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,19 +115,19 @@ class Reversible(nn.Module, ABC):
             return open_tape(self, streams, self.coupler, stream, stored=stored, retain=retain, owned=owned)
         return Stored(self.coupler, streams)
 
-    def forward(self, *streams: Tensor | Tape | Stored | TapeAt) -> Tensor | tuple[Tensor, ...] | None:
+    def forward(self, *streams: Any) -> Any:
         """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
 
         A container calls its blocks with its tape instead of tensors, so that their hooks run, and with what travels
         through autograd (:meth:`revbifpn.engine.tape.Tape.call`).
         """
         if isinstance(streams[0], (Tape, Stored, TapeAt)):
-            tape, *carried = streams
+            on, *carried = streams
             if carried:
-                tape.carry(carried[0])
-            self.run(tape)
-            return tape.carried()
-        tape = self.open(*cast(tuple[Tensor, ...], streams))
+                on.carry(carried[0])
+            self.run(on)
+            return on.carried()
+        tape = self.open(*streams)
         with names_of(self):
             self.run(tape)
         tape.finish()

@@ -23,7 +23,7 @@ def _plain_norm(norm: nn.Module | None) -> bool:
     return type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
 
 
-def _plain_conv_norm(layer: nn.Module, act: type | None, *, depthwise: bool = False) -> bool:
+def _plain_conv_norm(layer: nn.Module | None, act: type | None, *, depthwise: bool = False) -> bool:
     if type(layer) is not ConvNormAct:
         return False
     modules = layer._modules  # attributes of modules cost ten times as much, and this runs in every step
@@ -83,7 +83,7 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     if not _plain_conv_norm(parts["project_conv"], None):
         return "its projection is not a 1x1 convolution followed by BatchNorm2d alone"
     if se is not None:
-        layers = list(se._modules["se"]._modules.values())
+        layers = list(se.get_submodule("se").children())
         if [type(layer) for layer in layers] != _SQUEEZE_EXCITE or None in (layers[1].bias, layers[3].bias):
             return "its squeeze-excite is not of Hardswish and Hardsigmoid, with biases"
     modules = _submodules(transform)

@@ -8,7 +8,7 @@ from torch import nn
 import revbifpn
 from revbifpn import RevBlock, ReversibleSequence
 from revbifpn.reversible import is_recomputing
-from tests.networks import F32, F64, MODULES, REVERSIBLE, error, identical, image, narrow
+from tests.networks import F32, F64, MOSTLY_FAST, REVERSIBLE, error, identical, image, narrow
 
 INSIDE = pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 
@@ -31,7 +31,7 @@ def gradients(model, x, *, autocast=True, inside=False):
     return [p.grad for p in model.parameters()]
 
 
-@MODULES
+@MOSTLY_FAST
 @INSIDE
 def test_reversible_gradients_are_as_accurate_as_stored_ones(module, inside):
     wanted = gradients(deep(revbifpn, F64, reversible=False), images(F64), autocast=False)
@@ -40,13 +40,13 @@ def test_reversible_gradients_are_as_accurate_as_stored_ones(module, inside):
     assert error(gradients(deep(module), images(), inside=inside), wanted) <= 2 * stored
 
 
-@MODULES
+@MOSTLY_FAST
 def test_backward_is_the_same_inside_and_outside_the_region(module):
     results = [gradients(deep(module), images(), inside=inside) for inside in (False, True)]
     assert identical(*results)
 
 
-@MODULES
+@MOSTLY_FAST
 @REVERSIBLE
 def test_streams_stay_float32_and_branches_run_in_bfloat16(module, reversible):
     model = deep(module, reversible=reversible)
@@ -62,7 +62,7 @@ def test_streams_stay_float32_and_branches_run_in_bfloat16(module, reversible):
     assert seen[True] == [] if not reversible else set(seen[True]) == {torch.bfloat16}
 
 
-@MODULES
+@MOSTLY_FAST
 def test_parameters_and_their_gradients_stay_float32(module):
     model = deep(module)
     gradients(model, images())
@@ -70,7 +70,7 @@ def test_parameters_and_their_gradients_stay_float32(module):
     assert torch.is_autocast_enabled("cpu") is False
 
 
-@MODULES
+@MOSTLY_FAST
 def test_forward_outside_backward_inside_is_float32(module):
     """The region that counts is the forward's: only the classifier's own backward is PyTorch's, in bfloat16."""
     wanted = gradients(deep(module), images(), autocast=False)
@@ -84,7 +84,7 @@ def test_forward_outside_backward_inside_is_float32(module):
     assert error([p.grad for p in model.parameters()], wanted) <= 2 * ordinary < 2e-2
 
 
-@MODULES
+@MOSTLY_FAST
 def test_training_in_one_autocast_region(module):
     """Autocast caches casts of weights per region: a recompute must neither take a stale one nor leave one."""
     losses = []

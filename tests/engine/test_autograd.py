@@ -18,7 +18,6 @@ from tests.marks import mostly_slow
 from tests.networks import (
     F32,
     F64,
-    MODULES,
     MOSTLY_FAST,
     REVERSIBLE,
     TWO_LEVELS,
@@ -38,7 +37,7 @@ DEPTHS = {"s0": (2, 0.0), "s3": (3, 0.05), "s6": (5, 0.3)}  # num_ext_layers, st
 # Equality with stored activations -----------------------------------------------------------------
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("depth", mostly_slow(DEPTHS))
 def test_gradients_and_statistics_at_the_depth_of_a_scale(module, depth):
     ext, drop = DEPTHS[depth]
@@ -53,7 +52,7 @@ def test_gradients_and_statistics_at_the_depth_of_a_scale(module, depth):
     assert difference(found, stored_gradients(image(n=3), **options)) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_random_masks_matter_and_are_replayed(module):
     options = {"stochastic_depth": 0.5, "head_dropout": 0.5}
     model = narrow(module, **options)
@@ -67,7 +66,7 @@ def test_random_masks_matter_and_are_replayed(module):
     assert difference(again, first) == 0.0
 
 
-@MODULES
+@MOSTLY_FAST
 def test_float32_gradients_are_close_to_float64(module):
     options = {"num_ext_layers": 2, "inv_blk_rep": 2}
     x = image(n=4)
@@ -80,7 +79,7 @@ def test_float32_gradients_are_close_to_float64(module):
             assert abs(a.double().norm() - b.norm()) < 1e-3 * b.norm()
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize(
     "off", [{"disable_rev": True}, {"disable_recomp": True}, {"disable_rev": True, "disable_recomp": True}]
 )
@@ -118,7 +117,7 @@ def test_memory_does_not_grow_with_depth(module):
     assert peak[False, 10] > 2.5 * peak[False, 0]
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("mode", ["eval", "frozen norms"])
 def test_gradients_with_running_statistics(module, mode):
     def run(model):
@@ -133,7 +132,7 @@ def test_gradients_with_running_statistics(module, mode):
     assert_same_as_stored(module, run, stochastic_depth=0.2)
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize(
     "options", [{"norm_fn": lambda c, **_: nn.GroupNorm(4, c)}, {"norm": False}, {"act_fn": nn.ReLU}]
 )
@@ -162,13 +161,13 @@ def test_any_layout_of_the_image(module, reversible, change):
     assert difference(*results) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_channels_last_weights(module):
     model = narrow(module).to(memory_format=torch.channels_last)
     assert difference(gradients(model, image().to(memory_format=torch.channels_last)), stored_gradients(image())) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_batch(module, training):
     model = narrow(module).train(training)
@@ -181,7 +180,7 @@ def test_empty_batch(module, training):
 # The protocol -----------------------------------------------------------------------------------
 
 
-@MODULES
+@MOSTLY_FAST
 def test_autograd_grad_of_image_and_parameters(module):
     x = image().requires_grad_()
 
@@ -195,7 +194,7 @@ def test_autograd_grad_of_image_and_parameters(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_learnable_layer_before_the_model(module):
     def run(model):
         torch.manual_seed(0)
@@ -204,7 +203,7 @@ def test_learnable_layer_before_the_model(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_gradients_accumulate(module):
     model = narrow(module)
     once = [g.clone() for g in gradients(model, image())]
@@ -212,7 +211,7 @@ def test_gradients_accumulate(module):
     assert difference([p.grad for p in model.parameters()], [2 * g for g in once]) < 1e-12
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_before_two_backwards(module, order):
     def run(model):
@@ -252,7 +251,7 @@ def test_frozen_parameters(module, part, image_gradient):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_requires_grad_changed_between_forward_and_backward(module):
     def run(model):
         loss = scalar(model(image()))
@@ -264,7 +263,7 @@ def test_requires_grad_changed_between_forward_and_backward(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_train_flag_changed_between_forward_and_backward(module):
     def run(model):
         torch.manual_seed(3)
@@ -277,7 +276,7 @@ def test_train_flag_changed_between_forward_and_backward(module):
     assert_same_as_stored(module, run, stochastic_depth=0.4)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_eval_pass_then_training_pass_then_the_first_backward(module):
     """Statistics that the first pass used are changed by the second: right gradients or an error, as PyTorch's."""
     model = narrow(module, classes=None)
@@ -292,7 +291,7 @@ def test_eval_pass_then_training_pass_then_the_first_backward(module):
         assert difference([p.grad for p in model.parameters()], wanted) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_hooks_of_parameters_fire_once(module):
     model = narrow(module)
     seen = Counter()
@@ -304,7 +303,7 @@ def test_hooks_of_parameters_fire_once(module):
     assert len(seen) == 2 * len(list(model.parameters()))
 
 
-@MODULES
+@MOSTLY_FAST
 def test_forward_hooks_fire_as_in_the_stored_model(module):
     def calls(model):
         seen = Counter()
@@ -319,7 +318,7 @@ def test_forward_hooks_fire_as_in_the_stored_model(module):
     assert {"", "head", "stem", "rev_stack", "rev_stack.1", "rev_stack.2.f.xform_0_1"} <= found.keys()
 
 
-@MODULES
+@MOSTLY_FAST
 def test_what_hooks_hold_is_not_overwritten(module):
     model = narrow(module)
     held = []
@@ -330,7 +329,7 @@ def test_what_hooks_hold_is_not_overwritten(module):
     assert all(torch.equal(y, copied) for y, copied in held)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_own_stem_keeps_its_output(module):
     """A stem that autograd or the caller reads later must not be overwritten in place."""
 
@@ -349,7 +348,7 @@ def test_own_stem_keeps_its_output(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_replaced_head_is_used(module):
     model = narrow(module)
     model.head = nn.Identity()
@@ -359,7 +358,7 @@ def test_replaced_head_is_used(module):
     assert difference(model(image()), pyramid) < 1e-12
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("where", ["head.fc", "rev_stack.1.rev_transform_0.f.xform_0_1.dw_conv.conv"])
 def test_patched_forward_of_a_layer_is_called(module, where):
     """Running statistics tell a scaled layer from the original, where a norm of the batch would undo the scale."""
@@ -376,7 +375,7 @@ def test_patched_forward_of_a_layer_is_called(module, where):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_changed_convolution_is_called(module):
     """Another padding and dilation, same output size: kernels must not assume what the constructor made."""
 
@@ -389,7 +388,7 @@ def test_changed_convolution_is_called(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_weight_tying(module):
     def run(model):
         blocks = model.rev_stack.blocks
@@ -399,7 +398,7 @@ def test_weight_tying(module):
     assert_same_as_stored(module, run, stochastic_depth=0.3)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_replaced_blocks_and_transforms_are_used(module):
     def run(model):
         setattr(model.rev_stack, "1", narrow(module, seed=9).rev_stack.blocks[0])
@@ -411,7 +410,7 @@ def test_replaced_blocks_and_transforms_are_used(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_parametrised_layers(module):
     def run(model):
         torch.manual_seed(6)
@@ -423,7 +422,7 @@ def test_parametrised_layers(module):
     assert_same_as_stored(module, run)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_copies_after_a_step(module):
     model = narrow(module)
     wanted = gradients(model, image())
@@ -434,7 +433,7 @@ def test_copies_after_a_step(module):
         assert difference(gradients(twin, image()), wanted) < 1e-12
 
 
-@MODULES
+@MOSTLY_FAST
 def test_functional_call_gives_gradients_to_the_substitutes(module):
     model, other = narrow(module), narrow(revbifpn, seed=7, reversible=False)
     substitutes = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
@@ -445,7 +444,7 @@ def test_functional_call_gives_gradients_to_the_substitutes(module):
     assert difference([p.grad for p in substitutes.values()], [p.grad for p in other.parameters()]) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("off", mostly_slow([{}, {"disable_rev": True}, {"disable_recomp": True}]))
@@ -458,7 +457,7 @@ def test_no_graph_where_none_is_wanted(module, mode, training, off):
     assert all(torch.allclose(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint_around_the_model(module, use_reentrant):
     model = narrow(module, stochastic_depth=0.3)
@@ -468,7 +467,7 @@ def test_checkpoint_around_the_model(module, use_reentrant):
     assert difference([p.grad for p in model.parameters()], stored_gradients(image(), stochastic_depth=0.3)) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 @REVERSIBLE
 def test_saved_tensor_hooks(module, reversible):
     model = narrow(module, reversible=reversible)
@@ -477,19 +476,19 @@ def test_saved_tensor_hooks(module, reversible):
     assert difference(found, stored_gradients(image())) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_anomaly_mode(module):
     with torch.autograd.set_detect_anomaly(True):
         found = gradients(narrow(module), image())
     assert difference(found, stored_gradients(image())) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_gradients_are_deterministic(module):
     assert difference(gradients(narrow(module), image()), gradients(narrow(module), image())) == 0.0
 
 
-@MODULES
+@MOSTLY_FAST
 def test_partial_gradients_of_one_pass(module):
     """The neck of one level first, then the stack through another: the second must not see the first's gradient."""
 
@@ -503,7 +502,7 @@ def test_partial_gradients_of_one_pass(module):
     assert_same_as_stored(module, run, classes=None)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_head_first_then_everything(module):
     def run(model):
         loss = scalar(model(image()))
@@ -521,7 +520,7 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-@MODULES
+@MOSTLY_FAST
 @SHAPES
 @pytest.mark.parametrize("retain_graph", mostly_slow([True, False]))
 def test_second_backward_is_an_error(module, options, retain_graph):
@@ -531,7 +530,7 @@ def test_second_backward_is_an_error(module, options, retain_graph):
         loss.backward()
 
 
-@MODULES
+@MOSTLY_FAST
 @SHAPES
 def test_backward_after_a_failed_backward_is_an_error(module, options):
     """The failed one left the streams between two couplings."""
@@ -546,7 +545,7 @@ def test_backward_after_a_failed_backward_is_an_error(module, options):
         loss.backward()
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize(
     "options", [{"head_channels": None, "classes": None}, {"classes": None}], ids=["streams", "pyramid"]
 )
@@ -557,7 +556,7 @@ def test_backward_on_each_output_apart_is_an_error(module, options):
         outputs[1].sum().backward()
 
 
-@MODULES
+@MOSTLY_FAST
 @SHAPES
 def test_double_backward_is_an_error(module, options):
     model = narrow(module, **options)
@@ -566,7 +565,7 @@ def test_double_backward_is_an_error(module, options):
         torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize(
     "options", [{"head_channels": None, "classes": None}, {"classes": None}], ids=["streams", "pyramid"]
 )
@@ -587,7 +586,7 @@ def test_output_changed_in_place_is_an_error_or_right(module, options):
         assert difference([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()]) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("where", ["rev_stack.1", "rev_stack.recomp_op", "head.pyramid_heads.0"])
 def test_weight_changed_in_place_is_an_error(module, where):
     model = narrow(module)
@@ -601,7 +600,7 @@ def test_weight_changed_in_place_is_an_error(module, where):
 # Lifetime ---------------------------------------------------------------------------------------
 
 
-@MODULES
+@MOSTLY_FAST
 @SHAPES
 @pytest.mark.parametrize("backward", mostly_slow([True, False]))
 def test_streams_are_freed_without_the_cycle_collector(module, options, backward, passes):
@@ -613,7 +612,7 @@ def test_streams_are_freed_without_the_cycle_collector(module, options, backward
     assert [owner() for owner in passes] == [None]
 
 
-@MODULES
+@MOSTLY_FAST
 def test_live_memory_does_not_grow_over_steps(module):
     model = narrow(module, F32)
     kept = []
@@ -631,7 +630,7 @@ def test_compiled_model_agrees(module):
     assert difference(gradients(compiled, image()), gradients(model, image())) < 1e-9
 
 
-@MODULES
+@MOSTLY_FAST
 def test_optimizer_inside_backward(module):
     """Every gradient is applied and freed as it arrives; the result is that of an ordinary step."""
     models = [narrow(module) for _ in range(2)]

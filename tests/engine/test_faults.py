@@ -24,7 +24,7 @@ from revbifpn.memory import PeakMemory
 from revbifpn.reversible import is_recomputing
 from tests import networks
 from tests.marks import mostly_slow, slow
-from tests.networks import BOTH, F32, MODULES, TWO_LEVELS, identical
+from tests.networks import BOTH, F32, MOSTLY_FAST, TWO_LEVELS, identical
 
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
 MESSAGE = "raised by the test"
@@ -207,7 +207,7 @@ def alive(passes):
 # Training --------------------------------------------------------------------------------------
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 @REVERSIBLE
 def test_failed_forward(module, stream, reversible, passes):
@@ -236,7 +236,7 @@ def test_failed_forward(module, stream, reversible, passes):
     assert moved[0] == 0 < moved[2] < moved[-2] <= moved[-1] == len(before), moved
 
 
-@MODULES
+@MOSTLY_FAST
 def test_statistics_of_a_norm_move_as_one(module):
     """Faults at every call of the first branches."""
     model = network(module)
@@ -312,7 +312,7 @@ def test_second_backward_through_a_retained_graph(module, stream, reversible):
     assert refused > 0 or (stream is None and not reversible)
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 def test_failed_forward_frees_its_tensors(module, stream):
     """At once, without the cycle collector."""
@@ -367,7 +367,7 @@ def test_some_gradients_first(module, stream, reversible, disable_recomp):
 
 
 @pytest.mark.parametrize("stream", ["fixed16", *slow(["fixed32"])])
-@MODULES
+@MOSTLY_FAST
 def test_self_check_goes_on_after_a_fault(module, stream):
     model = network(module, stream=stream)
     model.rev_stack.self_check = True
@@ -389,7 +389,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stream", [None, "fixed32"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["forward", "recompute"])
@@ -416,7 +416,7 @@ def test_interrupt_in_a_hook_of_the_user(module, stream, recompute, passes):
     assert not alive(passes)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_fault_while_streams_are_observed(module):
     model = network(module)
     twin = copy.deepcopy(model)
@@ -447,7 +447,7 @@ def test_fault_while_streams_are_observed(module):
 # Inference -------------------------------------------------------------------------------------
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_failed_inference(module, stream, training, passes):
@@ -469,7 +469,7 @@ def test_failed_inference(module, stream, training, passes):
         assert identical(step(twin), step(copy.deepcopy(model).train()))
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 @pytest.mark.parametrize("name", ["inverse", "check_invertible"])
 def test_failed_inverse(module, stream, name, passes):
@@ -514,7 +514,7 @@ def places(model):
     return {"stack": [stack[0], stack[len(stack) // 2], stack[-1]], "neck": neck, "head": head}
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 @REVERSIBLE
 @pytest.mark.parametrize("part", ["stack", "neck", "head"])
@@ -544,7 +544,7 @@ def test_anomaly_mode_names_the_block(module, stream, reversible, part):
         assert identical(step(model), step(twin))
 
 
-@MODULES
+@MOSTLY_FAST
 @STREAMS
 @REVERSIBLE
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")

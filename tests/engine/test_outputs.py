@@ -7,7 +7,7 @@ from torch import nn
 from revbifpn import RevBlock, ReversibleSequence
 from revbifpn.reversible import Coupling, Part, Reversible, recomputed
 from tests.marks import product
-from tests.networks import F32, F64, MODULES, MOSTLY_FAST, image, narrow
+from tests.networks import F32, F64, MOSTLY_FAST, image, narrow
 
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
 
@@ -56,7 +56,7 @@ def test_outputs_keep_their_values_through_backward(module, neck, stream):
         assert torch.equal(y, value)
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("neck", NECKS.values(), ids=NECKS)
 def test_gradients_are_those_of_the_stored_run(module, neck):
     found = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.marks import mostly_slow
-from tests.networks import F32, F64, MODULES, MOSTLY_FAST, image, narrow
+from tests.networks import F32, F64, MOSTLY_FAST, image, narrow
 
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
 KINDS = {"classes": {}, "pyramid": {"classes": None}, "streams": {"classes": None, "head_channels": None}}
@@ -31,7 +31,7 @@ def expected(net, x):
     return [gradients(losses(net(x))[i], net) for i in range(2)]
 
 
-@MODULES
+@MOSTLY_FAST
 @HEADS
 def test_each_loss_has_its_own_gradients(module, head):
     want = expected(model(module, head), image())
@@ -59,7 +59,7 @@ def test_repeated_backwards_of_exact_streams_are_the_same_bits(module, stream, r
         assert all(map(torch.equal, first, second))
 
 
-@MODULES
+@MOSTLY_FAST
 def test_gradients_accumulate_over_backwards(module):
     net, x = model(module, retain_graph=True), image()
     first, second = losses(net(x))
@@ -72,7 +72,7 @@ def test_gradients_accumulate_over_backwards(module):
         torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-9)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_a_backward_that_stopped_on_its_way_can_be_followed_by_another(module):
     want = expected(model(module), image())
     net = model(module, retain_graph=True)
@@ -100,7 +100,7 @@ def test_by_default_a_second_backward_is_refused_and_the_message_leads(module, h
     loss.backward()
 
 
-@MODULES
+@MOSTLY_FAST
 def test_without_retain_graph_in_the_call_autograd_refuses(module):
     net = model(module, retain_graph=True)
     loss = losses(net(image()))[0]

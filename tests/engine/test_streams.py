@@ -21,7 +21,7 @@ from revbifpn import (
 from revbifpn.configs import CONFIGS
 from revbifpn.memory import MIB, measure_sample
 from tests.marks import product
-from tests.networks import BOTH, F32, MODULES, MOSTLY_FAST, NARROW, REVERSIBLE, identical
+from tests.networks import BOTH, F32, MOSTLY_FAST, NARROW, REVERSIBLE, identical
 from tests.networks import image as draw
 
 FORMATS = pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
@@ -89,7 +89,7 @@ def test_any_image_enters_on_the_grid(stream):
     assert torch.equal(inverted, torch.round(image() * grid) / grid)
 
 
-@MODULES
+@MOSTLY_FAST
 @FORMATS
 def test_random_layers_are_replayed_exactly(module, stream):
     model = narrow(module, stream=stream, stochastic_depth=0.4).train()
@@ -97,7 +97,7 @@ def test_random_layers_are_replayed_exactly(module, stream):
         assert check_invertible(model.rev_stack, model.stem(image()), rtol=0.0) == [0.0]
 
 
-@MODULES
+@MOSTLY_FAST
 def test_values_are_close_to_those_of_float_streams(module):
     outputs = {s: narrow(module, stream=s).eval()(image()).detach() for s in ("float32", "fixed32", "fixed16")}
     scale = outputs["float32"].abs().max()
@@ -118,7 +118,7 @@ def test_reversible_gradients_equal_stored_ones_bit_for_bit(module, scale, strea
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients[0])
 
 
-@MODULES
+@MOSTLY_FAST
 def test_float_streams_are_not_exact_in_bfloat16(module):
     """The reason for it all."""
     found, wanted = (
@@ -148,7 +148,7 @@ def test_gradient_of_the_image_is_straight_through(module, stream):
     assert (found[0] - x.grad).norm() < 0.05 * x.grad.norm()
 
 
-@MODULES
+@MOSTLY_FAST
 def test_default_under_autocast_is_exact(module):
     models = [narrow(module, reversible=reversible) for reversible in (True, False)]
     assert models[0].rev_stack.stream is None
@@ -185,7 +185,7 @@ def test_memory_of_sixteen_bit_streams(scale, batch, most):
 # --- range ----------------------------------------------------------------------------------------
 
 
-@MODULES
+@MOSTLY_FAST
 def test_overflow_is_reported_and_still_inverts(module):
     model = narrow(module, stream=StreamFormat("fixed16", (14,))).eval()  # |y| < 2
     x = torch.full((2, 3, 64, 64), 1.75)
@@ -194,14 +194,14 @@ def test_overflow_is_reported_and_still_inverts(module):
         assert torch.equal(model.inverse(streams), x)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_no_warning_within_range(module):
     with warnings.catch_warnings():
         warnings.simplefilter("error", StreamOverflowWarning)
         step(narrow(module, stream="fixed16"), image(), True)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_range_report(module):
     model = narrow(module, stream="fixed16").eval()
     before = [b.clone() for b in model.buffers()]
@@ -249,7 +249,7 @@ def test_self_check_names_the_transform_in_the_first_step(stream):
     blocks("float32", hidden=True)(x).sum().backward()
 
 
-@MODULES
+@MOSTLY_FAST
 def test_self_check_is_over_after_a_step_that_passes(module):
     model = narrow(module, stream="fixed16")
     assert model.rev_stack.self_check
@@ -258,7 +258,7 @@ def test_self_check_is_over_after_a_step_that_passes(module):
     assert identical(step(copy.deepcopy(model), image(), True), step(model, image(), True))
 
 
-@MODULES
+@MOSTLY_FAST
 def test_drift_monitor(module):
     for stream, reduced in (("float32", False), ("fixed32", True), ("fixed16", True)):
         model = narrow(module, stream=stream)
@@ -280,7 +280,7 @@ def test_monitor_refuses_a_model_that_reconstructs_nothing():
         pass
 
 
-@MODULES
+@MOSTLY_FAST
 def test_stream_may_be_set_and_is_shown(module):
     model = narrow(module)
     model.rev_stack.self_check = False
@@ -290,20 +290,20 @@ def test_stream_may_be_set_and_is_shown(module):
     assert "stream=fixed16[9]" in repr(model)
 
 
-@MODULES
+@MOSTLY_FAST
 def test_images_of_sixteen_bits_under_autocast_are_exact_too(module):
     models = [narrow(module, reversible=reversible) for reversible in (True, False)]
     assert identical(*(step(model, image().bfloat16(), True) for model in models))
 
 
-@MODULES
+@MOSTLY_FAST
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtypes_that_an_exact_stream_cannot_give_back(module, dtype):
     with pytest.raises(ValueError, match=f"stream: fixed16 holds float32 values .* got an input of {dtype}"):
         narrow(module, stream="fixed16").to(dtype)(image().to(dtype))
 
 
-@MODULES
+@MOSTLY_FAST
 @REVERSIBLE
 def test_second_and_double_backward_say_what_to_use(module, reversible):
     model = narrow(module, stream="fixed32", reversible=reversible)

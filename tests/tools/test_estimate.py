@@ -6,7 +6,7 @@ import revbifpn
 from revbifpn import estimate, fast, fused
 from revbifpn.estimate import MemoryEstimate, StepEstimator, estimate_memory, largest_batch
 from revbifpn.memory import measure_step
-from tests.networks import F32, MODULES, REVERSIBLE, TWO_LEVELS, narrow
+from tests.networks import F32, MOSTLY_FAST, REVERSIBLE, TWO_LEVELS, narrow
 
 
 def tiny(module=fast, **options):
@@ -25,7 +25,7 @@ def small_chunks():
         yield
 
 
-@MODULES
+@MOSTLY_FAST
 @REVERSIBLE
 def test_small_batches_are_what_a_real_step_takes(module, reversible):
     model = tiny(module, reversible=reversible)

@@ -13,7 +13,7 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.memory import PeakMemory, SampleMemory, StepMemory, measure_sample, measure_step
 from revkernels import dispatch
-from tests.networks import F32, MODULES, REVERSIBLE, narrow
+from tests.networks import F32, MOSTLY_FAST, REVERSIBLE, narrow
 
 N = 1000
 PLANE = 4 * N  # bytes of N float32
@@ -189,7 +189,7 @@ class TestMeter:
 
 
 class TestStep:
-    @MODULES
+    @MOSTLY_FAST
     @REVERSIBLE
     def test_fake_and_real_steps_have_the_same_bytes(self, module, reversible):
         model = tiny(module, reversible=reversible, stochastic_depth=0.2)
@@ -197,7 +197,7 @@ class TestStep:
         assert (real.meter, fake.meter) == ("tensors", "fake tensors")
         assert real == StepMemory(**{**vars(fake), "meter": real.meter})
 
-    @MODULES
+    @MOSTLY_FAST
     @REVERSIBLE
     def test_allocator_sees_a_little_more(self, module, reversible):
         # The rest is scratch memory inside kernels, which no result of an op shows.
