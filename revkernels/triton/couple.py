@@ -35,7 +35,7 @@ from revkernels.triton.tiles import (
 IDENTITY_TILE = (32, 64)  # rows, pixels; half the rows where elements are loaded one by one
 UPSAMPLED_TILE = (16, 32)  # pixels of a plane: with all factors, two warps of 8 pixels a thread
 ADJOINT_IDENTITY_TILE = (4, 256)  # half the rows likewise
-ADJOINT_UPSAMPLED_TILE = (16, 64)  # wider maps in blocks that overlap, by at least two source pixels
+ADJOINT_UPSAMPLED_TILE = (16, 64)  # two warps; wider maps in blocks that overlap, by at least two source pixels
 ADJOINT_HALO = 8  # pixels on either side: the largest factor, and 16 bytes of the narrowest dtype
 
 
@@ -500,7 +500,7 @@ def _adjoint_upsampled(
             BLOCK_W=block_w,
             HALO=ADJOINT_HALO,
         )
-        return Plan(n * c * splits, constants)
+        return Plan(n * c * splits, constants, num_warps=2)
 
     key = (dy.get_device(), tuple(map(seen, (dy, *du, *p, *center, *targets))), tuple(factors), mode)
     _couple_adjoint_upsampled(key, plan, dy, du, p, center, targets)
