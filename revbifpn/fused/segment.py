@@ -90,12 +90,15 @@ class FusedSegment:
         """The segment's map, the records of its parts, and what they keep."""
         y, *merged = inputs
         contribution, record, d = self.neck.compute(y, keep_d=keep)
-        records, kept = [record], [Kept(contribution.p, d)]
+        records, kept = [record], [Kept(contribution.p, d)] if keep else []
         out = _sum(contribution, _first(merged))
         if self.merge is not None:
+            del contribution  # and p, where it is not kept
             contribution, record, d = self.merge.compute(out, keep_d=keep)
+            del out
             records.append(record)
-            kept.append(Kept(contribution.p, d))
+            if keep:
+                kept.append(Kept(contribution.p, d))
             out = _sum(contribution, None)
         return Contribution(out), records, kept
 
@@ -141,7 +144,8 @@ class FusedSegment:
             dmerge: list[Tensor | None] = []
             if self.merge is not None:
                 dout = self._out(y, merged, records[0], weights[0], kept[0])
-                again = kept[1] if len(kept) > 1 else self.merge.again(dout, records[1], weights[1], d=True)
+                # At the highest level, where memory peaks, d is computed again in every pass.
+                again = kept[1] if len(kept) > 1 else self.merge.again(dout, records[1], weights[1], d=bool(merged))
                 dmerge = self.merge.pull(dout, records[1], weights[1], again, du, None, dout, add=False)
                 del again
                 fits = self.neck.expanded == self.neck.channels and dout.dtype == self.neck.dtype
