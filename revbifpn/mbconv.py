@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.engine.anomaly import check_finite
+from revbifpn.engine.branch import indifferent_to_gradients
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1, "affine": True, "track_running_stats": True}
 
@@ -32,6 +33,7 @@ class Layers:
     se_sig_act: Callable[[], nn.Module] = nn.Hardsigmoid
 
 
+@indifferent_to_gradients
 class ConvNormAct(nn.Module):
     """Convolution with padding ``(k - 1) // 2``, normalisation, activation; the last two may be absent."""
 
@@ -61,6 +63,7 @@ class ConvNormAct(nn.Module):
         return x if self.act is None else self.act(x)
 
 
+@indifferent_to_gradients
 class SqueezeExcite(nn.Module):
     """``x * sigma(W2 h(W1 mean_hw(x) + b1) + b2)``."""
 
@@ -86,6 +89,7 @@ def stochastic_depth(x: Tensor, p: float, training: bool) -> Tensor:
     return x * keep.div_(1.0 - p)
 
 
+@indifferent_to_gradients
 class MBConv(nn.Module):
     """Inverted bottleneck without a skip: expand 1x1, depthwise k x k, squeeze-excite, project 1x1, stochastic depth.
 

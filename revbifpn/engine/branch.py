@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
 from revbifpn.engine.anomaly import check_finite
+from revbifpn.engine.coupling import Upsampled
 from revbifpn.engine.record import (
     Record,
     Recorder,
@@ -21,6 +23,8 @@ from revbifpn.engine.record import (
     uncached_parametrizations,
 )
 from revbifpn.streams import Values, values
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,25 @@ class Branch(Protocol):
         """:meth:`record` and :meth:`recompute` at once: the pullback keeps what it needs since forward."""
 
 
+# Modules whose kernels are the same with and without gradients, and which do all their work when they are called.
+_INDIFFERENT: set[type[nn.Module]] = {
+    *(nn.Sequential, Upsampled, nn.Identity, nn.Linear, nn.Flatten, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d),
+    *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Softplus),
+    *(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.ZeroPad2d),
+}
+
+
+def indifferent_to_gradients(cls: type[_M]) -> type[_M]:
+    """Declare of a module class that its forward does what is the same with and without gradients, and at once.
+
+    The first call of a branch of such modules alone needs no graph. Others have one, for the time of the call.
+    """
+    _INDIFFERENT.add(cls)
+    return cls
+
+
 class ModuleBranch:
     """Any module as a branch: its vector-Jacobian product comes from autograd, on a graph built in backward.
 
@@ -119,21 +142,21 @@ class ModuleBranch:
     between forward and backward, parameters swapped in by ``torch.func.functional_call``, cached parametrisations, and
     checkpoints inside, whose own second call runs in the same scene.
 
-    Both calls run with gradients enabled, on inputs that want one: without, kernels may differ (attention's, recurrent
-    layers').
+    Both calls run with gradients enabled, on inputs that want one, unless the modules are known to be indifferent:
+    without, kernels may differ (attention's, recurrent layers').
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def parameters(self) -> list[Tensor]:
-        parameters: list[Tensor] = list(self.module.parameters())
-        if any(map(is_lazy, parameters)):
+        self.module, self.modules = module, list(module.modules())
+        self._own = dict(module.named_parameters())
+        if any(map(is_lazy, self._own.values())):
             raise RuntimeError(
                 f"{type(self.module).__name__} has parameters that are not initialised yet (a Lazy layer): call it "
                 "once on an input of its own before the reversible block that it is in"
             )
-        return parameters
+
+    def parameters(self) -> list[Tensor]:
+        return list(self._own.values())
 
     def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
         module, tensors = self.module, tuple(map(values, inputs))
@@ -141,16 +164,23 @@ class ModuleBranch:
             p = module(*tensors)
         else:
             buffers = {name: b.clone() for name, b in module.named_buffers()}
-            with torch.no_grad(), recomputing(), flags(module, [m.training for m in module.modules()]):
+            with torch.no_grad(), recomputing(), flags(self.modules, [m.training for m in self.modules]):
                 p = torch.func.functional_call(module, buffers, tensors)
         check_finite(module, p)
         return Contribution(p)
 
+    def _is_indifferent(self) -> bool:
+        def plain(m: nn.Module) -> bool:
+            return not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+
+        return all(type(m) in _INDIFFERENT and plain(m) for m in self.modules)
+
     def record(self, *inputs: Values) -> tuple[Contribution, Record]:
         tensors = [values(x).detach() for x in inputs]
-        recorder = Recorder(self.module, tensors)
-        with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.enable_grad():
-            p = _call(self.module, [_wanting(x) for x in tensors])
+        recorder = Recorder(self.module, self.modules, tensors)
+        graph = not self._is_indifferent()
+        with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.set_grad_enabled(graph):
+            p = _call(self.module, [_wanting(x) if graph else x for x in tensors])
         check_finite(self.module, p)
         return Contribution(p.detach()), recorder.finish()
 
@@ -160,7 +190,7 @@ class ModuleBranch:
         # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
         tensors = [_wanting(values(x).data) if need else values(x).data for x, need in zip(inputs, needs, strict=True)]
         parameters = _leaves(parameters)
-        replay = Replay(self.module, record, self._named(parameters))
+        replay = Replay(self.module, self.modules, record, self._named(parameters))
         with torch.enable_grad():
             p = replay.call(*tensors)
         return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
@@ -169,23 +199,23 @@ class ModuleBranch:
         tensors = [_wanting(_copy(values(x).detach())) for x in inputs]
         parameters = _leaves(parameters)
         named = self._named(parameters)
-        recorder = Recorder(self.module, tensors)
+        recorder = Recorder(self.module, self.modules, tensors)
         with torch.enable_grad(), recorder.autocast.restore(), uncached_parametrizations():
             p = torch.func.functional_call(self.module, named, tuple(tensors))
         check_finite(self.module, p)
-        replay = Replay(self.module, recorder.finish(), named, kept=True)
+        replay = Replay(self.module, self.modules, recorder.finish(), named, kept=True)
         return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
 
     def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip((name for name, _ in self.module.named_parameters()), parameters, strict=True))
+        return dict(zip(self._own, parameters, strict=True))
 
     def _pullback(self, p: Tensor, inputs: Sequence[Tensor], parameters: Sequence[Tensor], replay: Replay) -> Pullback:
-        _expect_own(p, {id(t) for t in (*inputs, *parameters)}, self.module)
+        calls_python = _check_graph(p, {id(t) for t in (*inputs, *parameters)}, self.module)
 
         def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if p.requires_grad:
                 # Into leaves of our own, not by autograd.grad, which checkpoints of the reentrant kind refuse.
-                replay.run(lambda: torch.autograd.backward(p, du.to(p.dtype)))
+                replay.pull(lambda: torch.autograd.backward(p, du.to(p.dtype)), calls_python=calls_python)
             for x, total in zip(inputs, into, strict=True):
                 if x.grad is not None and total is not None:
                     total.tensor().add_(x.grad)
@@ -217,14 +247,19 @@ def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [q.detach().requires_grad_(q.requires_grad) for q in parameters]
 
 
-def _expect_own(p: Tensor, known: set[int], module: nn.Module) -> None:
-    """Refuse a result that depends on tensors which want a gradient and would silently get none."""
-    seen, front = set(), [p.grad_fn]
+def _check_graph(p: Tensor, known: set[int], module: nn.Module) -> bool:
+    """Refuse a result that depends on tensors which want a gradient and would silently get none.
+
+    Returns:
+        Whether a node of its graph is written in Python.
+    """
+    seen, front, calls_python = set(), [p.grad_fn], False
     while front:
         node = front.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        calls_python = calls_python or isinstance(node, BackwardCFunction)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
             raise RuntimeError(
@@ -233,3 +268,4 @@ def _expect_own(p: Tensor, known: set[int], module: nn.Module) -> None:
                 "as a parameter, or detach it"
             )
         front += [function for function, _ in node.next_functions]
+    return calls_python

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -189,9 +189,8 @@ def updates_statistics(module: nn.Module) -> bool:
 
 
 @contextmanager
-def flags(module: nn.Module, training: Sequence[bool], *, tracking: bool = False) -> Iterator[None]:
-    """Give every submodule its recorded training flag; unless ``tracking``, no norm layer updates its statistics."""
-    modules = list(module.modules())
+def flags(modules: Sequence[nn.Module], training: Sequence[bool], *, tracking: bool = False) -> Iterator[None]:
+    """Give every module its recorded training flag; unless ``tracking``, no norm layer updates its statistics."""
     now = [m.training for m in modules]
     stopped: list[Any] = []
     try:
@@ -223,17 +222,17 @@ class Recorder:
     """Watches one call: made before it; :meth:`finish` after it gives the record.
 
     Args:
-        module: that is called.
+        module, modules: that is called, and all in it.
         inputs: of the call.
     """
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, module: nn.Module, modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
         self.module, self.inputs = module, inputs
-        skipped = {id(b) for m in module.modules() if updates_statistics(m) for b in m.buffers(recurse=False)}
+        skipped = {id(b) for m in modules if updates_statistics(m) for b in m._buffers.values()}
         self.buffers = {name: b for name, b in module.named_buffers() if id(b) not in skipped}
         self.before = {name: (b.clone(), version_of(b)) for name, b in self.buffers.items()}
         self.versions = [version_of(x) for x in inputs]
-        self.training = tuple(m.training for m in module.modules())
+        self.training = tuple(m.training for m in modules)
         self.autocast = Autocast.current(inputs[0].device)
         self.capturing = is_capturing(inputs[0].device)
         self.generators = None if self.capturing else Generators.current(*inputs)
@@ -254,7 +253,8 @@ class Recorder:
         if self.generators is not None:
             generators = Generators.current(*self.inputs)
             random = None if generators == self.generators else (self.generators, generators)
-        now, changed, unchanged = dict(self.module.named_buffers()), {}, {}
+        now = dict(self.module.named_buffers()) if self.before else {}
+        changed, unchanged = {}, {}
         for name, (value, version) in self.before.items():
             buffer = self.buffers[name]
             if now.get(name) is buffer and version_of(buffer) == version:
@@ -286,41 +286,49 @@ class Replay:
     """A module as a recorded call found it, on given parameters.
 
     Args:
-        module: that was called.
+        module, modules: that was called, and all in it.
         record: of the call.
         parameters: by name, the values that it used.
         kept: the graph is that of the recorded call, whose lazy parts must save the same tensors: norms go on updating
             statistics, those of copies.
     """
 
-    def __init__(self, module: nn.Module, record: Record, parameters: dict[str, Tensor], *, kept: bool = False) -> None:
-        self.module, self.record, self.parameters, self.kept = module, record, parameters, kept
-        self._within = _Within(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        modules: Sequence[nn.Module],
+        record: Record,
+        parameters: dict[str, Tensor],
+        *,
+        kept: bool = False,
+    ) -> None:
+        self.module, self.modules, self.record = module, modules, record
+        self.parameters, self.kept = parameters, kept
         self._generators = record.random and record.random[0]
 
-    def run(self, function: Callable[[], Any]) -> Any:
-        """``function()`` with everything that was recorded in force.
-
-        Buffers are at every run what the recorded call found; random numbers go on from one run to the next.
-        """
+    @contextmanager
+    def _scene(self) -> Iterator[None]:
+        """Flags, autocast and generators of the recorded call; random numbers go on from one scene to the next."""
         record = self.record
-        copies = {name: b.clone() for name, b in self.module.named_buffers()} if self.kept else {}
-        state = self.parameters | copies | record.buffers.restore()
-        with ExitStack() as scene:
-            scene.enter_context(recomputing())
-            scene.enter_context(flags(self.module, record.training, tracking=self.kept))
-            scene.enter_context(uncached_parametrizations())
-            scene.enter_context(record.autocast.restore())
-            if self._generators is not None:
-                devices = self._generators.devices
-                scene.enter_context(torch.random.fork_rng(devices=devices))
+        with (
+            recomputing(),
+            flags(self.modules, record.training, tracking=self.kept),
+            uncached_parametrizations(),
+            record.autocast.restore(),
+        ):
+            if self._generators is None:
+                yield
+                return
+            devices = self._generators.devices
+            with torch.random.fork_rng(devices=devices):
                 self._generators.put()
-            result = torch.func.functional_call(
-                self._within, {f"module.{name}": value for name, value in state.items()}, (function,)
-            )
-            if self._generators is not None:
+                yield
                 self._generators = Generators(torch.get_rng_state(), devices, _device_states(devices))
-        return result
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters, and buffers as the recorded call found them, by name."""
+        copies = {name: b.clone() for name, b in self.module.named_buffers()} if self.kept else {}
+        return self.parameters | copies | self.record.buffers.restore()
 
     def call(self, *inputs: Tensor) -> Tensor:
         """The module's second call.
@@ -328,7 +336,8 @@ class Replay:
         Raises:
             RuntimeError: it drew other random numbers than the first.
         """
-        p = self.run(lambda: self.module(*inputs))
+        with self._scene():
+            p = torch.func.functional_call(self.module, self._tensors(), inputs)
         if self.record.random is not None and self._generators != self.record.random[1]:
             raise RuntimeError(
                 f"{type(self.module).__name__} did not draw the same random numbers in backward as in forward: another "
@@ -336,6 +345,19 @@ class Replay:
                 "train in several processes, or use reversible=False"
             )
         return p
+
+    def pull(self, backward: Callable[[], None], *, calls_python: bool) -> None:
+        """Run ``backward`` where parts of the module that run in it find what the recorded call found.
+
+        Args:
+            calls_python: nodes of the graph are written in Python, and may accumulate into parameters by themselves.
+        """
+        with self._scene():
+            if calls_python or self.kept or self.record.buffers.changed:
+                tensors = {f"module.{name}": value for name, value in self._tensors().items()}
+                torch.func.functional_call(_Within(self.module), tensors, (backward,))
+            else:
+                backward()
 
 
 def _device_states(devices: Sequence[int]) -> list[Tensor]:

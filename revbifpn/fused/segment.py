@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from revbifpn.engine.branch import Contribution, Gradient, Pullback
+from revbifpn.engine.branch import Contribution, Gradient, Pullback, indifferent_to_gradients
 from revbifpn.fused.mbconv import FusedMBConv, FusedRecord, Kept, Weights, explicit
 from revbifpn.streams import Values, values
 
 
+@indifferent_to_gradients
 class Segment(nn.Module):
     """``merge(neck(y) + m)``; without ``merge`` the sum itself, without m just the neck's map."""
 
