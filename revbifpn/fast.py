@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 import revkernels
@@ -27,6 +28,8 @@ class Stem(model.Stem):
     """:class:`revbifpn.model.Stem` by the space-to-depth kernel, plane repetition built in."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            return super().forward(x)
         return revkernels.space_to_depth(x, self.planes, self.block)
 
     def inverse(self, y: Tensor) -> Tensor:

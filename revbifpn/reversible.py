@@ -109,6 +109,8 @@ class Reversible(nn.Module, ABC):
             streams: ``[N, C, H, W]`` each; left as they are unless ``owned``.
             owned: the caller gives the tensors away, so that they may be updated in place.
         """
+        if torch.jit.is_tracing():  # tools that trace see ordinary operations
+            return Stored(Coupler(), streams)
         stream = resolve(self.stream, streams[0])
         if stream.exact or self.reversible or not torch.is_grad_enabled():
             stored, retain = not self.reversible, self.retain_graph

@@ -128,7 +128,7 @@ class Stored:
     def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
         """As :meth:`Tape.read`."""
         stream = self._get(Part(level))
-        if stored:
+        if stored or torch.jit.is_tracing():
             return self.coupler.apply(transform, stream, *others)
         return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
 
