@@ -189,7 +189,10 @@ def test_run_prints_tables_and_writes_json_csv_and_plot(tiny, tmp_path, capsys):
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
-@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("memory_*.json")), ids=lambda path: path.stem)
+COMMITTED = [path for path in sorted(results.RESULTS.glob("memory_*.json")) if not path.stem.endswith("_quick")]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_can_be_shown_and_drawn(path, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     document = json.loads(path.read_text())

@@ -44,7 +44,9 @@ def small(monkeypatch):
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
 
     for package in (revbifpn, revbifpn.fast):
-        monkeypatch.setattr(package, "revbifpn_s0", lambda cls=package.RevBiFPN, **kw: cls(**(TWO_LEVELS | kw)))
+        monkeypatch.setattr(
+            package, "revbifpn_s0", lambda cls=package.RevBiFPN, **kw: cls(**(TWO_LEVELS | {"classes": 1000} | kw))
+        )
     everything = networks.catalogue()
     found = [c for c in everything if c.key in ("revbifpn_s0/fast", "revbifpn_s0/stored", "revbifpn_s0/reversible")]
     found.append(networks.Network("theirs", "stored", "HRNet", "HRNet-T", 60.0, net))

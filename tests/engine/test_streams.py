@@ -19,6 +19,7 @@ from revbifpn import (
     range_report,
 )
 from revbifpn.configs import CONFIGS
+from revbifpn.fused import mbconv as fused_mbconv
 from revbifpn.memory import MIB, measure_sample
 from tests.marks import product
 from tests.networks import BOTH, F32, MOSTLY_FAST, NARROW, REVERSIBLE, identical
@@ -159,13 +160,13 @@ def test_default_under_autocast_is_exact(module):
 
 def test_fused_branches_run_in_the_dtype_of_autocast(monkeypatch):
     dtypes = set()
-    depthwise = torch.ops.revkernels.depthwise_conv
+    forward = fused_mbconv._forward
 
-    def record(x, *arguments):
-        dtypes.add(x.dtype)
-        return depthwise(x, *arguments)
+    def record(*arguments):
+        dtypes.update(plane.dtype for plane in arguments[-3:-1] if plane is not None)  # p, d
+        return forward(*arguments)
 
-    monkeypatch.setattr(torch.ops.revkernels, "depthwise_conv", record)
+    monkeypatch.setattr(fused_mbconv, "_forward", record)
     step(narrow(fast, stream="fixed16"), image(), True)
     assert dtypes == {torch.bfloat16}
 
