@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from revbifpn.build import Builder
@@ -28,7 +28,7 @@ from revbifpn.configs import get_config
 from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
-from revbifpn.reversible import ReversibleSequence
+from revbifpn.reversible import ReversibleSequence, RevSilo
 from revbifpn.streams import StreamFormat, autocast_dtype
 from revkernels import reference
 
@@ -178,7 +178,7 @@ class RevBiFPN(nn.Module):
             )
 
         self.disable_recomp = disable_recomp if reversible is None else not reversible
-        self.norms_frozen = False
+        self.norms_frozen, self.layers_frozen = False, 0
         self.levels = build.levels
         self.stride = block * 2 ** (build.levels - 1)  # of the lowest resolution, in image pixels
 
@@ -291,6 +291,8 @@ class RevBiFPN(nn.Module):
         return pyramid if self.head is None else self.head(pyramid)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if isinstance(x, fx.Proxy):
+            return _as_leaf(self, x)
         self._check(x)
         with names_of(self):
             out = self._forward(x if x.dim() == 4 else x[None])
@@ -313,15 +315,50 @@ class RevBiFPN(nn.Module):
         for module in self.modules():
             if isinstance(module, _NormBase):
                 module.requires_grad_(not frozen)
+        for layer in self.layers[: self.layers_frozen]:
+            layer.requires_grad_(False)
         return self.train(self.training)
 
+    @property
+    def layers(self) -> list[nn.ModuleList]:
+        """The stack's blocks by layer: RevBlocks, then a silo."""
+        layers = [nn.ModuleList()]
+        for block in self.rev_stack.blocks:
+            layers[-1].append(block)
+            if isinstance(block, RevSilo):
+                layers.append(nn.ModuleList())
+        return [layer for layer in layers if len(layer)]
+
+    def freeze_layers(self, layers: int) -> RevBiFPN:
+        """Fine-tuning of the last layers only: the first ones stay as they are, in eval mode and without gradients.
+
+        Args:
+            layers: how many; 0 takes it back.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: the stack does not have so many.
+        """
+        all_layers = self.layers
+        if not 0 <= layers <= len(all_layers):
+            raise ValueError(f"layers: expected 0 to {len(all_layers)}, as the stack has, got {layers}")
+        for i, layer in enumerate(all_layers):
+            if (i < layers) != (i < self.layers_frozen):
+                layer.requires_grad_(i >= layers)
+        self.layers_frozen = layers
+        return self.freeze_norms() if self.norms_frozen else self.train(self.training)
+
     def train(self, mode: bool = True) -> RevBiFPN:
-        """As :meth:`torch.nn.Module.train`, but frozen norms stay in eval mode."""
+        """As :meth:`torch.nn.Module.train`, but frozen norms and layers stay in eval mode."""
         super().train(mode)
         if self.norms_frozen:
             for module in self.modules():
                 if isinstance(module, _NormBase):
                     module.eval()
+        for layer in self.layers[: self.layers_frozen]:
+            layer.eval()
         return self
 
     def forward_streams(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -347,6 +384,18 @@ class RevBiFPN(nn.Module):
         if len(streams) != self.levels:
             raise ValueError(f"streams: expected {self.levels} maps from high to low resolution, got {len(streams)}")
         return self.stem.inverse(cast(Tensor, self.rev_stack.inverse(*streams)))  # the stack starts from one stream
+
+
+def _as_leaf(model: RevBiFPN, x: fx.Proxy) -> Any:
+    """The call of ``model`` in a graph that torch.fx traces: one operation, as those of torch.nn are."""
+    path = x.tracer.path_of_module(model) if isinstance(x.tracer, fx.Tracer) else ""
+    if not path:
+        raise TypeError(
+            "x: torch.fx takes a RevBiFPN as one operation, so there is nothing in it to trace or to extract: "
+            "classes=None makes it return its maps, revbifpn.adapters.torchvision has a backbone of named maps, and a "
+            "module that holds the model can be traced"
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 class ByArch(nn.Module):
