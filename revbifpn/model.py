@@ -28,7 +28,7 @@ from revbifpn.configs import get_config
 from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
-from revbifpn.reversible import ReversibleSequence, RevSilo
+from revbifpn.reversible import Reversible, ReversibleSequence, RevSilo
 from revbifpn.streams import StreamFormat, autocast_dtype
 from revkernels import reference
 
@@ -315,19 +315,19 @@ class RevBiFPN(nn.Module):
         for module in self.modules():
             if isinstance(module, _NormBase):
                 module.requires_grad_(not frozen)
-        for layer in self.layers[: self.layers_frozen]:
-            layer.requires_grad_(False)
+        for block in chain(*self.layers[: self.layers_frozen]):
+            block.requires_grad_(False)
         return self.train(self.training)
 
     @property
-    def layers(self) -> list[nn.ModuleList]:
+    def layers(self) -> list[list[Reversible]]:
         """The stack's blocks by layer: RevBlocks, then a silo."""
-        layers = [nn.ModuleList()]
+        layers: list[list[Reversible]] = [[]]
         for block in self.rev_stack.blocks:
             layers[-1].append(block)
             if isinstance(block, RevSilo):
-                layers.append(nn.ModuleList())
-        return [layer for layer in layers if len(layer)]
+                layers.append([])
+        return [layer for layer in layers if layer]
 
     def freeze_layers(self, layers: int) -> RevBiFPN:
         """Fine-tuning of the last layers only: the first ones stay as they are, in eval mode and without gradients.
@@ -345,8 +345,8 @@ class RevBiFPN(nn.Module):
         if not 0 <= layers <= len(all_layers):
             raise ValueError(f"layers: expected 0 to {len(all_layers)}, as the stack has, got {layers}")
         for i, layer in enumerate(all_layers):
-            if (i < layers) != (i < self.layers_frozen):
-                layer.requires_grad_(i >= layers)
+            for block in layer if (i < layers) != (i < self.layers_frozen) else ():
+                block.requires_grad_(i >= layers)
         self.layers_frozen = layers
         return self.freeze_norms() if self.norms_frozen else self.train(self.training)
 
@@ -357,8 +357,8 @@ class RevBiFPN(nn.Module):
             for module in self.modules():
                 if isinstance(module, _NormBase):
                     module.eval()
-        for layer in self.layers[: self.layers_frozen]:
-            layer.eval()
+        for block in chain(*self.layers[: self.layers_frozen]):
+            block.eval()
         return self
 
     def forward_streams(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -186,7 +186,7 @@ def test_frozen_norms_and_layers_stay_as_they_are_in_training():
     layers = net.body.layers
     assert len(layers) == 3
     frozen = {n for n, p in net.named_parameters() if not p.requires_grad}
-    of_layers = {id(p) for layer in layers[:2] for p in layer.parameters()}
+    of_layers = {id(p) for layer in layers[:2] for block in layer for p in block.parameters()}
     assert frozen == {n for n, p in net.named_parameters() if id(p) in of_layers or (".norm." in n and "body" in n)}
     before = {n: v.clone() for n, v in net.state_dict().items()}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -210,10 +210,9 @@ def test_freezing_can_be_taken_back_in_any_order():
     model = narrow(fast)
     model.freeze_norms().freeze_layers(2).freeze_norms(False)
     first, last = model.layers[0], model.layers[-1]
-    assert not any(p.requires_grad for p in first.parameters()) and not any(
-        m.training for m in first.modules() if m is not first
-    )
-    assert all(p.requires_grad for p in last.parameters())
+    assert not any(p.requires_grad for block in first for p in block.parameters())
+    assert not any(module.training for block in first for module in block.modules())
+    assert all(p.requires_grad for block in last for p in block.parameters())
     model.freeze_norms().freeze_layers(0)
     norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     assert all(p.requires_grad == (id(p) not in norms) for p in model.parameters())
