@@ -13,6 +13,9 @@ import revkernels  # noqa: F401  defines the ops
 from revkernels import reference_mbconv as reference
 from revkernels import workspace
 from revkernels.reference import accumulate_dtype
+from tests.marks import covering
+
+pytestmark = covering
 
 OPS = torch.ops.revkernels
 EPS, MOMENTUM = [1e-3, 2e-3, 3e-3], [0.1, 0.2, 0.3]
