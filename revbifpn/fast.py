@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import revkernels
 from revbifpn import model
+from revbifpn.engine.tape import Stored, Tape
 from revbifpn.fused import FusedCoupler
 from revbifpn.fused.eligible import has_hooks
 from revbifpn.fused.segment import Segment
@@ -50,14 +51,18 @@ class RevBiFPN(model.RevBiFPN):
         neck, head = self.neck, self.head
         if not _is_plain(neck, model.Neck) or not (head is None or _is_plain(head, model.Head)):
             return super()._forward(x)
-        tape = self.open(x)
-        read = partial(tape.read, stored=self.disable_recomp)
         if head is None:
-            return [read(level, segment) for level, segment in enumerate(self._segments_of(neck, [None] * self.levels))]
+            return self.open(x, partial(self._maps, self._segments_of(neck, [None] * self.levels)))
+        return head.classify(self.open(x, partial(self._merged, self._segments_of(neck, [*head.pyramid_heads, None]))))
+
+    def _maps(self, segments: Sequence[Segment], tape: Tape | Stored) -> list[Tensor]:
+        return [tape.read(level, segment, stored=self.disable_recomp) for level, segment in enumerate(segments)]
+
+    def _merged(self, segments: Sequence[Segment], tape: Tape | Stored) -> Tensor:
         merged: tuple[Tensor, ...] = ()
-        for level, segment in enumerate(self._segments_of(neck, [*head.pyramid_heads, None])):
-            merged = (read(level, segment, *merged),)
-        return head.classify(*merged)
+        for level, segment in enumerate(segments):
+            merged = (tape.read(level, segment, *merged, stored=self.disable_recomp),)
+        return merged[0]
 
     def _segments_of(self, neck: model.Neck, merges: Sequence[nn.Module | None]) -> tuple[Segment, ...]:
         """One per level, made again where a module was replaced; in a tuple, so that they are no children of self."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import ReversibleSequence
 from revbifpn.streams import StreamFormat, autocast_dtype
 from revkernels import reference
+
+T = TypeVar("T")
 
 
 class Stem(nn.Module):
@@ -273,13 +275,20 @@ class RevBiFPN(nn.Module):
                 f"got {shape[-2]} x {shape[-1]}; pad or resize the image"
             )
 
-    def open(self, x: Tensor) -> Tape | Stored:
-        """The streams of x, on their tape, from which neck and head read."""
+    def open(self, x: Tensor, read: Callable[[Tape | Stored], T]) -> T:
+        """``read(tape)``, of the tape with the streams of x.
+
+        It is the result of the stack's call, since the neck's parameters lie in the stack: hooks that gather sharded
+        parameters for the stack gather these too.
+        """
         owned = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
         tape = self.rev_stack.open(self.stem(x), owned=owned)
-        tape.call(self.rev_stack)
-        tape.finish()
-        return tape
+
+        def finished() -> T:
+            tape.finish()
+            return read(tape)
+
+        return tape.call_and_read(self.rev_stack, finished)
 
     def _pyramid(self, tape: Tape | Stored) -> list[Tensor]:
         if self.neck is None:
@@ -287,7 +296,7 @@ class RevBiFPN(nn.Module):
         return self.neck(tape.leave() if self.disable_recomp else tape)
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        pyramid = self._pyramid(self.open(x))
+        pyramid = self.open(x, self._pyramid)
         return pyramid if self.head is None else self.head(pyramid)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -334,7 +343,7 @@ class RevBiFPN(nn.Module):
             Streams ``[N, channels[i], H / 2^(d+i), W / 2^(d+i)]``, from high to low resolution.
         """
         self._check(x)
-        return self.open(x).leave()
+        return self.open(x, lambda tape: tape.leave())
 
     @torch.no_grad()
     def inverse(self, streams: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,18 +117,18 @@ class Reversible(nn.Module, ABC):
             return open_tape(self, streams, self.coupler, stream, stored=stored, retain=retain, owned=owned)
         return Stored(self.coupler, streams)
 
-    def forward(self, *streams: Any) -> Any:
+    def forward(self, *streams: Any, read: Callable[[], Any] | None = None) -> Any:
         """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
 
         A container calls its blocks with its tape instead of tensors, so that their hooks run, and with what travels
-        through autograd (:meth:`revbifpn.engine.tape.Tape.call`).
+        through autograd (:meth:`revbifpn.engine.tape.Tape.call`); with ``read``, its result comes out instead.
         """
         if isinstance(streams[0], (Tape, Stored, TapeAt)):
             on, *carried = streams
             if carried:
                 on.carry(carried[0])
             self.run(on)
-            return on.carried()
+            return on.carried() if read is None else read()
         tape = self.open(*streams)
         with names_of(self):
             self.run(tape)
