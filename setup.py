@@ -115,8 +115,12 @@ def extras() -> dict[str, list[str]]:
     """What benchmarks, tests and development need beyond the package itself."""
     triton = "triton; sys_platform == 'linux' and platform_machine == 'x86_64'"
     return {
+        "timm": ["timm", torchvision_requirement()],
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton],
+        "test": [
+            *["pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton],
+            *["timm", torchvision_requirement(), "segmentation-models-pytorch"],
+        ],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }
 
