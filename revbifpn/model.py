@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from revbifpn.build import Builder
@@ -261,7 +261,7 @@ class RevBiFPN(nn.Module):
             )
 
         self.disable_recomp = disable_recomp if reversible is None else not reversible
-        self.norms_frozen = False
+        self.norms_frozen, self.layers_frozen = False, 0
         self.in_chans, self.pad = in_chans, pad
         self.levels = build.levels
         self.stride = block * 2 ** (build.levels - 1)  # of the lowest resolution, in image pixels
@@ -411,6 +411,8 @@ class RevBiFPN(nn.Module):
         return maps[0] if isinstance(out, Tensor) else maps
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if isinstance(x, fx.Proxy):
+            return _as_leaf(self, x)
         return self._run(self._forward, x)
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
@@ -428,15 +430,50 @@ class RevBiFPN(nn.Module):
         for module in self.modules():
             if isinstance(module, _NormBase):
                 module.requires_grad_(not frozen)
+        for block in chain(*self.layers[: self.layers_frozen]):
+            block.requires_grad_(False)
         return self.train(self.training)
 
+    @property
+    def layers(self) -> list[list[Reversible]]:
+        """The stack's blocks by layer: RevBlocks, then a silo."""
+        layers: list[list[Reversible]] = [[]]
+        for block in self.rev_stack.blocks:
+            layers[-1].append(block)
+            if isinstance(block, RevSilo):
+                layers.append([])
+        return [layer for layer in layers if layer]
+
+    def freeze_layers(self, layers: int) -> RevBiFPN:
+        """Fine-tuning of the last layers only: the first ones stay as they are, in eval mode and without gradients.
+
+        Args:
+            layers: how many; 0 takes it back.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: the stack does not have so many.
+        """
+        all_layers = self.layers
+        if not 0 <= layers <= len(all_layers):
+            raise ValueError(f"layers: expected 0 to {len(all_layers)}, as the stack has, got {layers}")
+        for i, layer in enumerate(all_layers):
+            for block in layer if (i < layers) != (i < self.layers_frozen) else ():
+                block.requires_grad_(i >= layers)
+        self.layers_frozen = layers
+        return self.freeze_norms() if self.norms_frozen else self.train(self.training)
+
     def train(self, mode: bool = True) -> RevBiFPN:
-        """As :meth:`torch.nn.Module.train`, but frozen norms stay in eval mode."""
+        """As :meth:`torch.nn.Module.train`, but frozen norms and layers stay in eval mode."""
         super().train(mode)
         if self.norms_frozen:
             for module in self.modules():
                 if isinstance(module, _NormBase):
                     module.eval()
+        for block in chain(*self.layers[: self.layers_frozen]):
+            block.eval()
         return self
 
     def forward_streams(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -650,6 +687,18 @@ def _room_for(in_chans: int, block: int) -> str:
     channels = in_chans * block**2
     scale = next((config.arch for config in CONFIGS.values() if config.channels[0] >= channels), None)
     return f"more channels need channels[0] >= {channels}" + (f", as {scale} has" if scale else "")
+
+
+def _as_leaf(model: RevBiFPN, x: fx.Proxy) -> Any:
+    """The call of ``model`` in a graph that torch.fx traces: one operation, as those of torch.nn are."""
+    path = x.tracer.path_of_module(model) if isinstance(x.tracer, fx.Tracer) else ""
+    if not path:
+        raise TypeError(
+            "x: torch.fx takes a RevBiFPN as one operation, so there is nothing in it to trace or to extract: "
+            "classes=None makes it return its maps, revbifpn.adapters.torchvision has a backbone of named maps, and a "
+            "module that holds the model can be traced"
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 class ByArch(nn.Module):

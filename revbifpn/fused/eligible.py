@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, is_
 from weakref import WeakKeyDictionary
@@ -83,13 +83,14 @@ class _Inspected:
         self.attributes = [m.__dict__ for m in modules]
         self.hooks = [hooks for m in modules for hooks in _hooks(m)]
         self.settings = [(m, get, get(m)) for m in self.parts for kind, get in _SETTINGS.items() if type(m) is kind]
-        self.tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
+        self.tensors: list[Mapping[str, Tensor | None]] = []
+        for m in modules:
+            self.tensors += (m._parameters, m._buffers)
         self.dtypes = self._dtypes()
         self.dtype = next((dtype for dtype in self.dtypes if dtype is not None), None)
 
     def _dtypes(self) -> list[torch.dtype | None]:
-        tensors = chain.from_iterable(map(dict.values, self.tensors))
-        return [None if t is None else t.dtype for t in tensors]
+        return [None if t is None else t.dtype for tensors in self.tensors for t in tensors.values()]
 
     def is_current(self) -> bool:
         """Whether everything is as it was."""
