@@ -93,7 +93,11 @@ class ReplayedCollectives(TorchDispatchMode):
         if not _is_collective(func):
             return func(*args, **(kwargs or {}))
         done, given = next(self.rest, None), _tensors((args, kwargs))
-        if done is None or done.op != func or any(a.shape != b.shape for a, b in zip(given, done.tensors, strict=False)):
+        if (
+            done is None
+            or done.op != func
+            or any(a.shape != b.shape for a, b in zip(given, done.tensors, strict=False))
+        ):
             raise RuntimeError(
                 f"{func} is called in backward, where a reversible block is computed again, and was not in forward: "
                 "modules that communicate have to do so in the same order both times"
