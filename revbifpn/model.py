@@ -411,7 +411,9 @@ class RevBiFPN(nn.Module):
         return maps[0] if isinstance(out, Tensor) else maps
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        return _as_leaf(self, x) if isinstance(x, fx.Proxy) else self._run(self._forward, x)
+        if isinstance(x, fx.Proxy):
+            return _as_leaf(self, x)
+        return self._run(self._forward, x)
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
         """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.

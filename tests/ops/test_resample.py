@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from revkernels import reference
 from revkernels.testing import implementations, poison, relative_error
+from tests.marks import covering
+
+pytestmark = covering
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 UP = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("upsample", d)}
