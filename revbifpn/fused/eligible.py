@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, is_
@@ -159,3 +160,13 @@ def _why_not_built_so(mbconv: MBConv) -> str:
         names = " and ".join(sorted(map(str, dtypes)))
         return f"its parameters and statistics are {names}, not all float32 or all float64"
     return ""
+
+
+def warn_of_frozen_norms(transforms: Iterable[nn.Module]) -> None:
+    """Say what to use instead of the frozen norms that torchvision and timm put in place of BatchNorm2d."""
+    if any(type(m).__name__ == "FrozenBatchNorm2d" for transform in transforms for m in transform.modules()):
+        warnings.warn(
+            "branches with FrozenBatchNorm2d run as ordinary modules, not on fused kernels; keep BatchNorm2d and call "
+            "model.freeze_norms(), which computes the same",
+            stacklevel=2,
+        )
