@@ -121,7 +121,17 @@ def extras() -> dict[str, list[str]]:
         "mmengine": ["mmengine"],
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": [
-            *("pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton),
+            *(
+                "pytest",
+                "pytest-benchmark",
+                "pytest-xdist",
+                "hypothesis",
+                "numpy",
+                "setuptools>=77",
+                "ninja",
+                "pybind11",
+                triton,
+            ),
             *("timm", torchvision_requirement(), "segmentation-models-pytorch", "huggingface_hub", "mmengine"),
         ],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],

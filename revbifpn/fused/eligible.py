@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import chain
-from operator import attrgetter, is_
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,7 +86,7 @@ class _Inspected:
         self.settings = [(m, get, get(m)) for m in self.parts for kind, get in _SETTINGS.items() if type(m) is kind]
         self.tensors: list[Mapping[str, Tensor | None]] = []
         for m in modules:
-            self.tensors += (m._parameters, m._buffers)
+            self.tensors += filter(len, (m._parameters, m._buffers))
         self.dtypes = self._dtypes()
         self.dtype = next((dtype for dtype in self.dtypes if dtype is not None), None)
 
@@ -98,9 +98,9 @@ class _Inspected:
         return (
             sum(map(len, self.children)) == len(self.order)
             and all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.order))
-            and [type(m) for m in self.parts] == self.types
+            and list(map(type, self.parts)) == self.types
             and not any(self.hooks)
-            and not any("forward" in attributes for attributes in self.attributes)
+            and not any(map(contains, self.attributes, repeat("forward")))
             and all(get(m) == value for m, get, value in self.settings)
             and self._dtypes() == self.dtypes
         )

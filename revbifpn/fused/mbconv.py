@@ -85,6 +85,7 @@ class FusedRecord(NamedTuple):
 
     norms: Tensor  # [4, E + E + C'], see revkernels.reference_mbconv
     batch: tuple[bool, ...]  # which norms took the batch's statistics
+    affine: tuple[Tensor, Tensor, Tensor]  # of the last norm: mean, scale and shift, views of norms
     shape: MBConvShape
     keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
     precision: str | None = None  # of the 1x1 convolutions' products, see revkernels.precision
@@ -151,14 +152,15 @@ class FusedMBConv:
         if expand is not None:
             expansion = _layer(expand)
         self.weights = Weights(*expansion, *_layer(depthwise), *se, *_layer(project))
+        self._parameters = [w for w in self.weights if w is not None]
 
     def parameters(self) -> list[Tensor]:
-        return [w for w in self.weights if w is not None]
+        return self._parameters
 
     def named(self, parameters: Sequence[Tensor]) -> Weights:
         """:meth:`parameters` by name, for other values of them."""
         given = iter(parameters)
-        return Weights._make(None if w is None else next(given) for w in self.weights)
+        return Weights(*[None if w is None else next(given) for w in self.weights])
 
     @property
     def expanded(self) -> int:
@@ -247,7 +249,8 @@ class FusedMBConv:
         d = self.plane(x, self.expanded, size) if keep_d else None
         with products_in(precision):
             norms = self._norms(self.weights, batch, self._running(batch, update), None, x, once, p, d)
-        record = FusedRecord(norms, batch, shape, self._draw_keep(x) if self._drops() else None, precision)
+        keep = self._draw_keep(x) if self._drops() else None
+        record = FusedRecord(norms, batch, self._affine(norms), shape, keep, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
         return contribution, record, d
@@ -298,10 +301,14 @@ class FusedMBConv:
         keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
         return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
 
+    def _affine(self, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, _, scale, shift = norms.narrow(1, norms.shape[1] - self.channels, self.channels).unbind()
+        return mean, scale, shift
+
     @staticmethod
     def contribution(p: Tensor, record: FusedRecord, keep: Tensor | None = None) -> Contribution:
         """``keep BN_2(p)`` as the coupling's affine: ``[C']``, or ``[N, C']`` with stochastic depth."""
-        center, _, scale, shift = record.norms[:, -p.shape[1] :].unbind()
+        center, scale, shift = record.affine
         keep = record.keep if keep is None else keep
         if keep is not None:
             scale, shift = keep[:, None] * scale, keep[:, None] * shift
@@ -331,7 +338,7 @@ class FusedMBConv:
             return record
         p = self.plane(x, self.channels, self.out_size(x))
         norms = self._norms(weights, record.batch, [None] * 9, record.norms, x, record.shape, p, None)
-        return record._replace(norms=norms)
+        return record._replace(norms=norms, affine=self._affine(norms))
 
     def again(self, x: Values, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False) -> Kept:
         """p, and d and e if they are to be kept, from the norms of the forward."""

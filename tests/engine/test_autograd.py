@@ -614,6 +614,7 @@ def test_streams_are_freed_without_the_cycle_collector(module, options, backward
     assert [owner() for owner in passes] == [None]
 
 
+@pytest.mark.slow
 @MOSTLY_FAST
 def test_live_memory_does_not_grow_over_steps(module):
     model = narrow(module, F32)

@@ -106,6 +106,7 @@ def test_published_file_loads_strictly_and_saves_again(module, scale):
         assert list(saved[k].shape) == shape and saved[k][(0,) * len(shape)] == i, k
 
 
+@pytest.mark.slow
 @MODULES
 def test_missing_and_unexpected_keys_are_named(module):
     with torch.device("meta"):
@@ -130,6 +131,7 @@ def test_parameters_are_as_many_as_published(module, scale):
 PUBLISHED_MACS = [269409648, 550806528, 1269423104, 3123379040, 10167773440, 21103385712, 37003772256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", mostly_slow(range(7)))
 @torch.no_grad()
 def test_multiply_accumulates_are_as_many_as_published(scale):

@@ -44,6 +44,7 @@ def counts_of(source, backward=False, **options):
     return count(lambda: model(x).sum().backward())
 
 
+@pytest.mark.slow
 @covering
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_forward_counts_what_the_readable_network_counts(variant):

@@ -87,12 +87,14 @@ def test_every_op_has_a_sample():
     assert samples().keys() | test_mbconv.samples().keys() == OPS.keys()
 
 
+@pytest.mark.slow
 @covering
 @pytest.mark.parametrize("op", samples())
 def test_opcheck(op):
     torch.library.opcheck(OPS[op].overload, samples()[op])
 
 
+@pytest.mark.slow
 @covering
 @pytest.mark.parametrize("name", fixed_point_samples())
 def test_opcheck_of_fixed_point_streams(name):

@@ -486,7 +486,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", mostly_slow(DAMAGES))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_module_is_not_loaded_and_a_sentence_says_so(package, damage):
     (module,) = package.glob("revkernels/_C.*.so")
     content, (change, sentence) = module.read_bytes(), DAMAGES[damage]

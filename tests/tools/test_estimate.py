@@ -105,6 +105,7 @@ def test_model_may_be_on_meta_and_is_left_alone():
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_largest_batch_fits_and_one_more_does_not(small_chunks):
     estimator = StepEstimator(tiny(), 32, optimizer_states=1)
     beyond = estimator.estimate(50).total
