@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.mbconv import ConvNormAct, MBConv
-from revbifpn.streams import Encoded, autocast_dtype
+from revbifpn.streams import HALVES, Encoded, autocast_dtype
 
 _SQUEEZE_EXCITE = [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]
 
 
-def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
-    """What a branch computes an input's planes in: autocast's dtype, or the input's."""
-    reduced = autocast_dtype(x.device) if x.dtype == torch.float32 else None
-    return reduced or x.dtype
+def compute_dtype(transform: nn.Module, x: Tensor | Encoded) -> torch.dtype:
+    """What a branch computes an input's planes in: autocast's dtype, the 16 bits of its weights, or the input's."""
+    if x.dtype != torch.float32:
+        return x.dtype
+    weight = transform._modules["dw_conv"]._modules["conv"]._parameters["weight"]
+    return autocast_dtype(x.device) or (weight.dtype if weight.dtype in HALVES else x.dtype)
 
 
 def _plain_norm(norm: nn.Module | None) -> bool:
@@ -91,8 +93,13 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
         return "a module in it has hooks or a forward of its own"
     dtype, dtypes = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
     dtypes |= {q.dtype for m in modules for q in m._buffers.values() if q is not None and q.dtype != torch.int64}
-    if dtypes != {dtype} or dtype not in (torch.float32, torch.float64):
-        return f"its parameters, statistics and the stream are not all float32 or all float64 (the stream is {dtype})"
+    if dtype == torch.float32 and len(dtypes.difference((dtype,))) == 1:
+        dtypes -= {dtype, *HALVES}  # weights of 16 bits are read as float32
+    if dtypes - {dtype} or dtype not in (torch.float32, torch.float64):
+        return (
+            "its parameters, statistics and the stream are neither all float32 nor all float64, nor of 16 bits with a "
+            f"float32 stream (the stream is {dtype})"
+        )
     if 0 in x.shape:
         return "the batch is empty"
     return ""

@@ -27,7 +27,7 @@ import revkernels  # noqa: F401  defines the ops
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
 from revbifpn.mbconv import MBConv
-from revbifpn.streams import Encoded, Values
+from revbifpn.streams import HALVES, Encoded, Values
 from revkernels.precision import convolution_precision, products_in
 from revkernels.workspace import MBConvShape, mbconv_backward_bytes, mbconv_bytes, mbconv_recompute_bytes
 
@@ -156,9 +156,9 @@ class FusedMBConv:
         return [w for w in self.weights if w is not None]
 
     def named(self, parameters: Sequence[Tensor]) -> Weights:
-        """:meth:`parameters` by name, for other values of them."""
+        """:meth:`parameters` by name, for other values of them, as ops take them."""
         given = iter(parameters)
-        return Weights._make(None if w is None else next(given) for w in self.weights)
+        return Weights._make(None if w is None else _single(next(given)) for w in self.weights)
 
     @property
     def expanded(self) -> int:
@@ -195,7 +195,7 @@ class FusedMBConv:
             chunk,
             w.expand is not None,
             self.dtype.itemsize,
-            w.project.dtype.itemsize,
+            max(4, w.project.dtype.itemsize),
             scaled=encoded and on_cpu,
             converted=not on_cpu and (encoded or x.dtype != self.dtype),
         )
@@ -239,7 +239,8 @@ class FusedMBConv:
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None
         with products_in(precision):
-            norms = self._norms(self.weights, batch, self._running(batch, update), None, x, chunk, p, d)
+            with self._statistics(batch, update) as running:
+                norms = self._norms(self.named(self.parameters()), batch, running, None, x, chunk, p, d)
         record = FusedRecord(norms, batch, self.chunk(x), self._draw_keep(x) if self._drops() else None, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
@@ -262,6 +263,16 @@ class FusedMBConv:
         size = mbconv_bytes(self._shape(x, chunk), batch=True in batch, d=d is not None)
         tail = (batch, momentum, eps, self.stride, chunk, norms, p, d, _workspace(size, p))
         return _forward(*stored(x), *weights, *running, *tail)
+
+    @contextmanager
+    def _statistics(self, batch: tuple[bool, ...], update: bool) -> Iterator[list[Tensor | None]]:
+        """:meth:`_running` as ops take it; what they update of it is kept in the buffers' own dtype."""
+        buffers = self._running(batch, update)
+        given = [None if b is None or b.dtype not in HALVES else b.float() for b in buffers]
+        yield [b if wide is None else wide for b, wide in zip(buffers, given, strict=True)]
+        for i, (b, wide) in enumerate(zip(buffers, given, strict=True)):
+            if b is not None and wide is not None and batch[i // 3]:
+                b.copy_(wide)
 
     def _running(self, batch: tuple[bool, ...], update: bool) -> list[Tensor | None]:
         """Mean, variance and count of every norm: to be updated, or used where it does not take the batch's."""
@@ -401,6 +412,11 @@ class FusedMBConv:
         with products_in(record.precision):
             gradients = _backward(du, sums, *stored(x), *weights.convolutions, *middle, *tail)
         return [g if w.requires_grad else None for g, w in zip(gradients, weights, strict=True) if w is not None]
+
+
+def _single(weight: Tensor) -> Tensor:
+    """A weight of 16 bits as float32, which wants a gradient where it does."""
+    return weight.detach().float().requires_grad_(weight.requires_grad) if weight.dtype in HALVES else weight
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:
