@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -63,8 +63,8 @@ class RecordedCollectives(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _is_collective(func):
             for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.ScriptObject):
-                    leaf.wait()
+                if isinstance(leaf, torch.ScriptObject):  # c10d's Work
+                    cast(Any, leaf).wait()
                 elif func.namespace == "_c10d_functional":
                     torch.ops._c10d_functional.wait_tensor(leaf)
             tensors = _tensors((args, kwargs))

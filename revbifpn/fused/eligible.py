@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,31 @@ from revbifpn.streams import HALVES, Encoded, autocast_dtype
 
 _SQUEEZE_EXCITE = [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]
 
+_CONSTANTS = {"weight", "bias", "running_mean", "running_var"}
+
 
 def compute_dtype(transform: nn.Module, x: Tensor | Encoded) -> torch.dtype:
     """What a branch computes an input's planes in: autocast's dtype, the 16 bits of its weights, or the input's."""
     if x.dtype != torch.float32:
         return x.dtype
-    weight = transform._modules["dw_conv"]._modules["conv"]._parameters["weight"]
-    return autocast_dtype(x.device) or (weight.dtype if weight.dtype in HALVES else x.dtype)
+    parts: dict[str, Any] = transform._modules
+    dtype = parts["dw_conv"]._modules["conv"]._parameters["weight"].dtype
+    return autocast_dtype(x.device) or (dtype if dtype in HALVES else x.dtype)
+
+
+def is_constant_norm(norm: nn.Module) -> bool:
+    """Whether it is a ``FrozenBatchNorm2d``, as torchvision's and detectron2's: four buffers, whatever the mode."""
+    if type(norm).__name__ != "FrozenBatchNorm2d" or norm._parameters or norm._modules:
+        return False
+    return norm._buffers.keys() - {"num_batches_tracked"} == _CONSTANTS and isinstance(
+        getattr(norm, "eps", None), float
+    )
 
 
 def _plain_norm(norm: nn.Module | None) -> bool:
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
+    if type(norm) is nn.BatchNorm2d:
+        return norm.affine and norm.momentum is not None
+    return norm is not None and is_constant_norm(norm)
 
 
 def _plain_conv_norm(layer: nn.Module | None, act: type | None, *, depthwise: bool = False) -> bool:

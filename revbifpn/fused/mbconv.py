@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import revkernels  # noqa: F401  defines the ops
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
+from revbifpn.fused.eligible import is_constant_norm
 from revbifpn.mbconv import MBConv
 from revbifpn.streams import HALVES, Encoded, Values
 from revkernels.precision import convolution_precision, products_in
@@ -120,8 +121,9 @@ def stored(x: Values) -> tuple[Tensor, int | None]:
 
 def _layer(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     modules: dict[str, Any] = layer._modules
-    norm = modules["norm"]._parameters
-    return modules["conv"]._parameters["weight"], norm["weight"], norm["bias"]
+    norm = modules["norm"]
+    affine = norm._buffers if is_constant_norm(norm) else norm._parameters
+    return modules["conv"]._parameters["weight"], affine["weight"], affine["bias"]
 
 
 class FusedMBConv:
@@ -140,7 +142,7 @@ class FusedMBConv:
         )  # attributes of modules cost ten times as much, and this runs in every step
         expand, depthwise, project = modules.get("exp_conv"), modules["dw_conv"], modules["project_conv"]
         self.stride: int = depthwise._modules["conv"].stride[0]
-        self.norms: tuple[nn.BatchNorm2d | None, ...] = tuple(
+        self.norms: tuple[Any, ...] = tuple(  # BatchNorm2d, FrozenBatchNorm2d or None
             None if layer is None else layer._modules["norm"] for layer in (expand, depthwise, project)
         )
         se: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
@@ -220,7 +222,10 @@ class FusedMBConv:
 
     def _batch(self) -> tuple[bool, ...]:
         """Which norms take the batch's statistics."""
-        return tuple(n is not None and (n.training or n._buffers["running_mean"] is None) for n in self.norms)
+        return tuple(
+            n is not None and not is_constant_norm(n) and (n.training or n._buffers["running_mean"] is None)
+            for n in self.norms
+        )
 
     def _drops(self) -> bool:
         return self.module.training and self.module.stochastic_depth > 0
@@ -232,7 +237,7 @@ class FusedMBConv:
         """The contribution, its record, and d if it is to be kept."""
         batch, size = self._batch(), self.out_size(x)
         if True in batch:
-            self._expect_several(x, size)
+            self._expect_several(x, size, batch)
         # Without sums over samples all planes of a chunk come at once. cuBLAS wants the chunks of the backward.
         chunk = self.chunk(x, 4 if True not in batch and x.device.type == "cpu" else 1)
         precision = convolution_precision(x.device, self.dtype)
@@ -258,7 +263,7 @@ class FusedMBConv:
         d: Tensor | None,
     ) -> Tensor:
         """The forward into p and d; returns the norms."""
-        momentum = [0.0 if n is None else n.momentum for n in self.norms]
+        momentum = [n.momentum if from_batch else 0.0 for n, from_batch in zip(self.norms, batch, strict=True)]
         eps = [0.0 if n is None else n.eps for n in self.norms]
         size = mbconv_bytes(self._shape(x, chunk), batch=True in batch, d=d is not None)
         tail = (batch, momentum, eps, self.stride, chunk, norms, p, d, _workspace(size, p))
@@ -286,12 +291,12 @@ class FusedMBConv:
                 found += (buffers["running_mean"], buffers["running_var"], count)
         return found
 
-    def _expect_several(self, x: Values, size: tuple[int, int]) -> None:
+    def _expect_several(self, x: Values, size: tuple[int, int], batch: tuple[bool, ...]) -> None:
         """As PyTorch's BatchNorm: one value per channel has no variance."""
         n, _, h, w = x.shape
         shapes = (n, self.expanded, h, w), (n, self.expanded, *size), (n, self.channels, *size)
-        for norm, shape in zip(self.norms, shapes, strict=True):
-            if norm is not None and norm.training and shape[0] * shape[2] * shape[3] == 1:
+        for from_batch, shape in zip(batch, shapes, strict=True):
+            if from_batch and shape[0] * shape[2] * shape[3] == 1:
                 raise ValueError(
                     f"Expected more than 1 value per channel when training, got input size {shape}; take a larger "
                     "batch or image, or running statistics with model.freeze_norms()"
