@@ -11,8 +11,10 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.configs import CONFIGS
 from tests.golden.values import assert_matches, golden_input, golden_model, read, relative
-from tests.marks import mostly_slow, slow
+from tests.marks import covering, mostly_slow, slow
 from tests.networks import F32, F64, MODULES
+
+pytestmark = covering
 
 SCALES = pytest.mark.parametrize("scale", [0, 3, *slow([1, 2, 4, 5, 6])])
 

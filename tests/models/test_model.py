@@ -12,8 +12,10 @@ import revbifpn
 from revbifpn import check_invertible, fast
 from revbifpn.configs import CONFIGS, get_config
 from revbifpn.mbconv import MBConv
-from tests.marks import mostly_slow
+from tests.marks import covering, mostly_slow
 from tests.networks import F32, F64, MODULES, MOSTLY_FAST, NARROW, error, image, narrow
+
+pytestmark = covering
 
 SMALL = NARROW | {"head_channels": [16, 16, 32, 32]}
 

@@ -11,6 +11,7 @@ import torch
 import revkernels
 from revkernels import dispatch, env
 from revkernels.registry import OPS
+from tests.marks import mostly_slow
 
 
 def run(tmp_path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -48,7 +49,7 @@ def test_text_shows_every_op_and_every_implementation():
         assert word in text
 
 
-@pytest.mark.parametrize("disabled", ["cpp", "cpp,triton"])
+@pytest.mark.parametrize("disabled", mostly_slow(["cpp", "cpp,triton"]))
 def test_report_works_without_native_code_and_gives_the_reason(tmp_path, disabled):
     process = run(tmp_path, "--json", REVKERNELS_DISABLE=disabled)
     assert process.returncode == 0, process.stderr
