@@ -349,7 +349,8 @@ class RevBiFPN(nn.Module):
             raise ValueError(
                 f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
             )
-        dtypes = (parameter.dtype for parameter in self.parameters())
+        sharded = "full_tensor"  # of a DTensor, whose unit may gather it in another dtype
+        dtypes = (parameter.dtype for parameter in self.parameters() if not hasattr(parameter, sharded))
         if (first := next(dtypes, x.dtype)) != x.dtype and x.dtype not in dtypes:
             if autocast_dtype(x.device) is None:
                 raise ValueError(

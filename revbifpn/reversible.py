@@ -34,7 +34,7 @@ from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.record import is_recomputing
 from revbifpn.engine.state import Observer, State
 from revbifpn.engine.tape import Stored, Tape, TapeAt, open_tape, recomputed
-from revbifpn.streams import StreamFormat, resolve
+from revbifpn.streams import HALVES, StreamFormat, resolve
 
 __all__ = [
     "Coupling",
@@ -79,8 +79,8 @@ class Reversible(nn.Module, ABC):
     def stream(self) -> StreamFormat | None:
         """How streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a :class:`StreamFormat`.
 
-        None, the default, is ``"float32"``, and under autocast ``"fixed32"``: with branches in 16 bits, floats that are
-        not restored bit for bit would spoil the gradients.
+        None, the default, is ``"float32"``, and ``"fixed32"`` under autocast and for a network of 16 bits: with
+        branches in 16 bits, floats that are not restored bit for bit would spoil the gradients.
         """
         return self._stream
 
@@ -146,7 +146,8 @@ class Reversible(nn.Module, ABC):
         state.enter(streams)
         for coupling in reversed(list(self.couplings())):
             state.undo(state.lower(coupling))
-        return _unpack(state.decoded())
+        inverted = state.decoded()
+        return _unpack(tuple(x.to(streams[0].dtype) for x in inverted) if streams[0].dtype in HALVES else inverted)
 
 
 def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

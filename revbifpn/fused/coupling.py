@@ -88,14 +88,14 @@ class FusedCoupler(Coupler):
         else:
             lean = coupling.target.level == 0  # memory peaks there
             branches = tuple(
-                FusedMBConv(transform, compute_dtype(x), lean=lean)
+                FusedMBConv(transform, compute_dtype(transform, x), lean=lean)
                 for transform, x in zip(transforms, inputs, strict=True)
             )
         return FusedLowered(coupling, branches, factors, modes[factors.index(max(factors))])
 
     def branch(self, transform: nn.Module, *inputs: Values) -> Branch:
         if _fits(transform, inputs[0]):
-            return FusedSegment(transform, compute_dtype(inputs[0]))
+            return FusedSegment(transform, compute_dtype(transform.neck, inputs[0]))
         return ModuleBranch(transform)
 
     def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ def _fits(transform: nn.Module, y: Values) -> TypeGuard[Segment]:
 def _alone(mbconv: nn.Module, x: Tensor) -> Tensor:
     """``mbconv(x)`` as a coupling that makes a new tensor."""
     coupling = Coupling(Part(1), ((Part(0), mbconv),), creates=True)
-    return FusedLowered(coupling, (FusedMBConv(mbconv, compute_dtype(x)),), (1,), "nearest").stored(None, [x], [])
+    branch = FusedMBConv(mbconv, compute_dtype(mbconv, x))
+    return FusedLowered(coupling, (branch,), (1,), "nearest").stored(None, [x], [])
 
 
 class _StoredSum(torch.autograd.Function):
