@@ -662,14 +662,10 @@ class RevBiFPN(nn.Module):
         Args:
             coarse: the blocks between two silos, and the silo, as one.
         """
-        layers, names = [], []
-        for name, block in self.rev_stack.named_children():
-            if isinstance(block, Reversible):
-                names.append(name)
-                if not coarse or isinstance(block, RevSilo):
-                    layers.append(names)
-                    names = []
-        depths = [*(rf"^rev_stack\.(?:{'|'.join(names)})\." for names in layers), r"^rev_stack\.", r"^head\.(?!fc\.)"]
+        names = {block: name for name, block in self.rev_stack.named_children()}
+        groups = self.layers if coarse else [[block] for block in self.rev_stack.blocks]
+        blocks = [rf"^rev_stack\.(?:{'|'.join(names[block] for block in group)})\." for group in groups]
+        depths = [*blocks, r"^rev_stack\.", r"^head\.(?!fc\.)"]
         return {"stem": r"^stem\.", "blocks": [(pattern, (depth,)) for depth, pattern in enumerate(depths)]}
 
     def no_weight_decay(self) -> set[str]:
