@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 import revkernels
 from revbifpn import model
+from revbifpn.engine.traced import is_traced
 from revbifpn.fused import FusedCoupler
 from revbifpn.fused.eligible import has_hooks
 from revbifpn.fused.segment import Segment
@@ -28,7 +28,7 @@ class Stem(model.Stem):
     """:class:`revbifpn.model.Stem` by the space-to-depth kernel, plane repetition built in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if is_traced():
             return super().forward(x)
         return revkernels.space_to_depth(x, self.planes, self.block)
 
@@ -48,7 +48,7 @@ class RevBiFPN(model.RevBiFPN):
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         neck, head = self.neck, self.head
-        if not _is_plain(neck, model.Neck) or not (head is None or _is_plain(head, model.Head)):
+        if is_traced() or not _is_plain(neck, model.Neck) or not (head is None or _is_plain(head, model.Head)):
             return super()._forward(x)
         tape = self.open(x)
         read = partial(tape.read, stored=self.disable_recomp)

@@ -26,6 +26,7 @@ from revbifpn.build import Builder
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
 from revbifpn.engine.anomaly import names_of
+from revbifpn.engine.region import Region, run_as_region, wants_gradients
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import ReversibleSequence
@@ -95,7 +96,7 @@ class Head(nn.Module):
         return self.fc(out if self.dropout is None else self.dropout(out))
 
 
-class RevBiFPN(nn.Module):
+class RevBiFPN(Region):
     """The fully reversible bidirectional feature pyramid network, with a classification head.
 
     Args:
@@ -290,10 +291,18 @@ class RevBiFPN(nn.Module):
         pyramid = self._pyramid(self.open(x))
         return pyramid if self.head is None else self.head(pyramid)
 
+    def _recomputes(self, x: Tensor) -> bool:
+        return self.rev_stack.recomputes(x) or (self.neck is not None and not self.disable_recomp)
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         self._check(x)
-        with names_of(self):
-            out = self._forward(x if x.dim() == 4 else x[None])
+        batch = x if x.dim() == 4 else x[None]
+        if self._recomputes(x) and wants_gradients(self, x):
+            found = run_as_region(self, batch)
+            out = found[0] if self.head is not None else list(found)
+        else:
+            with names_of(self):
+                out = self._forward(batch)
         if x.dim() == 4:
             return out
         return out[0] if isinstance(out, Tensor) else [o[0] for o in out]
