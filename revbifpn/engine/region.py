@@ -41,6 +41,12 @@ class Region(nn.Module):
         _regions[id(module)] = module
         return module
 
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script cannot take a {type(self).__name__}: use torch.export.export(model, (x,)), or "
+            "torch.jit.trace(model, x), whose result may be part of a scripted module"
+        )
+
 
 _regions: WeakValueDictionary[int, Region] = WeakValueDictionary()
 
