@@ -15,6 +15,7 @@ from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
 from revbifpn.engine.state import State
+from revbifpn.engine.traced import is_traced
 from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype, reduced_dtype
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ class Stored:
         target = coupling.target
         inputs = [self._get(source) for source in coupling.sources]
         linear = [self._get(source) for source, _ in coupling.linear]
-        y = self.coupler.lower(coupling, inputs).stored(None if coupling.creates else self._get(target), inputs, linear)
+        y = self.coupler.stored(coupling, None if coupling.creates else self._get(target), inputs, linear)
         if coupling.creates:
             self._levels.append(y.to(self._get(Part(0)).dtype))
         elif target.half is None:
@@ -137,7 +138,7 @@ class Stored:
     def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
         """As :meth:`Tape.read`."""
         stream = self._get(Part(level))
-        if stored or torch.jit.is_tracing():
+        if stored or is_traced():
             return self.coupler.apply(transform, stream, *others)
         return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
 

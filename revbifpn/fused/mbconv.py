@@ -163,7 +163,7 @@ class FusedMBConv:
     def named(self, parameters: Sequence[Tensor]) -> Weights:
         """:meth:`parameters` by name, for other values of them, as ops take them."""
         given = iter(map(_single, parameters) if self.reduced else parameters)
-        return Weights(*[None if w is None else next(given) for w in self.weights])
+        return Weights._make([None if w is None else next(given) for w in self.weights])
 
     @property
     def expanded(self) -> int:
