@@ -7,7 +7,7 @@ python examples/detect.py shapes --pictures shapes/found
 COCO itself, on a GPU of 8 GB:
 
 python examples/detect.py coco --train train2017 --val val2017 --arch revbifpn_s3 --pretrained \\
-    --pixels 800 --epochs 12 --batch 8 --lr 0.01 --rois 512 --device cuda
+    --pixels 800 --width 256 --rois 512 --batch 8 --lr 0.01 --device cuda
 
 A split NAME is ``FOLDER/NAME`` with the images and ``FOLDER/annotations/instances_NAME.json``.
 """
@@ -125,6 +125,7 @@ def make_detector(args: argparse.Namespace, categories: int) -> FasterRCNN:
         args.arch,
         pretrained=args.pretrained,
         trainable_layers=args.trainable_layers,
+        out_channels=args.width,
         stream=args.stream,
         reversible=not args.stored,
         recompute=not args.stored,
@@ -211,6 +212,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream", help="fixed32 or fixed16 (default: float32)")
     parser.add_argument("--stored", action="store_true", help="store activations instead of recomputing them")
     parser.add_argument("--pixels", type=int, default=128, help="of an image's shorter side")
+    parser.add_argument("--width", type=int, default=64, help="channels of FPN and heads")
     parser.add_argument("--rois", type=int, default=64, help="per image that the box head trains on")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)

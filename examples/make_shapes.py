@@ -51,7 +51,7 @@ def write(folder: Path, name: str, images: int, seed: int) -> None:
         "categories": [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)],
     }
     for i in range(1, images + 1):
-        width, height = (int(v) for v in rng.integers(96, 160, 2))
+        width, height = (int(v) for v in rng.choice([96, 128], 2))
         picture, found = draw(rng, width, height)
         file = f"{i:06}.png"
         picture.save(folder / name / file)
@@ -73,7 +73,7 @@ def write(folder: Path, name: str, images: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=400, help="to train on; a quarter as many to evaluate on")
+    parser.add_argument("--images", type=int, default=320, help="to train on; a quarter as many to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.folder, "train", args.images, args.seed)
