@@ -7,7 +7,7 @@
 Runs a training step of torchvision's FasterRCNN (91 classes, FPN of 256 channels, 512 RoIs per image) on one random
 image and reports the most memory alive at once in it, without what existed before: parameters, buffers, the image.
 Norms are frozen, as detectors train; ResNet trains its last three stages, which is torchvision's default, all others
-train whole. The RPN's NMS keeps all boxes, so that random weights give every detector as many RoIs. `kept` is what is
+train whole. The RPN's proposals are its anchors, so that random weights give every detector 512 RoIs. `kept` is what is
 alive between forward and backward. `fast` is revbifpn.fast with what revbifpn_fpn_backbone does by default;
 `checkpointed` keeps the inputs of a rival's blocks only.
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import revbifpn
 from benchmarks.harness import command, results
-from benchmarks.harness.command import UsageError, entry
+from benchmarks.harness.command import BenchmarkError, UsageError, entry
 from benchmarks.harness.rivals import Checkpointed, checkpoint_hrnet, import_timm
 from benchmarks.harness.terminal import Column, print_table, track
 from revbifpn.configs import CONFIGS
@@ -44,7 +44,7 @@ from revbifpn.memory import MIB, PeakMemory
 
 FAST, REVERSIBLE, STORED, CHECKPOINTED = "fast", "reversible", "stored", "checkpointed"
 DEFAULT = "revbifpn_s0/fast,revbifpn_s3/fast,resnet50,hrnet_w18"
-CLASSES, WIDTH, OBJECTS = 91, 256, 8
+CLASSES, WIDTH, OBJECTS, ROIS = 91, 256, 8, 512
 # Box AP on COCO and GB per image, as published for Faster R-CNN; read off the paper's figure where it prints no number.
 PUBLISHED = {
     "revbifpn_s0": (31.4, 0.84),
@@ -149,11 +149,16 @@ def measure(backbone: Backbone, height: int, width: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = FasterRCNN(backbone.make(), CLASSES, min_size=height, max_size=width, rpn_nms_thresh=1.0).train()
+    nn.init.zeros_(model.rpn.head.bbox_pred.weight)
+    rois: list[int] = []
+    model.roi_heads.box_head.register_forward_pre_hook(lambda head, inputs: rois.append(len(inputs[0])))
     images, targets = [torch.rand(3, height, width)], [objects(height, width)]
     with PeakMemory() as meter:
         loss = sum(model(images, targets).values())
         kept = meter.live_bytes
         loss.backward()
+    if rois != [ROIS]:
+        raise BenchmarkError(f"{backbone.key}: expected {ROIS} RoIs, got {rois}; take a larger --size")
     ap, gigabytes = PUBLISHED[backbone.name]
     return {
         "model": backbone.name,
