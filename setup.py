@@ -115,13 +115,24 @@ def extras() -> dict[str, list[str]]:
     """What frameworks' adapters, benchmarks, tests and development need beyond the package itself."""
     triton = "triton; sys_platform == 'linux' and platform_machine == 'x86_64'"
     return {
+        "timm": ["timm", torchvision_requirement()],
         "hub": ["huggingface_hub"],
         "torchvision": [torchvision_requirement()],
         "mmengine": ["mmengine"],
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": [
-            *("pytest", "pytest-benchmark", "hypothesis", "numpy", "setuptools>=77", "ninja", "pybind11", triton),
-            *("huggingface_hub", "mmengine"),
+            *(
+                "pytest",
+                "pytest-benchmark",
+                "pytest-xdist",
+                "hypothesis",
+                "numpy",
+                "setuptools>=77",
+                "ninja",
+                "pybind11",
+                triton,
+            ),
+            *("timm", torchvision_requirement(), "segmentation-models-pytorch", "huggingface_hub", "mmengine"),
         ],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }

@@ -169,10 +169,25 @@ def load_published(model: nn.Module, config: Config, *, progress: bool = False, 
         CheckpointError: the download failed or has the wrong hash, the cache cannot be written, or as in
             :func:`load_checkpoint`.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", config.url.rpartition("/")[2])
+    return load_checkpoint(model, published_file(config, progress=progress), strict=strict, sha256=config.sha256)
+
+
+def published_file(config: Config, directory: str | os.PathLike[str] | None = None, *, progress: bool = False) -> Path:
+    """The published file of a scale, downloaded if it is not there; its hash is to be checked whenever it is loaded.
+
+    Args:
+        config: of the scale.
+        directory: where it lies, by default ``torch.hub.get_dir()/checkpoints``.
+        progress: show the download's progress on stderr.
+
+    Raises:
+        CheckpointError: the download failed or has the wrong hash, or the directory cannot be written.
+    """
+    directory = Path(torch.hub.get_dir(), "checkpoints") if directory is None else Path(directory)
+    path = directory / config.url.rpartition("/")[2]
     if not path.exists():
         _download(config, path, progress)
-    return load_checkpoint(model, path, strict=strict, sha256=config.sha256)
+    return path
 
 
 # Files ------------------------------------------------------------------------------------------

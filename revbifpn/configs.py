@@ -12,6 +12,10 @@ from typing import Any
 _CHANNELS = (48, 64, 80, 160)
 _HEAD_CHANNELS = (48, 64, 128, 320)
 _FC_FEATURES = 1280
+CLASSES = 1000  # of ImageNet-1k
+# The recipe was not published in code, save that it ran in timm's train.py: these are timm's defaults.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of values in [0, 1]
+CROP, INTERPOLATION = 0.875, "bicubic"  # in validation: resized to resolution / CROP, then cropped
 _URL = "https://cerebras-public.s3.us-west-2.amazonaws.com/revbifpn/{arch}.pth.tar"
 
 

@@ -58,7 +58,8 @@ class StepEstimator:
     """The memory of training steps of one model at one resolution, at any batch.
 
     Args:
-        model: anything that maps ``[N, 3, H, W]`` to logits or a pyramid, on any device (meta as well); left as it is.
+        model: anything that maps ``[N, C, H, W]`` to logits or a pyramid, on any device (meta as well); left as it is.
+            C is its ``in_chans`` where it has that attribute, else 3.
         resolution: side of the square images, or ``(H, W)``, in pixels.
         dtype: float32, or bfloat16 / float16 for the forward under autocast of that dtype.
         optimizer_states: tensors that the optimizer keeps per parameter: 0 for SGD, 1 with momentum, 2 for Adam.
@@ -84,7 +85,7 @@ class StepEstimator:
         sides = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         if len(sides) != 2 or any(side < 1 for side in sides):
             raise ValueError(f"resolution: got {resolution}, needs a positive number of pixels or (height, width)")
-        self.shape, self.dtype = (3, *sides), dtype
+        self.shape, self.dtype = (getattr(model, "in_chans", 3), *sides), dtype
         self._model = _without_data(model)
         self._state_bytes = optimizer_states * sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self._chunk = fused.chunk_bytes(torch.device(device))

@@ -9,8 +9,7 @@ together, level by level from the highest resolution, so that the end of the for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import revkernels
 from revbifpn import model
+from revbifpn.engine.tape import Stored, Tape
 from revbifpn.fused import FusedCoupler
 from revbifpn.fused.eligible import has_hooks
 from revbifpn.fused.segment import Segment
@@ -33,7 +33,7 @@ class Stem(model.Stem):
         return revkernels.space_to_depth(x, self.planes, self.block)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return revkernels.depth_to_space(y, self.IMAGE_CHANNELS, self.block)
+        return revkernels.depth_to_space(y, self.in_chans, self.block)
 
 
 class RevBiFPN(model.RevBiFPN):
@@ -43,28 +43,39 @@ class RevBiFPN(model.RevBiFPN):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stem = Stem(self.stem.planes, self.stem.block)
+        self.stem = Stem(self.stem.planes, self.stem.block, self.stem.in_chans)
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        neck, head = self.neck, self.head
-        if not _is_plain(neck, model.Neck) or not (head is None or _is_plain(head, model.Head)):
+        if self.head is None or not _is_plain(self.head, model.Head):
             return super()._forward(x)
-        tape = self.open(x)
-        read = partial(tape.read, stored=self.disable_recomp)
-        if head is None:
-            return [read(level, segment) for level, segment in enumerate(self._segments_of(neck, [None] * self.levels))]
-        merged: tuple[Tensor, ...] = ()
-        for level, segment in enumerate(self._segments_of(neck, [*head.pyramid_heads, None])):
-            merged = (read(level, segment, *merged),)
-        return head.classify(*merged)
+        return self.head.classify(self.head.features(self.open(x, self._merged)))
 
-    def _segments_of(self, neck: model.Neck, merges: Sequence[nn.Module | None]) -> tuple[Segment, ...]:
+    def _pyramid(self, levels: Sequence[int], tape: Tape | Stored) -> list[Tensor]:
+        neck = self.neck
+        if not _is_plain(neck, model.Neck):
+            return super()._pyramid(levels, tape)
+        segments = self._segments_of({level: (transform, None) for level, transform in neck.transforms.items()})
+        maps = {level: tape.read(level, segments[level], stored=self.disable_recomp) for level in sorted(levels)}
+        return [maps[level] for level in levels]
+
+    def _merged(self, tape: Tape | Stored) -> Tensor:
+        neck, head = self.neck, self.head
+        if not _is_plain(neck, model.Neck) or not _is_plain(head, model.Head):
+            return super()._merged(tape)
+        merges = [*head.pyramid_heads, None]
+        segments = self._segments_of({level: (f, merges[level]) for level, f in neck.transforms.items()})
+        merged: tuple[Tensor, ...] = ()
+        for level, segment in segments.items():
+            merged = (tape.read(level, segment, *merged, stored=self.disable_recomp),)
+        return merged[0]
+
+    def _segments_of(self, parts: Mapping[int, tuple[nn.Module, nn.Module | None]]) -> Mapping[int, Segment]:
         """One per level, made again where a module was replaced; in a tuple, so that they are no children of self."""
-        pairs = list(zip(neck.children(), merges, strict=True))
+        pairs = list(parts.values())
         if [(id(s.neck), id(s.merge)) for s in self._segments] != [(id(neck), id(merge)) for neck, merge in pairs]:
             self._segments = tuple(Segment(*pair) for pair in pairs)
-        return self._segments
+        return dict(zip(parts, self._segments, strict=True))
 
 
 M = TypeVar("M", bound=nn.Module)

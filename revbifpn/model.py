@@ -14,17 +14,19 @@ Source: Chiley et al., RevBiFPN: The Fully Reversible Bidirectional Feature Pyra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import chain, pairwise
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from revbifpn.build import Builder
 from revbifpn.checkpoints import load_published
-from revbifpn.configs import get_config
+from revbifpn.configs import CONFIGS, get_config
 from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
@@ -32,24 +34,31 @@ from revbifpn.reversible import Reversible, ReversibleSequence, RevSilo
 from revbifpn.streams import StreamFormat, autocast_dtype
 from revkernels import reference
 
+T = TypeVar("T")
+
 
 class Stem(nn.Module):
-    """Repeat the image's planes to ``planes``, then space-to-depth: invertible, no parameters.
+    """Repeat the image's channels to ``planes``, then space-to-depth: invertible, no parameters.
 
-    ``y[n, (r b + q) P + p, i, j] = x[n, p mod 3, b i + r, b j + q]`` for a block b and P planes.
+    ``y[n, (r b + q) P + p, i, j] = x[n, p mod C, b i + r, b j + q]`` for a block b, P planes and C <= P channels.
+
+    So no channel is lost, whatever C is, and the first ``P mod C`` are there once more than the others. An image whose
+    channels are equal fills all planes with the same values for every C: for grey images a network computes the same
+    with 1, 3 or C channels, and weights are taken over from one C to another as they are.
     """
 
-    IMAGE_CHANNELS = 3
-
-    def __init__(self, planes: int, block: int) -> None:
+    def __init__(self, planes: int, block: int, in_chans: int = 3) -> None:
         super().__init__()
-        self.planes, self.block = planes, block
+        self.planes, self.block, self.in_chans = planes, block, in_chans
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, P b^2, H / b, W / b]
+    def extra_repr(self) -> str:
+        return f"planes={self.planes}, block={self.block}, in_chans={self.in_chans}"
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P b^2, H / b, W / b]
         return reference.space_to_depth(x, self.planes, self.block)
 
     def inverse(self, y: Tensor) -> Tensor:
-        return reference.depth_to_space(y, self.IMAGE_CHANNELS, self.block)
+        return reference.depth_to_space(y, self.in_chans, self.block)
 
 
 class Neck(nn.Module):
@@ -60,11 +69,45 @@ class Neck(nn.Module):
         for i, transform in enumerate(transforms):
             self.add_module(f"recomp_transform_{i}", transform)
 
-    def forward(self, streams: Sequence[Tensor] | Tape | Stored) -> list[Tensor]:
-        """The pyramid; a level read from its tape is recomputed in backward."""
+    @property
+    def transforms(self) -> dict[int, nn.Module]:
+        """By level; all of them, unless :meth:`RevBiFPN.prune_intermediate_layers` left some out."""
+        return {int(name.rpartition("_")[2]): transform for name, transform in self.named_children()}
+
+    def keep(self, levels: Collection[int]) -> None:
+        """Leave out the other levels."""
+        for level in self.transforms.keys() - set(levels):
+            delattr(self, f"recomp_transform_{level}")
+
+    def forward(self, streams: Sequence[Tensor] | Tape | Stored, levels: Sequence[int] | None = None) -> list[Tensor]:
+        """The pyramid, or its maps at ``levels``; a level read from its tape is recomputed in backward."""
+        transforms = self.transforms
+        levels = list(transforms) if levels is None else levels
         if isinstance(streams, (Tape, Stored)):
-            return [streams.read(i, transform) for i, transform in enumerate(self.children())]
-        return [transform(y) for transform, y in zip(self.children(), streams, strict=True)]
+            maps = {level: streams.read(level, transforms[level]) for level in sorted(levels)}
+        else:
+            maps = {level: transforms[level](streams[level]) for level in sorted(levels)}
+        return [maps[level] for level in levels]
+
+
+class GlobalPool(nn.Module):
+    """``[N, C, H, W] -> [N, C]``: the mean (``"avg"``), or the map as it is (``""``)."""
+
+    def __init__(self, pool_type: str = "avg") -> None:
+        super().__init__()
+        if pool_type not in ("avg", ""):
+            raise ValueError(
+                f"global_pool: expected 'avg', or '' for none, got {pool_type!r}; models of revbifpn.adapters.timm "
+                "take timm's others"
+            )
+        self.pool_type = pool_type
+
+    def feat_mult(self) -> int:
+        """Features per channel, as timm calls them."""
+        return 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if self.pool_type else x
 
 
 class Head(nn.Module):
@@ -77,22 +120,44 @@ class Head(nn.Module):
         self, merges: Sequence[nn.Module], final_conv: nn.Module | None, features: int, dropout: float, classes: int
     ) -> None:
         super().__init__()
+        self.num_features = features
         self.pyramid_heads = nn.ModuleList(merges)
         self.final_conv = final_conv
+        self.global_pool = GlobalPool()
         self.dropout = nn.Dropout(dropout) if dropout else None
-        self.fc = nn.Linear(features, classes)
+        self.fc: nn.Module = nn.Linear(features, classes)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width before the classifier."""
+        return self.num_features * self.global_pool.feat_mult()
+
+    def reset(self, classes: int, global_pool: GlobalPool | None = None) -> None:
+        """A new classifier, none for 0 classes; and another pooling, if given."""
+        pool = self.global_pool if global_pool is None else global_pool
+        if classes and not pool.pool_type:
+            raise ValueError(f"global_pool: expected a pooling before a classifier of {classes} classes, got ''")
+        like = next(self.parameters(), torch.empty(0))
+        self.global_pool = pool.train(self.training)
+        fc = nn.Linear(self.hidden_size, classes, device=like.device, dtype=like.dtype) if classes else nn.Identity()
+        self.fc = fc.train(self.training)
 
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        return self.classify(self.features(self.merge(pyramid)))
+
+    def merge(self, pyramid: Sequence[Tensor]) -> Tensor:
         out = pyramid[0]
         for merge, n in zip(self.pyramid_heads, pyramid[1:], strict=True):
             out = n + merge(out)
-        return self.classify(out)
+        return out
 
-    def classify(self, out: Tensor) -> Tensor:  # [N, C, H / 32, W / 32] -> [N, classes]
-        if self.final_conv is not None:
-            out = self.final_conv(out)
-        out = out.mean((2, 3))
-        return self.fc(out if self.dropout is None else self.dropout(out))
+    def features(self, out: Tensor) -> Tensor:  # [N, C, H / 32, W / 32] -> [N, features, H / 32, W / 32]
+        return out if self.final_conv is None else self.final_conv(out)
+
+    def classify(self, features: Tensor, pre_logits: bool = False) -> Tensor:  # -> [N, classes]
+        out = self.global_pool(features)
+        out = out if self.dropout is None else self.dropout(out)
+        return out if pre_logits else self.fc(out)
 
 
 class RevBiFPN(nn.Module):
@@ -121,11 +186,21 @@ class RevBiFPN(nn.Module):
             :class:`revbifpn.StreamFormat`; None is ``"float32"``, and under autocast ``"fixed32"``.
         retain_graph: allow several backwards through one forward (two losses, gradients per task), as
             ``backward(retain_graph=True)`` asks for; see :class:`revbifpn.reversible.Reversible`.
+        in_chans: channels of the image, at most ``channels[0] / 4^d``, see :class:`Stem`. No weight's shape depends on
+            it, and checkpoints of another number of channels load as they are.
+        pad: take images of any size: zeros are added below and on the right, up to multiples of ``2^(d + L - 1)``. Maps
+            are cropped to ``ceil(H / 2^(d+i)) x ceil(W / 2^(d+i))``; logits, and the statistics of the norms, are
+            those of the padded image.
 
     Shapes:
-        image ``[N, 3, H, W]``, float, H and W multiples of ``2^(d + L - 1)`` (32 for four levels); an unbatched
-        ``[3, H, W]`` gives unbatched results. Returns logits ``[N, classes]``, or a list of maps
-        ``[N, C_i, H / 2^(d+i), W / 2^(d+i)]`` without a head.
+        image ``[N, in_chans, H, W]``, float, H and W multiples of ``2^(d + L - 1)`` (32 for four levels) or, with
+        ``pad``, at least 1; an unbatched ``[in_chans, H, W]`` gives unbatched results. Returns logits ``[N, classes]``,
+        or a list of maps ``[N, C_i, H / 2^(d+i), W / 2^(d+i)]`` without a head.
+
+    Attributes and methods that timm's models have too: ``num_classes``, ``in_chans``, ``num_features``,
+    ``head_hidden_size``, ``feature_info``, ``forward_features``, ``forward_head``, ``forward_intermediates``,
+    ``get_classifier``, ``reset_classifier``, ``prune_intermediate_layers``, ``group_matcher``, ``no_weight_decay`` and
+    ``set_grad_checkpointing``. ``timm.create_model`` finds the network through :mod:`revbifpn.adapters.timm`.
 
     Raises:
         ValueError: an argument or an image does not fit; the message names it.
@@ -163,6 +238,8 @@ class RevBiFPN(nn.Module):
         reversible: bool | None = None,
         stream: str | StreamFormat | None = None,
         retain_graph: bool = False,
+        in_chans: int = 3,
+        pad: bool = False,
     ) -> None:
         super().__init__()
         layers = Layers(norm, norm_fn, dict(BATCH_NORM if norm_kwargs is None else norm_kwargs), act_fn, se_sig_act)
@@ -171,18 +248,26 @@ class RevBiFPN(nn.Module):
             raise ValueError("zero_init: expected norm=True, since it is the last normalisation that starts as zero")
         block = 2**stem_downsampling
         planes = channels[0] // block**2
-        if planes * block**2 != channels[0] or planes < Stem.IMAGE_CHANNELS:
+        least = block**2 * min(in_chans, 3)
+        if planes * block**2 != channels[0] or channels[0] < least:
             raise ValueError(
-                f"channels[0]: expected a multiple of 4^stem_downsampling = {block**2}, at least "
-                f"{Stem.IMAGE_CHANNELS * block**2}, got {channels[0]}"
+                f"channels[0]: expected a multiple of 4^stem_downsampling = {block**2}, at least {least}, "
+                f"got {channels[0]}"
+            )
+        if not 1 <= in_chans <= planes:
+            raise ValueError(
+                f"in_chans: expected 1 to {planes}, for which channels[0] = {channels[0]} has room, got {in_chans}; "
+                f"{_room_for(in_chans, block)}"
             )
 
         self.disable_recomp = disable_recomp if reversible is None else not reversible
         self.norms_frozen, self.layers_frozen = False, 0
+        self.in_chans, self.pad = in_chans, pad
         self.levels = build.levels
         self.stride = block * 2 ** (build.levels - 1)  # of the lowest resolution, in image pixels
+        self.out_levels: Sequence[int] = range(build.levels)  # of the pyramid that a model without a head returns
 
-        self.stem = Stem(planes, block)
+        self.stem = Stem(planes, block, in_chans)
         self.rev_stack = ReversibleSequence(
             *build.stack(inv_blk_rep, num_ext_layers, stochastic_depth),
             stream=stream,
@@ -253,9 +338,13 @@ class RevBiFPN(nn.Module):
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-        shape, want = tuple(x.shape), f"[N, {Stem.IMAGE_CHANNELS}, H, W] or [{Stem.IMAGE_CHANNELS}, H, W]"
-        if x.dim() not in (3, 4) or shape[-3] != Stem.IMAGE_CHANNELS:
-            raise ValueError(f"x: expected an image batch of shape {want}, got shape {shape}")
+        shape, c = tuple(x.shape), self.in_chans
+        if x.dim() not in (3, 4) or shape[-3] != c:
+            fits = x.dim() in (3, 4) and shape[-1] != c  # else its channels come last
+            other = f"; in_chans={shape[-3]} makes a model for it" if fits else ""
+            raise ValueError(
+                f"x: expected an image batch of shape [N, {c}, H, W] or [{c}, H, W], got shape {shape}{other}"
+            )
         if not x.is_floating_point():
             raise ValueError(
                 f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
@@ -267,38 +356,64 @@ class RevBiFPN(nn.Module):
                     f"x: expected an image of {first}, as the parameters are, got {x.dtype}; convert it, as in "
                     f"x.to({first}), or run under torch.autocast"
                 )
-        if not all(size and size % self.stride == 0 for size in shape[-2:]):
+        if not all(size and (self.pad or size % self.stride == 0) for size in shape[-2:]):
+            expected = "positive" if self.pad else f"positive multiples of {self.stride}"
             raise ValueError(
-                f"x: expected height and width to be positive multiples of {self.stride}, "
-                f"got {shape[-2]} x {shape[-1]}; pad or resize the image"
+                f"x: expected height and width to be {expected}, got {shape[-2]} x {shape[-1]}; resize the image"
+                + ("" if self.pad else ", or construct the model with pad=True")
             )
 
-    def open(self, x: Tensor) -> Tape | Stored:
-        """The streams of x, on their tape, from which neck and head read."""
+    def open(self, x: Tensor, read: Callable[[Tape | Stored], T]) -> T:
+        """``read(tape)``, of the tape with the streams of x.
+
+        It is the result of the stack's call, since the neck's parameters lie in the stack: hooks that gather sharded
+        parameters for the stack gather these too.
+        """
         owned = isinstance(self.stem, Stem) and not self.stem._forward_hooks  # else someone may hold the stem's output
         tape = self.rev_stack.open(self.stem(x), owned=owned)
-        tape.call(self.rev_stack)
-        tape.finish()
-        return tape
 
-    def _pyramid(self, tape: Tape | Stored) -> list[Tensor]:
+        def finished() -> T:
+            tape.finish()
+            return read(tape)
+
+        return tape.call_and_read(self.rev_stack, finished)
+
+    def _pyramid(self, levels: Sequence[int], tape: Tape | Stored) -> list[Tensor]:
+        """The maps of these levels, read from a tape."""
         if self.neck is None:
-            return list(tape.leave())
-        return self.neck(tape.leave() if self.disable_recomp else tape)
+            streams = tape.leave()
+            return [streams[level] for level in levels]
+        return self.neck(tape.leave() if self.disable_recomp else tape, levels)
+
+    def _merged(self, tape: Tape | Stored) -> Tensor:
+        """The pyramid merged by the head, ``[N, C, H / 32, W / 32]``."""
+        assert self.head is not None
+        return self.head.merge(self._pyramid(range(self.levels), tape))
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        pyramid = self._pyramid(self.open(x))
+        pyramid = self.open(x, partial(self._pyramid, self.out_levels))
         return pyramid if self.head is None else self.head(pyramid)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride)) if self.pad else x
+
+    def _run(self, compute: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor) -> Any:
+        """What is computed of a batch, after checks and padding, with maps cropped; unbatched for an unbatched x."""
+        self._check(x)
+        batch = self._padded(x if x.dim() == 4 else x[None])
+        with names_of(self):
+            out = compute(batch)
+        maps = [out] if isinstance(out, Tensor) else out
+        if self.pad:
+            maps = [_cropped(y, batch.shape, x.shape) if y.dim() == 4 else y for y in maps]
+        if x.dim() == 3:
+            maps = [y[0] for y in maps]
+        return maps[0] if isinstance(out, Tensor) else maps
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if isinstance(x, fx.Proxy):
             return _as_leaf(self, x)
-        self._check(x)
-        with names_of(self):
-            out = self._forward(x if x.dim() == 4 else x[None])
-        if x.dim() == 4:
-            return out
-        return out[0] if isinstance(out, Tensor) else [o[0] for o in out]
+        return self._run(self._forward, x)
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
         """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.
@@ -365,17 +480,21 @@ class RevBiFPN(nn.Module):
         """The stack's outputs, before the neck: what :meth:`inverse` takes.
 
         Args:
-            x: ``[N, 3, H, W]``.
+            x: ``[N, in_chans, H, W]``.
 
         Returns:
-            Streams ``[N, channels[i], H / 2^(d+i), W / 2^(d+i)]``, from high to low resolution.
+            Streams ``[N, channels[i], H / 2^(d+i), W / 2^(d+i)]``, from high to low resolution; with ``pad`` those of
+            the padded image, not cropped.
         """
         self._check(x)
-        return self.open(x).leave()
+        return self.open(self._padded(x), lambda tape: tape.leave())
 
     @torch.no_grad()
     def inverse(self, streams: Sequence[Tensor]) -> Tensor:
         """The image, from the stack's outputs (:meth:`forward_streams`, or the pyramid of a model without neck).
+
+        With ``pad`` it is the padded image, from the streams of :meth:`forward_streams`; ``[..., :H, :W]`` of it is the
+        one that came.
 
         Not differentiable. In train mode batch statistics are those of the same batch, and random layers break the
         inversion: use ``eval()``, or ``stochastic_depth=0``.
@@ -383,7 +502,191 @@ class RevBiFPN(nn.Module):
         streams = list(streams)
         if len(streams) != self.levels:
             raise ValueError(f"streams: expected {self.levels} maps from high to low resolution, got {len(streams)}")
+        sizes = [tuple(y.shape[2:]) for y in streams]
+        if any(2 * small != large for a, b in pairwise(sizes) for large, small in zip(a, b, strict=True)):
+            raise ValueError(
+                f"streams: expected sizes that halve from level to level, got {sizes}; with pad=True take them from "
+                "forward_streams, which does not crop them"
+            )
         return self.stem.inverse(cast(Tensor, self.rev_stack.inverse(*streams)))  # the stack starts from one stream
+
+    # As timm's models ---------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """0 without a classifier."""
+        return 0 if self.head is None else int(getattr(self.head.fc, "out_features", 0))
+
+    @property
+    def num_features(self) -> int:
+        """Channels of :meth:`forward_features`."""
+        return self.neck_channels[self.out_levels[-1]] if self.head is None else self.head.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width before the classifier."""
+        return self.num_features if self.head is None else self.head.hidden_size
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Per map of the pyramid: ``num_chs``, ``reduction`` (its stride), and the ``module`` that computes it."""
+        module = "rev_stack" if self.neck is None else "rev_stack.recomp_op.recomp_transform_{}"
+        return [
+            {"num_chs": c, "reduction": self.stem.block * 2**i, "module": module.format(i)}
+            for i, c in enumerate(self.neck_channels)
+        ]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The map before pooling, ``[N, num_features, ceil(H / 32), ceil(W / 32)]``; without a head, the last map."""
+
+        def compute(batch: Tensor) -> Tensor:
+            if self.head is None:
+                return self.open(batch, partial(self._pyramid, self.out_levels[-1:]))[0]
+            return self.head.features(self.open(batch, self._merged))
+
+        return self._run(compute, x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits from :meth:`forward_features`; with ``pre_logits`` what the classifier takes."""
+        return self._with_head().classify(x, pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the pyramid.
+
+        Args:
+            x: as for ``forward``.
+            indices: their levels: all (None), the lowest n resolutions (an int), or these; -1 is the lowest.
+            norm, stop_early: without effect: the neck has no norm of its own, and every map needs every level.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: leave out :meth:`forward_features`.
+
+        Returns:
+            The maps in the order of ``indices``, or ``(features, maps)``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+        levels = self._levels_of(indices)
+
+        def compute(batch: Tensor) -> list[Tensor]:
+            if intermediates_only:
+                return self.open(batch, partial(self._pyramid, levels))
+            read = self.out_levels
+            pyramid = dict(zip(read, self.open(batch, partial(self._pyramid, read)), strict=True))
+            maps = list(pyramid.values())
+            features = maps[-1] if self.head is None else self.head.features(self.head.merge(maps))
+            return [features, *(pyramid[level] for level in levels)]
+
+        maps = self._run(compute, x)
+        return maps if intermediates_only else (maps[0], maps[1:])
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Leave out whatever these maps do not need, and return nothing but them from now on.
+
+        Without its head the model returns its pyramid. In the neck and in the last silo, transforms go that only other
+        levels need: no parameter is left without a gradient.
+
+        Args:
+            indices: levels, as for :meth:`forward_intermediates`.
+            prune_norm: without effect.
+            prune_head: with False nothing is left out, since the head needs every level.
+
+        Returns:
+            The levels.
+        """
+        levels = self._levels_of(indices)
+        if prune_head:
+            self.head = None
+            self.out_levels = sorted(set(levels))
+            if self.neck is not None:
+                self.neck.keep(levels)
+            for silo in self.rev_stack.blocks[-1:]:
+                cast(RevSilo, silo).keep(levels)
+        return levels
+
+    def _levels_of(self, indices: int | Sequence[int] | None) -> list[int]:
+        if indices is None:
+            return list(self.out_levels)
+        if isinstance(indices, int):
+            levels = list(range(self.levels))[-indices:] if 0 < indices <= self.levels else [self.levels]
+        else:
+            levels = [index + self.levels if index < 0 else index for index in indices]
+        if not levels or not set(levels) <= set(self.out_levels):
+            raise ValueError(
+                f"indices: expected levels out of {list(self.out_levels)}, or how many of the last ones, got {indices}"
+            )
+        return levels
+
+    def _with_head(self) -> Head:
+        if self.head is None:
+            raise ValueError("model: it has no head; construct it with classes=..., and do not prune it")
+        return self.head
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer; an ``nn.Identity`` if it was taken off."""
+        return self._with_head().fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Another classifier, newly initialised.
+
+        Args:
+            num_classes: 0 leaves it out: the model returns pooled features, ``[N, head_hidden_size]``.
+            global_pool: ``"avg"``, or ``""`` for the map before pooling (without a classifier); None keeps it.
+        """
+        self._with_head().reset(num_classes, None if global_pool is None else self._pool(global_pool))
+
+    def _pool(self, pool_type: str) -> GlobalPool:
+        return GlobalPool(pool_type)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in backward (as a model does by itself), or store them."""
+        self.disable_rev = self.disable_recomp = not enable
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        return not self.disable_rev
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for learning rates per layer: blocks of the stack, neck, head, classifier.
+
+        Args:
+            coarse: the blocks between two silos, and the silo, as one.
+        """
+        layers, names = [], []
+        for name, block in self.rev_stack.named_children():
+            if isinstance(block, Reversible):
+                names.append(name)
+                if not coarse or isinstance(block, RevSilo):
+                    layers.append(names)
+                    names = []
+        depths = [*(rf"^rev_stack\.(?:{'|'.join(names)})\." for names in layers), r"^rev_stack\.", r"^head\.(?!fc\.)"]
+        return {"stem": r"^stem\.", "blocks": [(pattern, (depth,)) for depth, pattern in enumerate(depths)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides norms and biases: none."""
+        return set()
+
+
+def _cropped(y: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The part of a map of the padded image that the image's own pixels, ``ceil(size / stride)``, begin in."""
+    h, w = (-(-size[d] // (padded[d] // y.shape[d])) for d in (-2, -1))
+    return y[..., :h, :w]
+
+
+def _room_for(in_chans: int, block: int) -> str:
+    """What to do about an image of that many channels."""
+    channels = in_chans * block**2
+    scale = next((config.arch for config in CONFIGS.values() if config.channels[0] >= channels), None)
+    return f"more channels need channels[0] >= {channels}" + (f", as {scale} has" if scale else "")
 
 
 def _as_leaf(model: RevBiFPN, x: fx.Proxy) -> Any:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,18 +117,18 @@ class Reversible(nn.Module, ABC):
             return open_tape(self, streams, self.coupler, stream, stored=stored, retain=retain, owned=owned)
         return Stored(self.coupler, streams)
 
-    def forward(self, *streams: Any) -> Any:
+    def forward(self, *streams: Any, read: Callable[[], Any] | None = None) -> Any:
         """Streams in, streams out: a tensor for a single stream, else a tuple from high to low resolution.
 
         A container calls its blocks with its tape instead of tensors, so that their hooks run, and with what travels
-        through autograd (:meth:`revbifpn.engine.tape.Tape.call`).
+        through autograd (:meth:`revbifpn.engine.tape.Tape.call`); with ``read``, its result comes out instead.
         """
         if isinstance(streams[0], (Tape, Stored, TapeAt)):
             on, *carried = streams
             if carried:
                 on.carry(carried[0])
             self.run(on)
-            return on.carried()
+            return on.carried() if read is None else read()
         tape = self.open(*streams)
         with names_of(self):
             self.run(tape)
@@ -188,6 +188,12 @@ class HalfSilo(nn.Module):
                 pairs.append((Part(source), transform))
         return tuple(pairs)
 
+    def leave_out(self, target: int) -> None:
+        """Have no transforms into ``target`` any more."""
+        _, j = self._count(0, target)
+        for name in [name for name in self._modules if name.endswith(f"_{j}")]:
+            delattr(self, name)
+
 
 class RevBlock(Reversible):
     """Reversible residual block on the channel halves ``x = [x0, x1]`` of one stream (RevNet).
@@ -241,6 +247,13 @@ class RevSilo(Reversible):
         self.levels, self.created = levels, created
         self.f = HalfSilo(down, levels)
         self.g = HalfSilo(up, levels, up=True)
+
+    def keep(self, streams: Collection[int]) -> None:
+        """Leave out the transforms whose sums do not reach these streams of those that leave."""
+        for j in set(range(self.levels)) - set(streams):
+            self.g.leave_out(j)
+            if j < min(streams) and j < self.levels - self.created:  # nothing that is kept reads y_j
+                self.f.leave_out(j)
 
     def couplings(self) -> Iterator[Coupling]:
         entering = self.levels - self.created

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from math import gcd
 from typing import Any
 
@@ -12,11 +12,17 @@ from torch import FunctionSchema, Tensor
 MOST_VISITS = 1 << 12
 
 
-def _extent(t: Tensor) -> int:
+@lru_cache(4096)
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to the last one, counted in memory; 0 of an empty tensor."""
-    if t.numel() == 0:
+    if 0 in shape:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _bytes(t: Tensor) -> int:
+    """From the first to the last byte."""
+    return _extent(t.shape, t.stride()) * t.itemsize
 
 
 def check_storage(name: str, t: Tensor) -> None:
@@ -24,9 +30,9 @@ def check_storage(name: str, t: Tensor) -> None:
 
     Sharded training frees the storage of a parameter that is not in use and leaves its shape.
     """
-    extent = _extent(t)
-    needed = (t.storage_offset() + extent) * t.itemsize
-    if extent and t.untyped_storage().nbytes() < needed:
+    size = _bytes(t)
+    needed = t.storage_offset() * t.itemsize + size
+    if size and t.untyped_storage().nbytes() < needed:
         raise RuntimeError(
             f"{name}: expected a storage of at least {needed} bytes for a tensor of shape {list(t.shape)}, got "
             f"{t.untyped_storage().nbytes()}; its memory was freed or made smaller (untyped_storage().resize_(), or a "
@@ -65,8 +71,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have a byte in common. Halves of one map's channels, which interleave in memory, do not."""
     if a.is_meta or b.is_meta:  # no memory, and all at address 0
         return False
-    begin, end = a.data_ptr(), a.data_ptr() + _extent(a) * a.itemsize
-    if begin >= b.data_ptr() + _extent(b) * b.itemsize or b.data_ptr() >= end:
+    if a.data_ptr() >= b.data_ptr() + _bytes(b) or b.data_ptr() >= a.data_ptr() + _bytes(a):
         return False
     # Byte i of a's element u is byte j of b's element v where strides_a u + i - strides_b v - j = begin_b - begin_a.
     bounds: dict[int, tuple[int, int]] = {}
@@ -76,22 +81,26 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
             if size > 1 and step > 0:
                 low, high = bounds.get(step, (0, 0))
                 bounds[step] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
-    return _reaches([(step, *bound) for step, bound in bounds.items()], b.data_ptr() - begin)
+    return _reaches([(step, *bound) for step, bound in bounds.items()], b.data_ptr() - a.data_ptr())
 
 
-def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse that an op writes what another argument holds; ``others`` may list the argument itself."""
-    for other, t in others:
-        if other != name and share_memory(written, t):
-            raise RuntimeError(
-                f"{name}: expected memory of its own, as the op writes it, but it shares some with {other}"
-            )
+def check_apart(written: Sequence[str], tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse that an op writes what another argument holds."""
+    spans = [(name, t, t.data_ptr(), t.data_ptr() + _bytes(t)) for name, t in tensors]
+    for name, t, begin, end in spans:
+        if name not in written:
+            continue
+        for other, held, other_begin, other_end in spans:
+            if begin < other_end and other_begin < end and other != name and share_memory(t, held):
+                raise RuntimeError(
+                    f"{name}: expected memory of its own, as the op writes it, but it shares some with {other}"
+                )
 
 
 def checked(schema: FunctionSchema, call: Callable, *, apart: bool = True) -> Callable:
     """``call``, an implementation of ``schema``, after the checks of its tensors; ``apart``: of both kinds."""
     names = [argument.name for argument in schema.arguments]
-    writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
     @wraps(call)
     def run(*arguments: Any, **keywords: Any) -> Any:
@@ -103,9 +112,8 @@ def checked(schema: FunctionSchema, call: Callable, *, apart: bool = True) -> Ca
                 tensors += [(f"{name}[{k}]", v) for k, v in enumerate(value) if isinstance(v, Tensor)]
         for name, tensor in tensors:
             check_storage(name, tensor)
-        for name, tensor in tensors:
-            if apart and name in writes:
-                check_apart(name, tensor, tensors)
+        if apart and written:
+            check_apart(written, tensors)
         return call(*arguments, **keywords)
 
     return run

@@ -16,6 +16,8 @@ torch.set_num_threads(1)  # the tests' maps are tiny, and runners are shared
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed; what is installed comes first
 
+from tests.marks import leave_to_the_full_run  # noqa: E402
+
 
 def pytest_configure(config):
     """Hypothesis tries more examples where slow tests are asked for."""
@@ -25,6 +27,11 @@ def pytest_configure(config):
         settings.register_profile("default run", max_examples=8, deadline=None)
         settings.register_profile("full run", max_examples=60, deadline=None)
         settings.load_profile("default run" if config.option.markexpr == "not slow" else "full run")
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` selects
+def pytest_collection_modifyitems(items):
+    leave_to_the_full_run(items)
 
 
 @pytest.fixture

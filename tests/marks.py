@@ -1,10 +1,29 @@
 """What the default run leaves out: ``pytest -m "slow or not slow"`` runs everything."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
+
+# On a test, or on a file as ``pytestmark``: in the default run as many of its cases as it takes for every value of
+# every parameter to come once, and all combinations in the full run.
+covering = pytest.mark.covering
+
+
+def leave_to_the_full_run(items: Iterable[pytest.Item]) -> None:
+    """Mark the cases of ``covering`` tests slow whose values all come in an earlier case."""
+    seen: dict[object, set[tuple[str, str]]] = defaultdict(set)
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "covering" not in marks or "slow" in marks or not hasattr(item, "callspec"):
+            continue
+        values = {(name, str(value)) for name, value in item.callspec.params.items()}
+        came = seen[item.function]
+        if came and values <= came:
+            item.add_marker(pytest.mark.slow)
+        came |= values
 
 
 def slow(values: Iterable[Any]) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -139,7 +140,8 @@ class ModuleBranch:
 
     Correct for random layers (generator states are replayed), BatchNorm (running statistics are updated once),
     other buffers (the second call sees the values the first one saw, on copies), autocast, train/eval flags changed
-    between forward and backward, parameters swapped in by ``torch.func.functional_call``, cached parametrisations, and
+    between forward and backward, parameters swapped in by ``torch.func.functional_call``, cached parametrisations,
+    units of ``fully_shard`` (which gather parameters and reduce their gradients by hooks of their own, in the pull), and
     checkpoints inside, whose own second call runs in the same scene.
 
     Both calls run with gradients enabled, on inputs that want one, unless the modules are known to be indifferent:
@@ -148,7 +150,10 @@ class ModuleBranch:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.modules = module, list(module.modules())
-        self._own = dict(module.named_parameters())
+        sharded = {id(q): q for unit in filter(_is_sharded, self.modules) for q in unit.parameters()}
+        self._own = {name: q for name, q in module.named_parameters() if id(q) not in sharded}
+        # Stands for the parameters of sharded units among a node's inputs, so that backward comes by.
+        self._units = (torch.zeros((), requires_grad=True),) if any(q.requires_grad for q in sharded.values()) else ()
         if any(map(is_lazy, self._own.values())):
             raise RuntimeError(
                 f"{type(self.module).__name__} has parameters that are not initialised yet (a Lazy layer): call it "
@@ -156,7 +161,7 @@ class ModuleBranch:
             )
 
     def parameters(self) -> list[Tensor]:
-        return list(self._own.values())
+        return [*self._own.values(), *self._units]
 
     def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
         module, tensors = self.module, tuple(map(values, inputs))
@@ -177,7 +182,7 @@ class ModuleBranch:
 
     def record(self, *inputs: Values) -> tuple[Contribution, Record]:
         tensors = [values(x).detach() for x in inputs]
-        recorder = Recorder(self.module, self.modules, tensors)
+        recorder = Recorder(self.module, self.modules, tensors, listens=not self._units)
         graph = not self._is_indifferent()
         with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.set_grad_enabled(graph):
             p = _call(self.module, [_wanting(x) if graph else x for x in tensors])
@@ -199,7 +204,7 @@ class ModuleBranch:
         tensors = [_wanting(_copy(values(x).detach())) for x in inputs]
         parameters = _leaves(parameters)
         named = self._named(parameters)
-        recorder = Recorder(self.module, self.modules, tensors)
+        recorder = Recorder(self.module, self.modules, tensors, listens=False)
         with torch.enable_grad(), recorder.autocast.restore(), uncached_parametrizations():
             p = torch.func.functional_call(self.module, named, tuple(tensors))
         check_finite(self.module, p)
@@ -207,10 +212,11 @@ class ModuleBranch:
         return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
 
     def _named(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self._own, parameters, strict=True))
+        return dict(zip(self._own, parameters[: len(self._own)], strict=True))
 
     def _pullback(self, p: Tensor, inputs: Sequence[Tensor], parameters: Sequence[Tensor], replay: Replay) -> Pullback:
-        calls_python = _check_graph(p, {id(t) for t in (*inputs, *parameters)}, self.module)
+        known = None if self._units else {id(t) for t in (*inputs, *parameters)}
+        calls_python = _check_graph(p, known, self.module)
 
         def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
             if p.requires_grad:
@@ -247,8 +253,17 @@ def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [q.detach().requires_grad_(q.requires_grad) for q in parameters]
 
 
-def _check_graph(p: Tensor, known: set[int], module: nn.Module) -> bool:
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _check_graph(p: Tensor, known: set[int] | None, module: nn.Module) -> bool:
     """Refuse a result that depends on tensors which want a gradient and would silently get none.
+
+    Args:
+        known: those that get one; None: sharded units are in the module, which make theirs as they are called.
 
     Returns:
         Whether a node of its graph is written in Python.
@@ -261,7 +276,7 @@ def _check_graph(p: Tensor, known: set[int], module: nn.Module) -> bool:
         seen.add(node)
         calls_python = calls_python or isinstance(node, BackwardCFunction)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
+        if leaf is not None and known is not None and id(leaf) not in known:
             raise RuntimeError(
                 f"{type(module).__name__} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
                 "neither its input nor one of its parameters, so a reversible block cannot give it one: register it "

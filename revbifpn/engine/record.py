@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from revbifpn.engine.capture import NothingRandom
+from revbifpn.engine.collectives import Collective, RecordedCollectives, may_communicate, replayed
 from revbifpn.streams import is_capturing
 
 _state = threading.local()
@@ -174,12 +175,14 @@ class Record:
     Attributes:
         random: states of the generators before and after; None: the call drew no random numbers.
         training: flag of every submodule, in the order of ``modules()``.
+        collectives: what it received from other processes; None: nothing in it asks them.
     """
 
     autocast: Autocast
     random: tuple[Generators, Generators] | None
     training: tuple[bool, ...]
     buffers: Buffers
+    collectives: tuple[Collective, ...] | None = None
 
 
 def updates_statistics(module: nn.Module) -> bool:
@@ -224,9 +227,12 @@ class Recorder:
     Args:
         module, modules: that is called, and all in it.
         inputs: of the call.
+        listens: to what other processes say in it. Not where parameters are gathered in it, which happens again.
     """
 
-    def __init__(self, module: nn.Module, modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, modules: Sequence[nn.Module], inputs: Sequence[Tensor], *, listens: bool = True
+    ) -> None:
         self.module, self.inputs = module, inputs
         skipped = {id(b) for m in modules if updates_statistics(m) for b in m._buffers.values()}
         self.buffers = {name: b for name, b in module.named_buffers() if id(b) not in skipped}
@@ -236,10 +242,13 @@ class Recorder:
         self.autocast = Autocast.current(inputs[0].device)
         self.capturing = is_capturing(inputs[0].device)
         self.generators = None if self.capturing else Generators.current(*inputs)
+        self.collectives = RecordedCollectives() if listens and may_communicate(modules) else None
 
-    def watch(self) -> AbstractContextManager:
+    @contextmanager
+    def watch(self) -> Iterator[None]:
         """Enter it around the call: a graph being captured has no states to compare, so nothing may be drawn."""
-        return NothingRandom(self.module) if self.capturing else nullcontext()
+        with NothingRandom(self.module) if self.capturing else nullcontext(), self.collectives or nullcontext():
+            yield
 
     def finish(self) -> Record:
         """The record.
@@ -261,7 +270,8 @@ class Recorder:
                 unchanged[name] = buffer, version
             else:
                 changed[name] = value
-        return Record(self.autocast, random, self.training, Buffers(changed, unchanged))
+        collectives = None if self.collectives is None else tuple(self.collectives.done)
+        return Record(self.autocast, random, self.training, Buffers(changed, unchanged), collectives)
 
 
 def changed_input(module: nn.Module) -> RuntimeError:
@@ -336,7 +346,7 @@ class Replay:
         Raises:
             RuntimeError: it drew other random numbers than the first.
         """
-        with self._scene():
+        with self._scene(), replayed(self.record.collectives):
             p = torch.func.functional_call(self.module, self._tensors(), inputs)
         if self.record.random is not None and self._generators != self.record.random[1]:
             raise RuntimeError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
 from revbifpn.engine.state import State
 from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype
+
+T = TypeVar("T")
 
 
 class Tape:
@@ -39,6 +41,10 @@ class Tape:
         So hooks on the call's tensors, such as those that gather sharded parameters, see its forward and its backward.
         """
         self.carry(block(TapeAt(self, level), *(() if self.token is None else (self.token,))))
+
+    def call_and_read(self, block: nn.Module, read: Callable[[], T]) -> T:
+        """``read()`` after a block, as the result of its call: hooks on it see what is read, forward and backward."""
+        return block(TapeAt(self, 0), *(() if self.token is None else (self.token,)), read=read)
 
     def carry(self, token: Tensor | None) -> None:
         """Go on from ``token``, which a hook may have put in place of the last one."""
@@ -112,6 +118,10 @@ class Stored:
     def call(self, block: nn.Module, level: int = 0) -> None:
         """As :meth:`Tape.call`."""
         self.carry(block(TapeAt(self, level), self._levels))
+
+    def call_and_read(self, block: nn.Module, read: Callable[[], T]) -> T:
+        """As :meth:`Tape.call_and_read`."""
+        return block(TapeAt(self, 0), self._levels, read=read)
 
     def carry(self, levels: Sequence[Tensor | list[Tensor]]) -> None:
         self._levels = list(levels)

@@ -58,8 +58,11 @@ class FusedLowered(Lowered):
             return super().adjoint(dy, contributions)
         p = [None if contribution.center is None else contribution.p for contribution in contributions]
         center = [contribution.center for contribution in contributions]
-        du, sums = revkernels.couple_adjoint(dy, self.factors, p=p, center=center, mode=self.mode)
-        return list(zip(du, sums, strict=True))
+        pulled = torch.ops.revkernels.couple_adjoint(dy, p, center, self.factors, self.mode)
+        return [
+            (dy if f == 1 else du, None if p_k is None else sums)
+            for f, p_k, du, sums in zip(self.factors, p, *pulled, strict=True)
+        ]
 
     def stored_sum(self, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         if self.branches and all(isinstance(branch, FusedMBConv) for branch in self.branches):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import attrgetter, is_
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +61,58 @@ def _submodules(module: nn.Module) -> list[nn.Module]:
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether calling one of the modules does more than its class's ``forward``."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-        if "forward" in m.__dict__:
-            return True
-    return False
+    return any(any(_hooks(m)) or "forward" in m.__dict__ for m in modules)
+
+
+def _hooks(m: nn.Module) -> tuple[dict, ...]:
+    return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+
+
+class _Inspected:
+    """What was looked at of an MBConv that can be fused: a later look is a comparison, as every step takes one.
+
+    It refers to the parts of the MBConv and never to itself, and so can be kept for as long as that lives.
+    """
+
+    def __init__(self, mbconv: MBConv) -> None:
+        modules = _submodules(mbconv)
+        self.parts = modules[1:]
+        self.types = [type(m) for m in self.parts]
+        self.children = [m._modules for m in modules]
+        self.order = list(chain.from_iterable(children.values() for children in self.children))
+        self.attributes = [m.__dict__ for m in modules]
+        self.hooks = [hooks for m in modules for hooks in _hooks(m)]
+        self.settings = [(m, get, get(m)) for m in self.parts for kind, get in _SETTINGS.items() if type(m) is kind]
+        self.tensors: list[Mapping[str, Tensor | None]] = []
+        for m in modules:
+            self.tensors += (m._parameters, m._buffers)
+        self.dtypes = self._dtypes()
+        self.dtype = next((dtype for dtype in self.dtypes if dtype is not None), None)
+
+    def _dtypes(self) -> list[torch.dtype | None]:
+        return [None if t is None else t.dtype for tensors in self.tensors for t in tensors.values()]
+
+    def is_current(self) -> bool:
+        """Whether everything is as it was."""
+        return (
+            sum(map(len, self.children)) == len(self.order)
+            and all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.order))
+            and [type(m) for m in self.parts] == self.types
+            and not any(self.hooks)
+            and not any("forward" in attributes for attributes in self.attributes)
+            and all(get(m) == value for m, get, value in self.settings)
+            and self._dtypes() == self.dtypes
+        )
+
+
+# What the kernels take for granted of a layer, besides its tensors.
+_SETTINGS = {
+    nn.Conv2d: attrgetter(
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    ),
+    nn.BatchNorm2d: attrgetter("affine", "momentum"),
+}
+_inspected: WeakKeyDictionary[nn.Module, _Inspected] = WeakKeyDictionary()
 
 
 def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
@@ -74,7 +123,22 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     """
     if type(transform) is not MBConv:
         return f"it is a {type(transform).__name__}, not an MBConv"
-    parts = transform._modules
+    known = _inspected.get(transform)
+    if known is None or not known.is_current():
+        reason = _why_not_built_so(transform)
+        if reason:
+            return reason
+        known = _inspected[transform] = _Inspected(transform)
+    if known.dtype != x.dtype:
+        return f"its parameters and statistics are {known.dtype} and the stream is {x.dtype}"
+    if 0 in x.shape:
+        return "the batch is empty"
+    return ""
+
+
+def _why_not_built_so(mbconv: MBConv) -> str:
+    """The same of the module alone."""
+    parts = mbconv._modules
     expand, se = parts.get("exp_conv"), parts.get("se")
     if expand is not None and not _plain_conv_norm(expand, nn.Hardswish):
         return "its expansion is not a 1x1 convolution followed by BatchNorm2d and Hardswish"
@@ -86,13 +150,12 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
         layers = list(se.get_submodule("se").children())
         if [type(layer) for layer in layers] != _SQUEEZE_EXCITE or None in (layers[1].bias, layers[3].bias):
             return "its squeeze-excite is not of Hardswish and Hardsigmoid, with biases"
-    modules = _submodules(transform)
+    modules = _submodules(mbconv)
     if has_hooks(modules):
         return "a module in it has hooks or a forward of its own"
-    dtype, dtypes = x.dtype, {q.dtype for m in modules for q in m._parameters.values() if q is not None}
-    dtypes |= {q.dtype for m in modules for q in m._buffers.values() if q is not None and q.dtype != torch.int64}
-    if dtypes != {dtype} or dtype not in (torch.float32, torch.float64):
-        return f"its parameters, statistics and the stream are not all float32 or all float64 (the stream is {dtype})"
-    if 0 in x.shape:
-        return "the batch is empty"
+    tensors = chain.from_iterable([*m._parameters.values(), *m._buffers.values()] for m in modules)
+    dtypes = {t.dtype for t in tensors if t is not None and t.dtype != torch.int64}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        names = " and ".join(sorted(map(str, dtypes)))
+        return f"its parameters and statistics are {names}, not all float32 or all float64"
     return ""

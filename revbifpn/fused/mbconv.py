@@ -85,7 +85,7 @@ class FusedRecord(NamedTuple):
 
     norms: Tensor  # [4, E + E + C'], see revkernels.reference_mbconv
     batch: tuple[bool, ...]  # which norms took the batch's statistics
-    chunk: int  # samples
+    shape: MBConvShape
     keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
     precision: str | None = None  # of the 1x1 convolutions' products, see revkernels.precision
 
@@ -178,7 +178,7 @@ class FusedMBConv:
         plane = self.expanded * h * w * self.dtype.itemsize
         return max(1, planes * chunk_bytes(x.device) // max(1, plane))
 
-    def _shape(self, x: Values, chunk: int) -> MBConvShape:
+    def _shape(self, x: Values) -> MBConvShape:
         w, on_cpu = self.weights, x.device.type == "cpu"
         encoded = isinstance(x, Encoded)
         samples, channels, height, width = x.shape
@@ -192,13 +192,19 @@ class FusedMBConv:
             0 if w.squeeze is None else w.squeeze.shape[0],
             w.depthwise.shape[-1],
             self.stride,
-            chunk,
+            self.chunk(x),
             w.expand is not None,
             self.dtype.itemsize,
             w.project.dtype.itemsize,
             scaled=encoded and on_cpu,
             converted=not on_cpu and (encoded or x.dtype != self.dtype),
         )
+
+    @staticmethod
+    def _of(record: FusedRecord, x: Values) -> MBConvShape:
+        """The recorded shape, or that of some of its samples."""
+        shape, samples = record.shape, x.shape[0]
+        return shape if shape.n == samples else shape._replace(n=samples)
 
     def plane(self, x: Values, channels: int, size: Sequence[int]) -> Tensor:
         return torch.empty((x.shape[0], channels, *size), dtype=self.dtype, device=x.device)
@@ -233,14 +239,15 @@ class FusedMBConv:
         batch, size = self._batch(), self.out_size(x)
         if True in batch:
             self._expect_several(x, size)
+        shape = self._shape(x)
         # Without sums over samples all planes of a chunk come at once. cuBLAS wants the chunks of the backward.
-        chunk = self.chunk(x, 4 if True not in batch and x.device.type == "cpu" else 1)
+        once = shape if True in batch or x.device.type != "cpu" else shape._replace(chunk=self.chunk(x, 4))
         precision = convolution_precision(x.device, self.dtype)
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None
         with products_in(precision):
-            norms = self._norms(self.weights, batch, self._running(batch, update), None, x, chunk, p, d)
-        record = FusedRecord(norms, batch, self.chunk(x), self._draw_keep(x) if self._drops() else None, precision)
+            norms = self._norms(self.weights, batch, self._running(batch, update), None, x, once, p, d)
+        record = FusedRecord(norms, batch, shape, self._draw_keep(x) if self._drops() else None, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
         return contribution, record, d
@@ -252,15 +259,15 @@ class FusedMBConv:
         running: Sequence[Tensor | None],
         norms: Tensor | None,
         x: Values,
-        chunk: int,
+        shape: MBConvShape,
         p: Tensor,
         d: Tensor | None,
     ) -> Tensor:
         """The forward into p and d; returns the norms."""
         momentum = [0.0 if n is None else n.momentum for n in self.norms]
         eps = [0.0 if n is None else n.eps for n in self.norms]
-        size = mbconv_bytes(self._shape(x, chunk), batch=True in batch, d=d is not None)
-        tail = (batch, momentum, eps, self.stride, chunk, norms, p, d, _workspace(size, p))
+        size = mbconv_bytes(shape, batch=True in batch, d=d is not None)
+        tail = (batch, momentum, eps, self.stride, shape.chunk, norms, p, d, _workspace(size, p))
         return _forward(*stored(x), *weights, *running, *tail)
 
     def _running(self, batch: tuple[bool, ...], update: bool) -> list[Tensor | None]:
@@ -323,7 +330,7 @@ class FusedMBConv:
         if True not in record.batch:
             return record
         p = self.plane(x, self.channels, self.out_size(x))
-        norms = self._norms(weights, record.batch, [None] * 9, record.norms, x, record.chunk, p, None)
+        norms = self._norms(weights, record.batch, [None] * 9, record.norms, x, record.shape, p, None)
         return record._replace(norms=norms)
 
     def again(self, x: Values, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False) -> Kept:
@@ -335,8 +342,9 @@ class FusedMBConv:
             self.plane(x, self.expanded, size) if d else None,
             self.plane(x, self.expanded, x.shape[2:]) if e else None,
         )
-        workspace = _workspace(mbconv_recompute_bytes(self._shape(x, record.chunk), d=d, e=e), planes[0])
-        tail = (record.norms, self.stride, record.chunk, *planes, workspace)
+        shape = self._of(record, x)
+        workspace = _workspace(mbconv_recompute_bytes(shape, d=d, e=e), planes[0])
+        tail = (record.norms, self.stride, shape.chunk, *planes, workspace)
         with products_in(record.precision):
             return Kept(*planes, _recompute(*stored(x), *weights.convolutions, *tail))
 
@@ -385,8 +393,9 @@ class FusedMBConv:
             dz: memory for the gradient of the projection's input, ``[N, E, H', W']``; du itself is allowed. By default
                 over p, which is done with then, where it has that shape.
         """
+        shape = self._of(record, x)
         size = mbconv_backward_bytes(
-            self._shape(x, record.chunk),
+            shape,
             sums=sums is not None,
             p=kept.p is not None,
             d=kept.d is not None,
@@ -396,7 +405,7 @@ class FusedMBConv:
             dx=dx is not None,
             add=add,
         )
-        middle = (record.norms, record.batch, record.keep, self.stride, record.chunk)
+        middle = (record.norms, record.batch, record.keep, self.stride, shape.chunk)
         tail = (*kept, dz, dx, add, _workspace(size, du))
         with products_in(record.precision):
             gradients = _backward(du, sums, *stored(x), *weights.convolutions, *middle, *tail)

@@ -177,7 +177,7 @@ class FusedSegment:
             out = values(merged[0]).clone(memory_format=torch.contiguous_format)
         else:
             out = self.neck.plane(y, self.neck.channels, size).zero_()
-        for rows in _chunks(y.shape[0], record.chunk):
+        for rows in _chunks(y.shape[0], record.shape.chunk):
             p = self.neck.again(y[rows], record, weights).p
             assert p is not None
             keep = None if record.keep is None else record.keep[rows]

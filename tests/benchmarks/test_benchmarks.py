@@ -203,6 +203,7 @@ def test_committed_results_can_be_shown_and_drawn(path, tmp_path, capsys):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_fake_run_gives_the_same_numbers(tiny, tmp_path):
     found = {}
     for flag in ("--fake", "--no-fake"):
@@ -213,6 +214,7 @@ def test_fake_run_gives_the_same_numbers(tiny, tmp_path):
     assert found["--fake"] == found["--no-fake"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key", ["revbifpn_s0/fast", *slow(["tf_efficientnet_b0/checkpointed", "hrnet_w18/checkpointed"])]
 )

@@ -55,6 +55,7 @@ def is_alive(pid):
 # Running parts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dry_run_of_quick_parts(tmp_path, capsys):
     arguments = ["--dry-run", "--parts", "env,bandwidth,memory-agreement,sanitize", "--output", str(tmp_path)]
     assert suite.main(arguments) == 0, capsys.readouterr().out
@@ -289,6 +290,7 @@ def test_every_kernel_of_a_profile_counts_once():
     assert found[2].ops == (Op("unattributed"),)
 
 
+@pytest.mark.slow
 def test_profile_of_a_small_step_sums_to_one(tmp_path, monkeypatch, capsys):
     def small(module):
         return lambda **given: module.RevBiFPN(**(NARROW | given))

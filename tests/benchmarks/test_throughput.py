@@ -144,6 +144,7 @@ def test_published_code_runs_in_float32_on_a_cpu():
     assert dtypes == ["float32", "bfloat16"]
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_gradients_and_saves_memory():
     checkpointed = networks.CheckpointedRevBiFPN("revbifpn_s0", num_ext_layers=0, classes=10, head_dropout=0.0)
     stored = revbifpn.revbifpn_s0(reversible=False, num_ext_layers=0, classes=10, head_dropout=0.0)

@@ -8,7 +8,10 @@ from torch import nn
 import revbifpn
 from revbifpn import RevBlock, ReversibleSequence
 from revbifpn.reversible import is_recomputing
+from tests.marks import covering
 from tests.networks import F32, F64, MOSTLY_FAST, REVERSIBLE, error, identical, image, narrow
+
+pytestmark = covering
 
 INSIDE = pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 

@@ -120,6 +120,7 @@ def test_a_thread_that_ends_leaves_its_model_to_another(module):
     assert_close(found[1], step(wanted, x))
 
 
+@pytest.mark.slow
 @MODULES
 def test_steps_leave_nothing_to_the_cycle_collector(module):
     model = narrow(module, F32)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import revbifpn
 from revbifpn.memory import measure_step
 from revbifpn.reversible import is_recomputing
-from tests.marks import mostly_slow
+from tests.marks import covering, mostly_slow
 from tests.networks import (
     F32,
     F64,
@@ -30,6 +30,8 @@ from tests.networks import (
     scalar,
     stored_gradients,
 )
+
+pytestmark = covering
 
 DEPTHS = {"s0": (2, 0.0), "s3": (3, 0.05), "s6": (5, 0.3)}  # num_ext_layers, stochastic_depth
 
@@ -612,6 +614,7 @@ def test_streams_are_freed_without_the_cycle_collector(module, options, backward
     assert [owner() for owner in passes] == [None]
 
 
+@pytest.mark.slow
 @MOSTLY_FAST
 def test_live_memory_does_not_grow_over_steps(module):
     model = narrow(module, F32)
@@ -622,6 +625,7 @@ def test_live_memory_does_not_grow_over_steps(module):
     assert kept[3] == kept[2] == kept[1]
 
 
+@pytest.mark.slow
 @MOSTLY_FAST
 def test_compiled_model_agrees(module):
     """Tracing is what can go wrong here; the code that inductor generates is not under test."""

@@ -24,8 +24,10 @@ from revbifpn.memory import PeakMemory
 from revbifpn.reversible import is_recomputing
 from revkernels import workspace
 from tests import networks
-from tests.marks import mostly_slow, slow
+from tests.marks import covering, mostly_slow, slow
 from tests.networks import BOTH, F32, MOSTLY_FAST, TWO_LEVELS, identical
+
+pytestmark = covering
 
 ERRORS = (ValueError, KeyboardInterrupt, torch.OutOfMemoryError, MemoryError)
 MESSAGE = "raised by the test"

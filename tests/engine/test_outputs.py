@@ -6,8 +6,10 @@ from torch import nn
 
 from revbifpn import RevBlock, ReversibleSequence
 from revbifpn.reversible import Coupling, Part, Reversible, recomputed
-from tests.marks import product
+from tests.marks import covering, product
 from tests.networks import F32, F64, MOSTLY_FAST, image, narrow
+
+pytestmark = covering
 
 STREAMS = pytest.mark.parametrize("stream", ["float32", "fixed32", "fixed16"])
 

@@ -13,6 +13,9 @@ from revbifpn.engine.lowered import Coupler
 from revbifpn.fused import FusedCoupler
 from revbifpn.mbconv import MBConv
 from revbifpn.reversible import Coupling, Part, PerLevel, Reversible, Upsampled, is_recomputing, recomputed
+from tests.marks import covering
+
+pytestmark = covering
 
 C = 4  # channels of a half
 F64 = torch.float64

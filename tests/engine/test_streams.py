@@ -21,9 +21,11 @@ from revbifpn import (
 from revbifpn.configs import CONFIGS
 from revbifpn.fused import mbconv as fused_mbconv
 from revbifpn.memory import MIB, measure_sample
-from tests.marks import product
+from tests.marks import covering, product
 from tests.networks import BOTH, F32, MOSTLY_FAST, NARROW, REVERSIBLE, identical
 from tests.networks import image as draw
+
+pytestmark = covering
 
 FORMATS = pytest.mark.parametrize("stream", ["fixed32", "fixed16"])
 MATRIX = product(
@@ -174,6 +176,7 @@ def test_fused_branches_run_in_the_dtype_of_autocast(monkeypatch):
 # --- memory ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "batch", "most"), [("s0", 8, 1.4), pytest.param("s3", 4, 6, marks=pytest.mark.slow)])
 def test_memory_of_sixteen_bit_streams(scale, batch, most):
     config = CONFIGS[f"revbifpn_{scale}"]

@@ -22,8 +22,10 @@ from revbifpn import RevBiFPN, configs, fast, load_checkpoint, revbifpn_s0, save
 from revbifpn import model as plain
 from revbifpn.checkpoints import CheckpointError, LoadReport, load_published
 from revbifpn.configs import CONFIGS
-from tests.marks import mostly_slow
+from tests.marks import covering, mostly_slow
 from tests.networks import TWO_LEVELS
+
+pytestmark = covering
 
 NARROW = TWO_LEVELS | {"channels": [48, 64], "num_ext_layers": 1, "head_channels": [16, 32]}
 FORMATS = [".pth.tar", ".safetensors"]

@@ -11,8 +11,10 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.configs import CONFIGS
 from tests.golden.values import assert_matches, golden_input, golden_model, read, relative
-from tests.marks import mostly_slow, slow
+from tests.marks import covering, mostly_slow, slow
 from tests.networks import F32, F64, MODULES
+
+pytestmark = covering
 
 SCALES = pytest.mark.parametrize("scale", [0, 3, *slow([1, 2, 4, 5, 6])])
 
@@ -104,6 +106,7 @@ def test_published_file_loads_strictly_and_saves_again(module, scale):
         assert list(saved[k].shape) == shape and saved[k][(0,) * len(shape)] == i, k
 
 
+@pytest.mark.slow
 @MODULES
 def test_missing_and_unexpected_keys_are_named(module):
     with torch.device("meta"):
@@ -128,6 +131,7 @@ def test_parameters_are_as_many_as_published(module, scale):
 PUBLISHED_MACS = [269409648, 550806528, 1269423104, 3123379040, 10167773440, 21103385712, 37003772256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", mostly_slow(range(7)))
 @torch.no_grad()
 def test_multiply_accumulates_are_as_many_as_published(scale):

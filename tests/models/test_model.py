@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import revbifpn
 from revbifpn import check_invertible, fast
 from revbifpn.configs import CONFIGS, get_config
 from revbifpn.mbconv import MBConv
-from tests.marks import mostly_slow
+from tests.marks import covering, mostly_slow
 from tests.networks import F32, F64, MODULES, MOSTLY_FAST, NARROW, error, image, narrow
+
+pytestmark = covering
 
 SMALL = NARROW | {"head_channels": [16, 16, 32, 32]}
 
@@ -153,6 +156,10 @@ def test_zero_init_makes_the_stack_the_identity_on_level_0(module):
     assert all(level.abs().max() > 0 for level in streams)
 
 
+def four_groups(channels, **_):
+    return nn.GroupNorm(4, channels)
+
+
 @MOSTLY_FAST
 @pytest.mark.parametrize(
     "options",
@@ -166,7 +173,7 @@ def test_zero_init_makes_the_stack_the_identity_on_level_0(module):
         {"head_channels": None, "fc_features": 0},
         {"norm": False},
         {"norm_kwargs": {"eps": 1e-2, "momentum": None}},
-        {"norm_fn": lambda channels, **_: nn.GroupNorm(4, channels)},
+        {"norm_fn": four_groups},
         {"act_fn": nn.ReLU, "se_sig_act": nn.Sigmoid},
         {"upscale_mode": "nearest"},
         {"zero_init": True},
@@ -180,7 +187,7 @@ def test_zero_init_makes_the_stack_the_identity_on_level_0(module):
         {"stem_downsampling": 3, "channels": [192, 16, 16, 16]},
         {"stem_downsampling": 0, "channels": [6, 16, 16, 16]},
     ],
-    ids=str,
+    ids=lambda options: re.sub(r" at 0x\w+", "", str(options)),  # the same in every process
 )
 def test_options_build_and_train(module, options):
     model = small(module, **options)

@@ -7,6 +7,9 @@ import torch
 
 import revbifpn
 from revbifpn import fast
+from tests.marks import covering
+
+pytestmark = covering
 
 NETWORK = dict(
     channels=(48, 16, 24, 32),

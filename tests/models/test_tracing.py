@@ -7,7 +7,10 @@ import torch
 
 import revbifpn
 from revbifpn import fast
+from tests.marks import covering
 from tests.networks import F32, TWO_LEVELS, image, narrow
+
+pytestmark = covering
 
 MODULES = pytest.mark.parametrize("module", [revbifpn, fast], ids=["plain", "fast"])
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from revkernels import reference
 from revkernels.testing import implementations, poison, relative_error
-from tests.marks import mostly_slow, slow
+from tests.marks import covering, mostly_slow, slow
+
+pytestmark = covering
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 COUPLE = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("couple_", d)}

@@ -24,6 +24,7 @@ from torch import Tensor
 from revkernels.reference import accumulate_dtype
 from revkernels.registry import OPS
 from revkernels.testing import relative_error
+from tests.marks import covering
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
@@ -222,6 +223,7 @@ def depthwise_arguments(op: str, kernel: int, stride: int, dtype: torch.dtype, i
 DEPTHWISE_OPS = ("depthwise_conv", "depthwise_conv_grad_input", "depthwise_conv_grad_weight")
 
 
+@covering
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), DEPTHWISE, ids=lambda v: str(v))
 @pytest.mark.parametrize("op", DEPTHWISE_OPS)

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from revkernels import reference
 from revkernels.testing import implementations, poison, relative_error
+from tests.marks import covering
+
+pytestmark = covering
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 OPS = ("depthwise_conv", "depthwise_conv_grad_input", "depthwise_conv_grad_weight")

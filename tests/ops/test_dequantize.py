@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from revkernels.testing import LAYOUTS, channel_half, contiguous, implementations
+from tests.marks import covering
+
+pytestmark = covering
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RUNS = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("dequantize_", d)}

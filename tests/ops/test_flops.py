@@ -11,6 +11,7 @@ import revbifpn
 from revbifpn import fast
 from revkernels import flops
 from revkernels.registry import OPS
+from tests.marks import covering
 
 NETWORK = dict(
     channels=(48, 16, 24, 32),
@@ -43,6 +44,8 @@ def counts_of(source, backward=False, **options):
     return count(lambda: model(x).sum().backward())
 
 
+@pytest.mark.slow
+@covering
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_forward_counts_what_the_readable_network_counts(variant):
     source, options = VARIANTS[variant]
@@ -91,6 +94,7 @@ def test_every_op_of_products_has_a_formula_of_its_name():
     assert all(getattr(torch.ops.revkernels, op) in flop_registry for op in formulas)
 
 
+@pytest.mark.slow
 def test_shapes_without_values_are_counted():
     x, weight = torch.randn(2, 6, 9, 8, device="meta"), torch.randn(6, 1, 3, 3, device="meta")
     assert count(lambda: torch.ops.revkernels.depthwise_conv(x, weight, None, None, 1)) == 2 * 9 * x.numel()

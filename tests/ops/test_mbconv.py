@@ -13,6 +13,9 @@ import revkernels  # noqa: F401  defines the ops
 from revkernels import reference_mbconv as reference
 from revkernels import workspace
 from revkernels.reference import accumulate_dtype
+from tests.marks import covering
+
+pytestmark = covering
 
 OPS = torch.ops.revkernels
 EPS, MOMENTUM = [1e-3, 2e-3, 3e-3], [0.1, 0.2, 0.3]
@@ -381,6 +384,7 @@ def test_the_workspace_is_as_large_as_its_rule_says(case: Case) -> None:
             call(memory(size - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(), Case(expanded=8, keep=True)], ids=["plain", "expanded"])
 def test_opcheck(case: Case) -> None:
     x, weights, running = case.input(), case.weights(), case.running()

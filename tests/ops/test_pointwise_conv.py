@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from revkernels import reference
 from revkernels.reference import accumulate_dtype
 from revkernels.testing import LAYOUTS, contiguous, implementations, poison, relative_error
+from tests.marks import covering
+
+pytestmark = covering
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CONV = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("pointwise_conv_", d)}

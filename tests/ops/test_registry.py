@@ -7,6 +7,7 @@ import revkernels
 from revkernels import dispatch, functional
 from revkernels.registry import OPS
 from revkernels.testing import implementations, relative_error
+from tests.marks import covering
 from tests.ops import test_mbconv
 
 KERNELS = [op for op in OPS if not op.startswith("mbconv")]  # whole branches are tested in test_mbconv.py
@@ -86,16 +87,21 @@ def test_every_op_has_a_sample():
     assert samples().keys() | test_mbconv.samples().keys() == OPS.keys()
 
 
+@pytest.mark.slow
+@covering
 @pytest.mark.parametrize("op", samples())
 def test_opcheck(op):
     torch.library.opcheck(OPS[op].overload, samples()[op])
 
 
+@pytest.mark.slow
+@covering
 @pytest.mark.parametrize("name", fixed_point_samples())
 def test_opcheck_of_fixed_point_streams(name):
     torch.library.opcheck(OPS["couple_"].overload, fixed_point_samples()[name])
 
 
+@covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("op", samples())
 def test_every_implementation_agrees_with_the_reference(op, dtype):
@@ -157,6 +163,7 @@ def test_double_backward_is_an_error(name):
         torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
 
 
+@covering
 @pytest.mark.parametrize("op", samples())
 def test_compiles_without_a_graph_break(op):
     torch._dynamo.reset()

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from revkernels import reference
 from revkernels.testing import implementations, poison, relative_error
+from tests.marks import covering
+
+pytestmark = covering
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 UP = {f"{name}-{d}": (f, d) for d in DEVICES for name, f in implementations("upsample", d)}
@@ -152,28 +155,34 @@ def test_upsample_of_any_shape(n, c, h, w, factor, mode):
         assert relative_error(run(dy, factor, mode), reference.upsample_adjoint(dy, factor, mode)) < 1e-13
 
 
+shapes = pytest.mark.parametrize(
+    "c, planes, block",
+    [(3, 3, 4), (3, 5, 2), (3, 8, 4), (3, 20, 4), (3, 4, 1), (3, 7, 3), (1, 3, 4), (1, 1, 4), (4, 4, 4), (13, 16, 2)],
+)
+
+
 @shuffles
 @dtypes
-@pytest.mark.parametrize("planes, block", [(3, 4), (5, 2), (8, 4), (20, 4), (4, 1), (7, 3)])
-def test_space_to_depth_and_back(shuffle, dtype, planes, block):
+@shapes
+def test_space_to_depth_and_back(shuffle, dtype, c, planes, block):
     runs, device = SHUFFLES[shuffle]
-    x = draw((2, 3, 5 * block, 9 * block), dtype, device)
+    x = draw((2, c, 5 * block, 9 * block), dtype, device)
     y = fresh(runs["space_to_depth"], x, planes, block)
     assert y.is_contiguous() and torch.equal(y, reference.space_to_depth(x, planes, block))
-    assert torch.equal(fresh(runs["depth_to_space"], y, 3, block), x)
+    assert torch.equal(fresh(runs["depth_to_space"], y, c, block), x)
 
 
 @shuffles
 @dtypes
-@pytest.mark.parametrize("planes, block", [(3, 4), (5, 2), (8, 4), (20, 4), (4, 1), (7, 3)])
-def test_space_to_depth_adjoint_is_the_transpose(shuffle, dtype, planes, block):
+@shapes
+def test_space_to_depth_adjoint_is_the_transpose(shuffle, dtype, c, planes, block):
     runs, device = SHUFFLES[shuffle]
-    x = draw((2, 3, 5 * block, 9 * block), torch.float64, device)
+    x = draw((2, c, 5 * block, 9 * block), torch.float64, device)
     y = reference.space_to_depth(x, planes, block)
     dy = draw(y.shape, dtype, device, seed=1)
-    dx = fresh(runs["space_to_depth_adjoint"], dy, 3, block)
+    dx = fresh(runs["space_to_depth_adjoint"], dy, c, block)
     assert dx.dtype == dtype and dx.shape == x.shape
-    assert relative_error(dx, reference.space_to_depth_adjoint(dy.double(), 3, block)) <= ULP[dtype]
+    assert relative_error(dx, reference.space_to_depth_adjoint(dy.double(), c, block)) <= ULP[dtype]
     if dtype == torch.float64:
         torch.testing.assert_close((y * dy).sum(), (x * dx).sum(), rtol=1e-12, atol=1e-12)
 

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 import revkernels  # noqa: E402
 from revkernels.triton import INTERPRETED, LAUNCHERS  # noqa: E402
-from tests.marks import mostly_slow  # noqa: E402
+from tests.marks import slow  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(revkernels.__file__).parents[1]  # of the package under test, installed or not
@@ -30,7 +30,7 @@ print(json.dumps([asdict(row) for row in report((%d,), wanted)]))
 WANTED = ("56x56",)  # the largest level of the smallest network
 
 
-@pytest.fixture(scope="module", params=mostly_slow([90, 80]), ids="sm_{}".format)
+@pytest.fixture(scope="module", params=slow([90, 80]), ids="sm_{}".format)
 def rows(request, pytestconfig):
     """What the wanted configurations take on an architecture, in a process that really compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

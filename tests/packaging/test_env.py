@@ -48,6 +48,7 @@ def test_text_shows_every_op_and_every_implementation():
         assert word in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disabled", ["cpp", "cpp,triton"])
 def test_report_works_without_native_code_and_gives_the_reason(tmp_path, disabled):
     process = run(tmp_path, "--json", REVKERNELS_DISABLE=disabled)

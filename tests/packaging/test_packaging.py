@@ -21,6 +21,7 @@ import torch
 import revbifpn
 import revkernels
 from revkernels import dispatch
+from tests.marks import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 TINY_MODULE = """
@@ -135,7 +136,7 @@ def test_module_brings_no_thread_pool_and_no_cuda_runtime(name):
     assert [n for n in needed if n.startswith(("libgomp", "libomp", "libiomp", "libcudart", "libtorch_python"))] == []
 
 
-@pytest.mark.parametrize("name", ["cpp", "cuda", "triton"])
+@pytest.mark.parametrize("name", mostly_slow(["cpp", "cuda", "triton"]))
 def test_requiring_an_implementation_that_is_missing_fails_at_import(name, tmp_path):
     variables = {"REVKERNELS_REQUIRE": name, "REVKERNELS_DISABLE": name}
     command = [sys.executable, "-c", "import revkernels"]
@@ -367,6 +368,7 @@ def test_nvcc_may_be_named_with_a_launcher_or_lie_in_a_folder_with_spaces(backen
         backend.find_nvcc(torch_13)
 
 
+@pytest.mark.slow
 @needs_checkout
 @needs_build_tools
 def test_tools_with_arguments_build_in_folders_with_spaces(tree, tmp_path_factory):
@@ -388,6 +390,7 @@ def test_tools_with_arguments_build_in_folders_with_spaces(tree, tmp_path_factor
     assert module_of(wheel)[:4] == b"\x7fELF"
 
 
+@pytest.mark.slow
 @needs_checkout
 @needs_build_tools
 def test_an_editable_build_with_spaces_in_the_temporary_folder_leaves_the_module_in_the_tree(tree):
@@ -402,6 +405,7 @@ def test_an_editable_build_with_spaces_in_the_temporary_folder_leaves_the_module
     assert record["file"] == module.name and record["bytes"] == module.stat().st_size
 
 
+@pytest.mark.slow
 @needs_checkout
 @needs_build_tools
 def test_two_builds_of_one_tree_at_once_make_the_same_wheel(tree):
@@ -425,6 +429,7 @@ def test_two_builds_of_one_tree_at_once_make_the_same_wheel(tree):
     assert module_of(first) == module_of(second)
 
 
+@pytest.mark.slow
 @needs_checkout
 @needs_build_tools
 def test_a_read_only_tree_is_built_elsewhere_and_left_as_it_was(tree, tmp_path_factory):
@@ -481,6 +486,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_module_is_not_loaded_and_a_sentence_says_so(package, damage):
     (module,) = package.glob("revkernels/_C.*.so")
@@ -501,6 +507,7 @@ def test_a_damaged_module_is_not_loaded_and_a_sentence_says_so(package, damage):
         module.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_module_of_another_python_is_named(package):
     (module,) = package.glob("revkernels/_C.*.so")
     other = module.rename(module.with_name("_C.cpython-39-x86_64-linux-gnu.so"))

@@ -6,6 +6,7 @@ import revbifpn
 from revbifpn import estimate, fast, fused
 from revbifpn.estimate import MemoryEstimate, StepEstimator, estimate_memory, largest_batch
 from revbifpn.memory import measure_step
+from tests.marks import covering
 from tests.networks import F32, MOSTLY_FAST, REVERSIBLE, TWO_LEVELS, narrow
 
 
@@ -25,6 +26,7 @@ def small_chunks():
         yield
 
 
+@covering
 @MOSTLY_FAST
 @REVERSIBLE
 def test_small_batches_are_what_a_real_step_takes(module, reversible):
@@ -46,13 +48,12 @@ def test_small_batches_are_what_a_real_step_takes(module, reversible):
 @pytest.mark.parametrize(
     ("options", "resolution", "batch"),
     [
-        ({}, 32, 12),
-        ({"reversible": False}, 32, 12),
-        ({"classes": None}, (32, 48), 12),
-        ({"classes": None, "head_channels": None}, (32, 64), 12),
-        ({"channels": [64, 48], "num_ext_layers": 1}, 32, 12),
+        pytest.param({}, 32, 12, id="fast"),
+        pytest.param({"reversible": False}, 32, 12, id="stored", marks=pytest.mark.slow),
+        pytest.param({"classes": None}, (32, 48), 12, id="pyramid", marks=pytest.mark.slow),
+        pytest.param({"classes": None, "head_channels": None}, (32, 64), 12, id="streams", marks=pytest.mark.slow),
+        pytest.param({"channels": [64, 48], "num_ext_layers": 1}, 32, 12, id="wide", marks=pytest.mark.slow),
     ],
-    ids=["fast", "stored", "pyramid", "streams", "wide"],
 )
 def test_large_batches_are_within_a_tenth_of_a_metered_step(small_chunks, options, resolution, batch):
     model = tiny(**options)
@@ -63,6 +64,7 @@ def test_large_batches_are_within_a_tenth_of_a_metered_step(small_chunks, option
     assert found.images == batch * 3 * 4 * torch.Size(estimator.shape[1:]).numel()
 
 
+@pytest.mark.slow
 def test_autocast_is_simulated():
     model = tiny(revbifpn, reversible=False)
     full, half = (estimate_memory(model, 4, 64, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -70,6 +72,7 @@ def test_autocast_is_simulated():
     assert half.parameters == full.parameters
 
 
+@pytest.mark.slow
 def test_chunks_are_those_of_the_device_to_train_on():
     model = tiny()
     before = fused.chunk_bytes(torch.device("cpu"))
@@ -88,6 +91,7 @@ def test_frozen_parameters_have_neither_gradient_nor_state():
     assert wanted <= found.gradients < 1.1 * wanted
 
 
+@pytest.mark.slow
 def test_model_may_be_on_meta_and_is_left_alone():
     with torch.device("meta"):
         abstract = tiny(reversible=False).eval()
@@ -101,6 +105,7 @@ def test_model_may_be_on_meta_and_is_left_alone():
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_largest_batch_fits_and_one_more_does_not(small_chunks):
     estimator = StepEstimator(tiny(), 32, optimizer_states=1)
     beyond = estimator.estimate(50).total
@@ -112,6 +117,7 @@ def test_largest_batch_fits_and_one_more_does_not(small_chunks):
     assert estimator.largest_batch(estimator.estimate(1).total - 1) == 0
 
 
+@pytest.mark.slow
 def test_largest_batch_of_a_model_is_that_of_its_estimator(small_chunks):
     model = tiny(reversible=False)
     expected = StepEstimator(model, (32, 64), torch.bfloat16, optimizer_states=2).largest_batch(2**28)

@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_flatten
 from revbifpn import GraphedModule, GraphedStep, NotCapturableError, StreamOverflowWarning, fast, graphed
 from revbifpn.streams import rehearsed_capture
 from tests import networks
+from tests.marks import covering
 from tests.networks import F32, F64, MODULES
+
+pytestmark = covering
 
 
 class Recorded(TorchDispatchMode):

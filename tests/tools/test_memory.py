@@ -13,6 +13,7 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.memory import PeakMemory, SampleMemory, StepMemory, measure_sample, measure_step
 from revkernels import dispatch
+from tests.marks import covering
 from tests.networks import F32, MOSTLY_FAST, REVERSIBLE, narrow
 
 N = 1000
@@ -160,6 +161,7 @@ class TestMeter:
         del y, z
         assert before == (meter.peak_bytes, meter.live_bytes) == (PLANE, PLANE)
 
+    @pytest.mark.slow
     def test_is_usable_again_and_starts_from_nothing(self):
         meter, x = PeakMemory(), torch.randn(N)
         for count in (3, 1):
@@ -176,6 +178,7 @@ class TestMeter:
         del y
         assert ref() is None and meter.peak_bytes == PLANE
 
+    @pytest.mark.slow
     def test_collection_of_cycles_does_not_change_the_figure(self):
         class Cycle:
             def __init__(self, x):
@@ -188,6 +191,7 @@ class TestMeter:
         assert meter.peak_bytes == 2000 * PLANE
 
 
+@covering
 class TestStep:
     @MOSTLY_FAST
     @REVERSIBLE
@@ -227,6 +231,7 @@ class TestStep:
         measure_step(model, (3, 32, 32), batch=2)
         assert all(p.grad is None for p in model.parameters())
 
+    @pytest.mark.slow
     def test_fake_step_leaves_the_model_alone(self):
         model = tiny().eval()
         before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -288,6 +293,7 @@ class TestCuda:
         assert real == pytest.approx(fake, rel=0.1)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth():
     """Ten more silos, and the blocks before them: less than 1 % of activations per sample."""
     shallow, deep = (
