@@ -9,7 +9,9 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.fused import why_not_fused
 from revbifpn.mbconv import MBConv
+from tests.marks import mostly_slow, product
 from tests.networks import (
+    BOTH,
     F64,
     MODULES,
     MOSTLY_FAST,
