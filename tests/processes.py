@@ -37,7 +37,7 @@ def run(file: str, out: Path, *arguments: str) -> list[Any]:
         for rank in range(WORLD)
     ]
     try:
-        logs = [process.communicate(timeout=300)[0] for process in processes]
+        logs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
