@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.record import within
@@ -52,9 +53,12 @@ _regions: WeakValueDictionary[int, Region] = WeakValueDictionary()
 
 
 class _Pass(bytearray):
-    """The memory of a token, which holds what one call of ``run`` leaves for ``pull``."""
+    """The memory of a token, which holds what one call of ``run`` leaves for ``pull``.
 
-    outputs: tuple[Tensor, ...] = ()
+    Of the outputs it holds their places in the graph, so that backward may free their memory.
+    """
+
+    edges: tuple[GradientEdge | None, ...] = ()  # None: it wants no gradient
     leaves: tuple[Tensor, ...] = ()
     retain: bool = False
 
@@ -89,7 +93,8 @@ def _run(
         outputs = _evaluate(region, inputs, named, dtype)
     number = next(_numbers)
     held = _Pass(number.to_bytes(_NUMBER.itemsize, "little"))
-    held.outputs, held.leaves = outputs, tuple(t for t in tensors if t.requires_grad)
+    held.edges = tuple(get_gradient_edge(out) if out.requires_grad else None for out in outputs)
+    held.leaves = tuple(t for t in tensors if t.requires_grad)
     held.retain = bool(getattr(region, "retain_graph", False))
     _passes[number] = held
     return [torch.frombuffer(held, dtype=_NUMBER), *(out.detach() for out in outputs)]
@@ -110,17 +115,15 @@ def _run_fake(
 
 def _pull(grads: list[Tensor], token: Tensor, like: list[Tensor]) -> list[Tensor]:
     held = _passes.get(int(token))
-    if held is None or not held.outputs:
+    if held is None or not held.edges:
         raise RuntimeError(
             "a second backward through one reversible forward pass of a compiled model: run the forward again, or sum "
             "the losses and call backward once, or set retain_graph=True on the model, or use reversible=False"
         )
-    outputs, leaves, retain = held.outputs, held.leaves, held.retain
+    edges, leaves, retain = held.edges, held.leaves, held.retain
     if not retain:
-        held.outputs = held.leaves = ()
-    wanting = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-    del outputs, held
-    outs, douts = zip(*wanting, strict=True)
+        held.edges = held.leaves = ()
+    outs, douts = zip(*((edge, dout) for edge, dout in zip(edges, grads, strict=True) if edge), strict=True)
     with _with_autograd():
         return list(torch.autograd.grad(outs, leaves, douts, retain_graph=retain, materialize_grads=True))
 

@@ -18,7 +18,7 @@ from revbifpn.engine.branch import Branch, Contribution, Gradient, ModuleBranch
 from revbifpn.engine.coupling import Coupling, Part, Upsampled
 from revbifpn.engine.lowered import Coupler, Grid, Lowered
 from revbifpn.engine.nodes import forbid_second_derivative
-from revbifpn.fused.eligible import compute_dtype, has_hooks, warn_of_frozen_norms, why_not_fused
+from revbifpn.fused.eligible import compute_dtype, has_hooks, why_not_fused
 from revbifpn.fused.mbconv import FusedMBConv
 from revbifpn.fused.segment import FusedSegment, Segment
 from revbifpn.streams import Values, as_map
@@ -76,7 +76,6 @@ class FusedCoupler(Coupler):
             return super().lower(coupling, inputs)
         branches: tuple[Branch, ...]
         if any(map(why_not_fused, transforms, inputs)):
-            warn_of_frozen_norms(transforms)
             branches = tuple(map(ModuleBranch, transforms))
         else:
             lean = coupling.target.level == 0  # memory peaks there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_
@@ -178,13 +177,3 @@ def _why_not_built_so(mbconv: MBConv) -> str:
         names = " and ".join(sorted(map(str, dtypes)))
         return f"its parameters and statistics are {names}, not float64 alone, nor float32 and 16 bits of one kind"
     return ""
-
-
-def warn_of_frozen_norms(transforms: Iterable[nn.Module]) -> None:
-    """Say what to use instead of the frozen norms that torchvision and timm put in place of BatchNorm2d."""
-    if any(type(m).__name__ == "FrozenBatchNorm2d" for transform in transforms for m in transform.modules()):
-        warnings.warn(
-            "branches with FrozenBatchNorm2d run as ordinary modules, not on fused kernels; keep BatchNorm2d and call "
-            "model.freeze_norms(), which computes the same",
-            stacklevel=2,
-        )

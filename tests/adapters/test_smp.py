@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.adapters import frameworks
 from tests.marks import slow
 
-smp = pytest.importorskip("segmentation_models_pytorch")
+smp = frameworks.timm("segmentation_models_pytorch")
 pytest.importorskip("revbifpn.adapters.timm")
 
 OPTIONS = {"encoder_weights": None, "classes": 2}

@@ -12,11 +12,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from revbifpn import checkpoints, configs, fast, save_checkpoint
+from revbifpn.fused import why_not_fused
+from revbifpn.mbconv import MBConv
 from revbifpn.memory import measure_sample
+from tests.adapters import frameworks
 from tests.marks import slow
 from tests.networks import F32, NARROW, identical, scalar
 
-timm = pytest.importorskip("timm")
+timm = frameworks.timm()
 optim = pytest.importorskip("timm.optim")
 layers = pytest.importorskip("timm.layers.norm_act")
 adapter = pytest.importorskip("revbifpn.adapters.timm")
@@ -311,12 +314,12 @@ def test_layer_decay_gives_deeper_layers_larger_steps():
     assert model.no_weight_decay() == set()
 
 
-def test_timms_frozen_norms_compute_what_freeze_norms_does_and_are_warned_of():
+def test_timms_frozen_norms_compute_what_freeze_norms_does_on_fused_kernels():
     frozen, model = small(num_classes=3).train(), small(num_classes=3).train()
     frozen.load_state_dict(model.state_dict())
     frozen = layers.freeze_batch_norm_2d(frozen)
-    with pytest.warns(UserWarning, match="FrozenBatchNorm2d run as ordinary modules.*freeze_norms"):
-        found = frozen(images())
+    found = frozen(images())
+    assert all(why_not_fused(m, images()) == "" for m in frozen.modules() if isinstance(m, MBConv))
     torch.testing.assert_close(found, model.freeze_norms()(images()), rtol=1e-4, atol=1e-5)
 
 
