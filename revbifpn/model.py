@@ -406,15 +406,20 @@ class RevBiFPN(Region):
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride)) if self.pad else x
 
-    def _run(self, compute: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor) -> Any:
-        """What is computed of a batch, after checks and padding, with maps cropped; unbatched for an unbatched x."""
+    def _cropped(self, y: Tensor, level: int, x: Tensor) -> Tensor:
+        """The part of a level's map of the padded image in which pixels of the image x lie."""
+        stride = self.stem.block * 2**level
+        return y.narrow(-2, 0, -(-x.shape[-2] // stride)).narrow(-1, 0, -(-x.shape[-1] // stride))
+
+    def _run(self, compute: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor, levels: Sequence[int]) -> Any:
+        """What is computed of a batch after checks and padding, maps of ``levels`` cropped; unbatched as x is."""
         self._check(x)
         batch = self._padded(x if x.dim() == 4 else x[None])
         with names_of(self):
             out = compute(batch)
         maps = [out] if isinstance(out, Tensor) else out
         if self.pad:
-            maps = [_cropped(y, batch.shape, x.shape) if y.dim() == 4 else y for y in maps]
+            maps = [self._cropped(y, i, x) if y.dim() == 4 else y for y, i in zip(maps, levels, strict=True)]
         if x.dim() == 3:
             maps = [y[0] for y in maps]
         return maps[0] if isinstance(out, Tensor) else maps
@@ -422,7 +427,7 @@ class RevBiFPN(Region):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if isinstance(x, fx.Proxy):
             return _as_leaf(self, x)
-        return self._run(self._compute, x)
+        return self._run(self._compute, x, self.out_levels if self.head is None else self.out_levels[-1:])
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
         """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.
@@ -553,7 +558,7 @@ class RevBiFPN(Region):
                 return self.open(batch, partial(self._pyramid, self.out_levels[-1:]))[0]
             return self.head.features(self.open(batch, self._merged))
 
-        return self._run(compute, x)
+        return self._run(compute, x, self.out_levels[-1:])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits from :meth:`forward_features`; with ``pre_logits`` what the classifier takes."""
@@ -593,7 +598,7 @@ class RevBiFPN(Region):
             features = maps[-1] if self.head is None else self.head.features(self.head.merge(maps))
             return [features, *(pyramid[level] for level in levels)]
 
-        maps = self._run(compute, x)
+        maps = self._run(compute, x, levels if intermediates_only else [self.out_levels[-1], *levels])
         return maps if intermediates_only else (maps[0], maps[1:])
 
     def prune_intermediate_layers(
@@ -679,12 +684,6 @@ class RevBiFPN(Region):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides norms and biases: none."""
         return set()
-
-
-def _cropped(y: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The part of a map of the padded image that the image's own pixels, ``ceil(size / stride)``, begin in."""
-    h, w = (-(-size[d] // (padded[d] // y.shape[d])) for d in (-2, -1))
-    return y[..., :h, :w]
 
 
 def _room_for(in_chans: int, block: int) -> str:
