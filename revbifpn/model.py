@@ -350,7 +350,8 @@ class RevBiFPN(Region):
             raise ValueError(
                 f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
             )
-        dtypes = (parameter.dtype for parameter in self.parameters())
+        sharded = "full_tensor"  # of a DTensor, whose unit may gather it in another dtype
+        dtypes = (parameter.dtype for parameter in self.parameters() if not hasattr(parameter, sharded))
         if (first := next(dtypes, x.dtype)) != x.dtype and x.dtype not in dtypes:
             if autocast_dtype(x.device) is None:
                 raise ValueError(
@@ -669,14 +670,10 @@ class RevBiFPN(Region):
         Args:
             coarse: the blocks between two silos, and the silo, as one.
         """
-        layers, names = [], []
-        for name, block in self.rev_stack.named_children():
-            if isinstance(block, Reversible):
-                names.append(name)
-                if not coarse or isinstance(block, RevSilo):
-                    layers.append(names)
-                    names = []
-        depths = [*(rf"^rev_stack\.(?:{'|'.join(names)})\." for names in layers), r"^rev_stack\.", r"^head\.(?!fc\.)"]
+        names = {block: name for name, block in self.rev_stack.named_children()}
+        groups = self.layers if coarse else [[block] for block in self.rev_stack.blocks]
+        blocks = [rf"^rev_stack\.(?:{'|'.join(names[block] for block in group)})\." for group in groups]
+        depths = [*blocks, r"^rev_stack\.", r"^head\.(?!fc\.)"]
         return {"stem": r"^stem\.", "blocks": [(pattern, (depth,)) for depth, pattern in enumerate(depths)]}
 
     def no_weight_decay(self) -> set[str]:

@@ -36,7 +36,7 @@ from revbifpn.engine.region import Region, run_as_region, wants_gradients
 from revbifpn.engine.state import Observer, State
 from revbifpn.engine.tape import Stored, Tape, TapeAt, open_tape, recomputed
 from revbifpn.engine.traced import is_traced
-from revbifpn.streams import StreamFormat, resolve
+from revbifpn.streams import HALVES, StreamFormat, resolve
 
 __all__ = [
     "Coupling",
@@ -81,8 +81,8 @@ class Reversible(Region, ABC):
     def stream(self) -> StreamFormat | None:
         """How streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a :class:`StreamFormat`.
 
-        None, the default, is ``"float32"``, and under autocast ``"fixed32"``: with branches in 16 bits, floats that are
-        not restored bit for bit would spoil the gradients.
+        None, the default, is ``"float32"``, and ``"fixed32"`` under autocast and for a network of 16 bits: with
+        branches in 16 bits, floats that are not restored bit for bit would spoil the gradients.
         """
         return self._stream
 
@@ -157,7 +157,8 @@ class Reversible(Region, ABC):
         state.enter(streams)
         for coupling in reversed(list(self.couplings())):
             state.undo(state.lower(coupling))
-        return _unpack(state.decoded())
+        inverted = state.decoded()
+        return _unpack(tuple(x.to(streams[0].dtype) for x in inverted) if streams[0].dtype in HALVES else inverted)
 
 
 def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ class Rival:
         """The network with random weights; ``checkpointed``: keep only the inputs of its segments."""
         model = import_timm().create_model(self.name)
         if checkpointed and self.family == "HRNet":
-            _checkpoint_hrnet(model)
+            checkpoint_hrnet(model)
         elif checkpointed:
             model.set_grad_checkpointing(True)
         return model
@@ -67,7 +67,7 @@ RIVALS = {
 }
 
 
-class _Checkpointed(nn.Module):
+class Checkpointed(nn.Module):
     """Keeps the input of ``module`` only, and runs it again in backward."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -81,10 +81,11 @@ class _Checkpointed(nn.Module):
         return checkpoint(lambda *streams: self.module(list(streams)), *x, use_reentrant=False)
 
 
-def _checkpoint_hrnet(model: nn.Module) -> None:
-    for stage in (model.layer1, model.stage2, model.stage3, model.stage4, *model.incre_modules):
+def checkpoint_hrnet(model: nn.Module) -> None:
+    """Puts the blocks of the first stage and of the head, and the high-resolution modules, under checkpoints."""
+    for stage in (model.layer1, model.stage2, model.stage3, model.stage4, *(model.incre_modules or ())):
         for i, block in enumerate(stage):
-            stage[i] = _Checkpointed(block)
+            stage[i] = Checkpointed(block)
 
 
 _declared: list[torch.library.Library] = []  # an op is declared for as long as its library object lives

@@ -51,8 +51,11 @@ class Lowered:
 
     def split(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Values for :meth:`parameters`, branch by branch."""
-        rest = iter(parameters)
-        return ([next(rest) for _ in branch.parameters()] for branch in self.branches)
+        start = 0
+        for branch in self.branches:
+            end = start + len(branch.parameters())
+            yield parameters[start:end]
+            start = end
 
     def advance_(
         self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Values], grid: Grid | None

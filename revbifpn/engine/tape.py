@@ -16,7 +16,7 @@ from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
 from revbifpn.engine.state import State
 from revbifpn.engine.traced import is_traced
-from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype
+from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype, reduced_dtype
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Tape:
     """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, dtype: torch.dtype | None = None) -> None:
+        self.state, self.dtype = state, dtype  # of the streams that leave; None: as they are
         self.token: Tensor | None = None  # None: nothing is recorded
 
     def step(self, coupling: Coupling) -> None:
@@ -60,9 +60,8 @@ class Tape:
 
     def leave(self) -> tuple[Tensor, ...]:
         """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
-        if self.token is None:
-            return self.state.decoded()
-        return Leave.apply(self.token, self.state)
+        streams = self.state.decoded() if self.token is None else Leave.apply(self.token, self.state)
+        return streams if self.dtype is None else tuple(y.to(self.dtype) for y in streams)
 
     def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
         """``transform(stream, *others)``; the streams stay on the tape.
@@ -177,8 +176,9 @@ def open_tape(
     """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
     gradient_dtype = None
     if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
-        gradient_dtype = autocast_dtype(inputs[0].device) or torch.float32
-    tape = Tape(State(coupler, root, stream, stored and not retain, retain, gradient_dtype))
+        gradient_dtype = reduced_dtype(inputs[0]) or torch.float32
+    state = State(coupler, root, stream, stored and not retain, retain, gradient_dtype)
+    tape = Tape(state, None if autocast_dtype(inputs[0].device) else reduced_dtype(inputs[0]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain(inputs, root.parameters())):
         tape.token = Enter.apply(tape.state, owned, *inputs)
     else:

@@ -80,7 +80,7 @@ class FusedCoupler(Coupler):
         else:
             lean = coupling.target.level == 0  # memory peaks there
             branches = tuple(
-                FusedMBConv(transform, compute_dtype(x), lean=lean)
+                FusedMBConv(transform, compute_dtype(transform, x), lean=lean)
                 for transform, x in zip(transforms, inputs, strict=True)
             )
         return FusedLowered(coupling, branches, factors, modes[factors.index(max(factors))])
@@ -96,7 +96,7 @@ class FusedCoupler(Coupler):
 
     def branch(self, transform: nn.Module, *inputs: Values) -> Branch:
         if _fits(transform, inputs[0]):
-            return FusedSegment(transform, compute_dtype(inputs[0]))
+            return FusedSegment(transform, compute_dtype(transform.neck, inputs[0]))
         return ModuleBranch(transform)
 
     def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
@@ -127,7 +127,8 @@ def _fits(transform: nn.Module, y: Values) -> TypeGuard[Segment]:
 def _alone(mbconv: nn.Module, x: Tensor) -> Tensor:
     """``mbconv(x)`` as a coupling that makes a new tensor."""
     coupling = Coupling(Part(1), ((Part(0), mbconv),), creates=True)
-    lowered = FusedLowered(coupling, (FusedMBConv(mbconv, compute_dtype(x)),), (1,), "nearest")
+    branch = FusedMBConv(mbconv, compute_dtype(mbconv, x))
+    lowered = FusedLowered(coupling, (branch,), (1,), "nearest")
     return _StoredSum.apply(lowered, None, x, *lowered.parameters())
 
 
