@@ -184,7 +184,8 @@ class RevBiFPN(Region):
         norm, norm_fn, norm_kwargs, act_fn, se_sig_act: see :class:`revbifpn.mbconv.Layers`.
         reversible: True recomputes, False stores all activations; overrides ``disable_rev`` and ``disable_recomp``.
         stream: how the reversible streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a
-            :class:`revbifpn.StreamFormat`; None is ``"float32"``, and under autocast ``"fixed32"``.
+            :class:`revbifpn.StreamFormat`; None is ``"float32"``, and ``"fixed32"`` where branches
+            compute in 16 bits.
         retain_graph: allow several backwards through one forward (two losses, gradients per task), as
             ``backward(retain_graph=True)`` asks for; see :class:`revbifpn.reversible.Reversible`.
         in_chans: channels of the image, at most ``channels[0] / 4^d``, see :class:`Stem`. No weight's shape depends on
