@@ -119,6 +119,7 @@ def extras() -> dict[str, list[str]]:
         "hub": ["huggingface_hub"],
         "torchvision": [torchvision_requirement()],
         "mmengine": ["mmengine"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": [
             *(
@@ -133,6 +134,7 @@ def extras() -> dict[str, list[str]]:
                 triton,
             ),
             *("timm", torchvision_requirement(), "segmentation-models-pytorch", "huggingface_hub", "mmengine"),
+            *("onnx", "onnxscript", "onnxruntime"),
         ],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 import revkernels
 from revbifpn import model
 from revbifpn.engine.tape import Stored, Tape
+from revbifpn.engine.traced import is_traced
 from revbifpn.fused import FusedCoupler
 from revbifpn.fused.eligible import has_hooks
 from revbifpn.fused.segment import Segment
@@ -28,7 +28,7 @@ class Stem(model.Stem):
     """:class:`revbifpn.model.Stem` by the space-to-depth kernel, plane repetition built in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if is_traced():
             return super().forward(x)
         return revkernels.space_to_depth(x, self.planes, self.block)
 
@@ -83,7 +83,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def _is_plain(module: nn.Module | None, cls: type[M]) -> TypeGuard[M]:
     """Whether the parts of ``module`` may be called instead of it."""
-    return type(module) is cls and not has_hooks([module])
+    return not is_traced() and type(module) is cls and not has_hooks([module])
 
 
 class RevBiFPN_S(ByArch, RevBiFPN):  # noqa: N801 (published name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import indifferent_to_gradients
+from revbifpn.streams import HALVES
 
 BATCH_NORM = {"eps": 1e-3, "momentum": 0.1, "affine": True, "track_running_stats": True}
 
@@ -59,8 +60,19 @@ class ConvNormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C', ceil(H / s), ceil(W / s)]
         x = self.conv(x)
         if self.norm is not None:
-            x = self.norm(x)
+            x = _normalized(self.norm, x)
         return x if self.act is None else self.act(x)
+
+
+def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``; with weights of 16 bits beside float32 statistics, which BatchNorm does not take, of float32 ones.
+
+    So weights are gathered by ``fully_shard`` with ``MixedPrecisionPolicy(param_dtype=...)``, which leaves buffers.
+    """
+    weight, statistics = norm._parameters.get("weight"), norm._buffers.get("running_mean")
+    if weight is None or statistics is None or weight.dtype not in HALVES or statistics.dtype != torch.float32:
+        return norm(x)
+    return torch.func.functional_call(norm, {name: q.float() for name, q in norm.named_parameters()}, (x,))
 
 
 @indifferent_to_gradients

@@ -28,6 +28,7 @@ from revbifpn.build import Builder
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import CONFIGS, get_config
 from revbifpn.engine.anomaly import names_of
+from revbifpn.engine.region import Region, run_as_region, wants_gradients
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
 from revbifpn.reversible import Reversible, ReversibleSequence, RevSilo
@@ -160,7 +161,7 @@ class Head(nn.Module):
         return out if pre_logits else self.fc(out)
 
 
-class RevBiFPN(nn.Module):
+class RevBiFPN(Region):
     """The fully reversible bidirectional feature pyramid network, with a classification head.
 
     Args:
@@ -349,7 +350,8 @@ class RevBiFPN(nn.Module):
             raise ValueError(
                 f"x: expected a floating-point image, got {x.dtype}; scale it first, as in x.float() / 255"
             )
-        dtypes = (parameter.dtype for parameter in self.parameters())
+        sharded = "full_tensor"  # of a DTensor, whose unit may gather it in another dtype
+        dtypes = (parameter.dtype for parameter in self.parameters() if not hasattr(parameter, sharded))
         if (first := next(dtypes, x.dtype)) != x.dtype and x.dtype not in dtypes:
             if autocast_dtype(x.device) is None:
                 raise ValueError(
@@ -394,6 +396,13 @@ class RevBiFPN(nn.Module):
         pyramid = self.open(x, partial(self._pyramid, self.out_levels))
         return pyramid if self.head is None else self.head(pyramid)
 
+    def _compute(self, x: Tensor) -> Tensor | list[Tensor]:
+        recomputes = self.rev_stack.recomputes(x) or (self.neck is not None and not self.disable_recomp)
+        if not (recomputes and wants_gradients(self, x)):
+            return self._forward(x)
+        maps = run_as_region(self, x)
+        return list(maps) if self.head is None else maps[0]
+
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride)) if self.pad else x
 
@@ -413,7 +422,7 @@ class RevBiFPN(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if isinstance(x, fx.Proxy):
             return _as_leaf(self, x)
-        return self._run(self._forward, x)
+        return self._run(self._compute, x)
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
         """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.
@@ -661,14 +670,10 @@ class RevBiFPN(nn.Module):
         Args:
             coarse: the blocks between two silos, and the silo, as one.
         """
-        layers, names = [], []
-        for name, block in self.rev_stack.named_children():
-            if isinstance(block, Reversible):
-                names.append(name)
-                if not coarse or isinstance(block, RevSilo):
-                    layers.append(names)
-                    names = []
-        depths = [*(rf"^rev_stack\.(?:{'|'.join(names)})\." for names in layers), r"^rev_stack\.", r"^head\.(?!fc\.)"]
+        names = {block: name for name, block in self.rev_stack.named_children()}
+        groups = self.layers if coarse else [[block] for block in self.rev_stack.blocks]
+        blocks = [rf"^rev_stack\.(?:{'|'.join(names[block] for block in group)})\." for group in groups]
+        depths = [*blocks, r"^rev_stack\.", r"^head\.(?!fc\.)"]
         return {"stem": r"^stem\.", "blocks": [(pattern, (depth,)) for depth, pattern in enumerate(depths)]}
 
     def no_weight_decay(self) -> set[str]:

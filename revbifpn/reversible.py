@@ -32,9 +32,11 @@ from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.coupling import Coupling, Part, Upsampled
 from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.record import is_recomputing
+from revbifpn.engine.region import Region, run_as_region, wants_gradients
 from revbifpn.engine.state import Observer, State
 from revbifpn.engine.tape import Stored, Tape, TapeAt, open_tape, recomputed
-from revbifpn.streams import StreamFormat, resolve
+from revbifpn.engine.traced import is_traced
+from revbifpn.streams import HALVES, StreamFormat, resolve
 
 __all__ = [
     "Coupling",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 
-class Reversible(nn.Module, ABC):
+class Reversible(Region, ABC):
     """A module made of couplings. Subclasses say which, in forward order, in :meth:`couplings`.
 
     Attributes:
@@ -79,8 +81,8 @@ class Reversible(nn.Module, ABC):
     def stream(self) -> StreamFormat | None:
         """How streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a :class:`StreamFormat`.
 
-        None, the default, is ``"float32"``, and under autocast ``"fixed32"``: with branches in 16 bits, floats that are
-        not restored bit for bit would spoil the gradients.
+        None, the default, is ``"float32"``, and ``"fixed32"`` under autocast and for a network of 16 bits: with
+        branches in 16 bits, floats that are not restored bit for bit would spoil the gradients.
         """
         return self._stream
 
@@ -100,6 +102,10 @@ class Reversible(nn.Module, ABC):
         for coupling in self.couplings():
             tape.step(coupling)
 
+    def recomputes(self, x: Tensor) -> bool:
+        """Whether a pass from an input like x is more than ordinary autograd."""
+        return self.reversible or resolve(self.stream, x).exact
+
     def open(self, *streams: Tensor, owned: bool = False) -> Tape | Stored:
         """A tape with these streams, to run the module on: ``module(tape)``, then ``tape.finish()``.
 
@@ -109,10 +115,10 @@ class Reversible(nn.Module, ABC):
             streams: ``[N, C, H, W]`` each; left as they are unless ``owned``.
             owned: the caller gives the tensors away, so that they may be updated in place.
         """
-        if torch.jit.is_tracing():  # tools that trace see ordinary operations
+        if is_traced():
             return Stored(Coupler(), streams)
-        stream = resolve(self.stream, streams[0])
-        if stream.exact or self.reversible or not torch.is_grad_enabled():
+        if self.recomputes(streams[0]) or not torch.is_grad_enabled():
+            stream = resolve(self.stream, streams[0])
             stored, retain = not self.reversible, self.retain_graph
             return open_tape(self, streams, self.coupler, stream, stored=stored, retain=retain, owned=owned)
         return Stored(self.coupler, streams)
@@ -129,11 +135,16 @@ class Reversible(nn.Module, ABC):
                 on.carry(carried[0])
             self.run(on)
             return on.carried() if read is None else read()
-        tape = self.open(*streams)
+        if self.recomputes(streams[0]) and wants_gradients(self, *streams):
+            return _unpack(run_as_region(self, *streams))
         with names_of(self):
-            self.run(tape)
+            return _unpack(self._forward(*streams))
+
+    def _forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
+        tape = self.open(*streams)
+        self.run(tape)
         tape.finish()
-        return _unpack(tape.leave())
+        return tape.leave()
 
     @torch.no_grad()
     def inverse(self, *streams: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -146,7 +157,8 @@ class Reversible(nn.Module, ABC):
         state.enter(streams)
         for coupling in reversed(list(self.couplings())):
             state.undo(state.lower(coupling))
-        return _unpack(state.decoded())
+        inverted = state.decoded()
+        return _unpack(tuple(x.to(streams[0].dtype) for x in inverted) if streams[0].dtype in HALVES else inverted)
 
 
 def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

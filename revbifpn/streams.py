@@ -28,6 +28,7 @@ import revkernels
 
 FLOAT32, FIXED32, FIXED16 = "float32", "fixed32", "fixed16"
 DEFAULT_BITS = {FIXED32: (12,), FIXED16: (9,)}
+HALVES = (torch.bfloat16, torch.float16)
 MOST_BITS = {FIXED32: 24, FIXED16: 15}  # significant bits of a value, without its sign
 
 
@@ -83,15 +84,15 @@ class StreamFormat:
         return float("inf") if bits is None else 2.0 ** (MOST_BITS[self.name] - bits)
 
     def check(self, x: Tensor) -> None:
-        """Refuse inputs that transforms could not take back from this format, which gives them float32.
+        """Refuse inputs that this format, which holds float32 values, would not keep.
 
         Raises:
-            ValueError: x is float64, or of 16 bits without autocast.
+            ValueError: x is float64.
         """
-        if self.exact and x.dtype != torch.float32 and (x.dtype == torch.float64 or autocast_dtype(x.device) is None):
+        if self.exact and x.dtype == torch.float64:
             raise ValueError(
-                f"stream: {self.name} holds float32 values (16 bits are for autocast), got an input of {x.dtype}; use "
-                "float32, or stream='float32', which keeps the input's dtype"
+                f"stream: {self.name} holds float32 values, got an input of {x.dtype}; use float32, or "
+                "stream='float32', which keeps the input's dtype"
             )
 
     def encode(self, x: Tensor, level: int, overflow: Tensor | None = None) -> Tensor:
@@ -115,12 +116,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if on else None
 
 
+def reduced_dtype(x: Tensor) -> torch.dtype | None:
+    """The 16 bits that a network on x computes in: autocast's, or those of x itself; None in full precision."""
+    if x.dtype == torch.float64:
+        return None
+    return autocast_dtype(x.device) or (x.dtype if x.dtype in HALVES else None)
+
+
 def resolve(stream: StreamFormat | None, x: Tensor) -> StreamFormat:
-    """What ``stream=None`` means for inputs like x: under autocast ``fixed32``, else floats."""
+    """What ``stream=None`` means for inputs like x: where branches compute in 16 bits ``fixed32``, else floats."""
     if stream is not None:
         return stream
-    reduced = x.dtype != torch.float64 and autocast_dtype(x.device) is not None
-    return StreamFormat(FIXED32 if reduced else FLOAT32)
+    return StreamFormat(FLOAT32 if reduced_dtype(x) is None else FIXED32)
 
 
 class Encoded:

@@ -48,6 +48,11 @@ def overload_of(name: str) -> OpOverload:
 OPS: dict[str, Op] = {}
 
 
+def memory_check(name: str) -> Callable[..., None]:
+    """What takes the arguments of an op and refuses freed storage, and memory that the op writes and another holds."""
+    return checked(overload_of(name)._schema, lambda *arguments: None)
+
+
 def _register(schema: str, fake: Callable) -> None:
     name, arguments = schema.split("(", 1)
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)

@@ -84,6 +84,33 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     return _reaches([(step, *bound) for step, bound in bounds.items()], b.data_ptr() - a.data_ptr())
 
 
+class Extents:
+    """How far an op's tensors reach: a quick answer for later calls on tensors of the same shapes and strides.
+
+    Args:
+        tensors: of the call.
+        written: how many of them, the first ones, the op writes.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], written: int) -> None:
+        self.sizes, self.written = [0 if t is None else _bytes(t) for t in tensors], written
+
+    def are_apart(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether all lie in their storages, and what is written beside the others; False may also mean "perhaps"."""
+        spans = []
+        for t, size in zip(tensors, self.sizes, strict=True):
+            if size and t is not None:
+                if t.storage_offset() * t.itemsize + size > t.untyped_storage().nbytes():
+                    return False
+                begin = t.data_ptr()
+                spans.append((begin, begin + size))
+        for i, (begin, end) in enumerate(spans[: self.written]):
+            for other_begin, other_end in spans[i + 1 :]:
+                if begin < other_end and other_begin < end:
+                    return False
+        return True
+
+
 def check_apart(written: Sequence[str], tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse that an op writes what another argument holds."""
     spans = [(name, t, t.data_ptr(), t.data_ptr() + _bytes(t)) for name, t in tensors]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from revbifpn.engine.traced import is_traced
+
 
 class NotFiniteError(RuntimeError):
     """The first module whose result has NaN or infinity in it.
@@ -31,7 +33,7 @@ def check_finite(module: nn.Module, *results: Tensor | None) -> None:
     Raises:
         NotFiniteError: a value is NaN or infinite.
     """
-    if torch.is_anomaly_enabled() and not all(t is None or t.isfinite().all() for t in results):
+    if not is_traced() and torch.is_anomaly_enabled() and not all(t is None or t.isfinite().all() for t in results):
         raise NotFiniteError(module)
 
 

@@ -23,7 +23,7 @@ from revbifpn.engine.record import (
     recomputing,
     uncached_parametrizations,
 )
-from revbifpn.streams import Values, values
+from revbifpn.streams import HALVES, Values, autocast_dtype, values
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -141,8 +141,8 @@ class ModuleBranch:
     Correct for random layers (generator states are replayed), BatchNorm (running statistics are updated once),
     other buffers (the second call sees the values the first one saw, on copies), autocast, train/eval flags changed
     between forward and backward, parameters swapped in by ``torch.func.functional_call``, cached parametrisations,
-    units of ``fully_shard`` (which gather parameters and reduce their gradients by hooks of their own, in the pull), and
-    checkpoints inside, whose own second call runs in the same scene.
+    units of ``fully_shard`` (which gather parameters, and reduce their gradients in the pull, by hooks of their own),
+    and checkpoints inside, whose own second call runs in the same scene.
 
     Both calls run with gradients enabled, on inputs that want one, unless the modules are known to be indifferent:
     without, kernels may differ (attention's, recurrent layers').
@@ -160,11 +160,20 @@ class ModuleBranch:
                 "once on an input of its own before the reversible block that it is in"
             )
 
+        halves = {q.dtype for q in self._own.values() if q.dtype in HALVES}
+        self._half = halves.pop() if len(halves) == 1 else None
+
+    def _values(self, x: Values) -> Tensor:
+        """An input, in 16 bits where the parameters are: streams hold more."""
+        if self._half is None or x.dtype != torch.float32 or autocast_dtype(x.device) is not None:
+            return values(x)
+        return x.to(self._half)
+
     def parameters(self) -> list[Tensor]:
         return [*self._own.values(), *self._units]
 
     def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
-        module, tensors = self.module, tuple(map(values, inputs))
+        module, tensors = self.module, tuple(map(self._values, inputs))
         if update:
             p = module(*tensors)
         else:
@@ -181,7 +190,7 @@ class ModuleBranch:
         return all(type(m) in _INDIFFERENT and plain(m) for m in self.modules)
 
     def record(self, *inputs: Values) -> tuple[Contribution, Record]:
-        tensors = [values(x).detach() for x in inputs]
+        tensors = [self._values(x).detach() for x in inputs]
         recorder = Recorder(self.module, self.modules, tensors, listens=not self._units)
         graph = not self._is_indifferent()
         with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.set_grad_enabled(graph):
@@ -193,7 +202,8 @@ class ModuleBranch:
         self, record: Record, parameters: Sequence[Tensor], inputs: Sequence[Values], needs: Sequence[bool]
     ) -> tuple[Contribution, Pullback]:
         # ``.data`` has a version counter of its own: the coupling may update another half of the same tensor.
-        tensors = [_wanting(values(x).data) if need else values(x).data for x, need in zip(inputs, needs, strict=True)]
+        read = [self._values(x).data for x in inputs]
+        tensors = [_wanting(x) if need else x for x, need in zip(read, needs, strict=True)]
         parameters = _leaves(parameters)
         replay = Replay(self.module, self.modules, record, self._named(parameters))
         with torch.enable_grad():
@@ -201,7 +211,7 @@ class ModuleBranch:
         return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
 
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
-        tensors = [_wanting(_copy(values(x).detach())) for x in inputs]
+        tensors = [_wanting(_copy(self._values(x).detach())) for x in inputs]
         parameters = _leaves(parameters)
         named = self._named(parameters)
         recorder = Recorder(self.module, self.modules, tensors, listens=False)

@@ -1,7 +1,7 @@
 """What the processes of a group told one another during a call, for its second call not to ask again.
 
-A norm that reduces its statistics over processes (SyncBatchNorm) would reduce them once more when it is recomputed. Here
-its second call takes what the first one received: the same bits, and no process waits for another.
+A norm that reduces its statistics over processes (SyncBatchNorm) would reduce them once more when it is recomputed.
+Here its second call takes what the first one received: the same bits, and no process waits for another.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -63,8 +63,8 @@ class RecordedCollectives(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _is_collective(func):
             for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.ScriptObject):
-                    leaf.wait()
+                if isinstance(leaf, torch.ScriptObject):  # c10d's Work
+                    cast(Any, leaf).wait()
                 elif func.namespace == "_c10d_functional":
                     torch.ops._c10d_functional.wait_tensor(leaf)
             tensors = _tensors((args, kwargs))
@@ -93,11 +93,8 @@ class ReplayedCollectives(TorchDispatchMode):
         if not _is_collective(func):
             return func(*args, **(kwargs or {}))
         done, given = next(self.rest, None), _tensors((args, kwargs))
-        if (
-            done is None
-            or done.op != func
-            or any(a.shape != b.shape for a, b in zip(given, done.tensors, strict=False))
-        ):
+        shapes = [t.shape for t in given]
+        if done is None or done.op != func or [t.shape for t in done.tensors[: len(given)]] != shapes:
             raise RuntimeError(
                 f"{func} is called in backward, where a reversible block is computed again, and was not in forward: "
                 "modules that communicate have to do so in the same order both times"

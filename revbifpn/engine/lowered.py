@@ -51,8 +51,11 @@ class Lowered:
 
     def split(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Values for :meth:`parameters`, branch by branch."""
-        rest = iter(parameters)
-        return ([next(rest) for _ in branch.parameters()] for branch in self.branches)
+        start = 0
+        for branch in self.branches:
+            end = start + len(branch.parameters())
+            yield parameters[start:end]
+            start = end
 
     def advance_(
         self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Values], grid: Grid | None
@@ -97,24 +100,6 @@ class Lowered:
         """Per contribution of a branch, its gradient and the sums that its ``center`` asks for."""
         return [(dy, None)] * len(contributions)
 
-    def stored(self, y: Tensor | None, inputs: Sequence[Tensor], linear: Sequence[Tensor]) -> Tensor:
-        """The coupled target as an ordinary differentiable tensor; ``y = None`` is zero."""
-        if y is not None and self.coupling.scale != 1:
-            y = self.coupling.scale * y
-        if y is not None:
-            for x, (_, coefficient) in zip(linear, self.coupling.linear, strict=True):
-                y = torch.add(y, x, alpha=coefficient)
-        return self.stored_sum(y, inputs)
-
-    def stored_sum(self, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-        """``y + sum_k F_k(x_k)``, likewise."""
-        for branch, x in zip(self.branches, inputs, strict=True):
-            p = branch.module(x)
-            check_finite(branch.module, p)
-            y = p if y is None else y + p
-        assert y is not None, "a created target has terms"
-        return y
-
 
 def _plain(contribution: Contribution) -> Tensor:
     """``scale p``: plain branches have no shift, linear sources one coefficient."""
@@ -128,6 +113,26 @@ class Coupler:
     def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
         """The branches that run the coupling's transforms on ``inputs``, the values of their sources."""
         return Lowered(coupling, tuple(map(ModuleBranch, coupling.transforms)))
+
+    def stored(
+        self, coupling: Coupling, y: Tensor | None, inputs: Sequence[Tensor], linear: Sequence[Tensor]
+    ) -> Tensor:
+        """The coupled target as an ordinary differentiable tensor; ``y = None`` is zero."""
+        if y is not None and coupling.scale != 1:
+            y = coupling.scale * y
+        if y is not None:
+            for x, (_, coefficient) in zip(linear, coupling.linear, strict=True):
+                y = torch.add(y, x, alpha=coefficient)
+        return self.stored_sum(coupling, y, inputs)
+
+    def stored_sum(self, coupling: Coupling, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        """``y + sum_k F_k(x_k)``, likewise."""
+        for transform, x in zip(coupling.transforms, inputs, strict=True):
+            p = transform(x)
+            check_finite(transform, p)
+            y = p if y is None else y + p
+        assert y is not None, "a created target has terms"
+        return y
 
     def branch(self, transform: nn.Module, *inputs: Values) -> Branch:
         """The branch that runs a transform outside couplings."""

@@ -8,7 +8,7 @@ the second, and again for its gradient, since parts of a module (a checkpoint in
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
@@ -282,7 +282,7 @@ def changed_input(module: nn.Module) -> RuntimeError:
 
 
 class _Within(nn.Module):
-    """Calls a function; :func:`torch.func.functional_call` of this swaps the parameters of ``module`` meanwhile."""
+    """Calls a function, for :func:`within`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -290,6 +290,12 @@ class _Within(nn.Module):
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
+
+
+def within(module: nn.Module, tensors: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+    """``function()`` while parameters and buffers of ``module`` are ``tensors``, by name."""
+    tensors = {f"module.{name}": value for name, value in tensors.items()}
+    return torch.func.functional_call(_Within(module), tensors, (function,))
 
 
 class Replay:
@@ -364,8 +370,7 @@ class Replay:
         """
         with self._scene():
             if calls_python or self.kept or self.record.buffers.changed:
-                tensors = {f"module.{name}": value for name, value in self._tensors().items()}
-                torch.func.functional_call(_Within(self.module), tensors, (backward,))
+                within(self.module, self._tensors(), backward)
             else:
                 backward()
 

@@ -15,7 +15,8 @@ from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
 from revbifpn.engine.state import State
-from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype
+from revbifpn.engine.traced import is_traced
+from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype, reduced_dtype
 
 T = TypeVar("T")
 
@@ -23,8 +24,8 @@ T = TypeVar("T")
 class Tape:
     """The streams of one pass while it runs forward, and the end of its chain of autograd nodes."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
+    def __init__(self, state: State, dtype: torch.dtype | None = None) -> None:
+        self.state, self.dtype = state, dtype  # of the streams that leave; None: as they are
         self.token: Tensor | None = None  # None: nothing is recorded
 
     def step(self, coupling: Coupling) -> None:
@@ -59,9 +60,8 @@ class Tape:
 
     def leave(self) -> tuple[Tensor, ...]:
         """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
-        if self.token is None:
-            return self.state.decoded()
-        return Leave.apply(self.token, self.state)
+        streams = self.state.decoded() if self.token is None else Leave.apply(self.token, self.state)
+        return streams if self.dtype is None else tuple(y.to(self.dtype) for y in streams)
 
     def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
         """``transform(stream, *others)``; the streams stay on the tape.
@@ -107,7 +107,7 @@ class Stored:
         target = coupling.target
         inputs = [self._get(source) for source in coupling.sources]
         linear = [self._get(source) for source, _ in coupling.linear]
-        y = self.coupler.lower(coupling, inputs).stored(None if coupling.creates else self._get(target), inputs, linear)
+        y = self.coupler.stored(coupling, None if coupling.creates else self._get(target), inputs, linear)
         if coupling.creates:
             self._levels.append(y.to(self._get(Part(0)).dtype))
         elif target.half is None:
@@ -138,7 +138,7 @@ class Stored:
     def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
         """As :meth:`Tape.read`."""
         stream = self._get(Part(level))
-        if stored or torch.jit.is_tracing():
+        if stored or is_traced():
             return self.coupler.apply(transform, stream, *others)
         return _recomputed(self.coupler.branch(transform, stream, *others), stream, *others)
 
@@ -176,8 +176,9 @@ def open_tape(
     """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
     gradient_dtype = None
     if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
-        gradient_dtype = autocast_dtype(inputs[0].device) or torch.float32
-    tape = Tape(State(coupler, root, stream, stored and not retain, retain, gradient_dtype))
+        gradient_dtype = reduced_dtype(inputs[0]) or torch.float32
+    state = State(coupler, root, stream, stored and not retain, retain, gradient_dtype)
+    tape = Tape(state, None if autocast_dtype(inputs[0].device) else reduced_dtype(inputs[0]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain(inputs, root.parameters())):
         tape.token = Enter.apply(tape.state, owned, *inputs)
     else:

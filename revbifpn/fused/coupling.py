@@ -64,14 +64,6 @@ class FusedLowered(Lowered):
             for f, p_k, du, sums in zip(self.factors, p, *pulled, strict=True)
         ]
 
-    def stored_sum(self, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-        if self.branches and all(isinstance(branch, FusedMBConv) for branch in self.branches):
-            return _StoredSum.apply(self, y, *inputs, *self.parameters())
-        if y is None or all(f == 1 for f in self.factors):
-            return super().stored_sum(y, inputs)
-        p = [branch.module(x) for branch, x in zip(self.branches, inputs, strict=True)]
-        return revkernels.couple(y, p, self.factors, mode=self.mode)
-
 
 class FusedCoupler(Coupler):
     """Couplings by :mod:`revkernels`: Triton on CUDA, C++ on the CPU."""
@@ -88,14 +80,23 @@ class FusedCoupler(Coupler):
         else:
             lean = coupling.target.level == 0  # memory peaks there
             branches = tuple(
-                FusedMBConv(transform, compute_dtype(x), lean=lean)
+                FusedMBConv(transform, compute_dtype(transform, x), lean=lean)
                 for transform, x in zip(transforms, inputs, strict=True)
             )
         return FusedLowered(coupling, branches, factors, modes[factors.index(max(factors))])
 
+    def stored_sum(self, coupling: Coupling, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+        lowered = self.lower(coupling, inputs)
+        if lowered.branches and all(isinstance(branch, FusedMBConv) for branch in lowered.branches):
+            return _StoredSum.apply(lowered, y, *inputs, *lowered.parameters())
+        if y is None or not isinstance(lowered, FusedLowered) or set(lowered.factors) <= {1}:
+            return super().stored_sum(coupling, y, inputs)
+        p = [branch.module(x) for branch, x in zip(lowered.branches, inputs, strict=True)]
+        return revkernels.couple(y, p, lowered.factors, mode=lowered.mode)
+
     def branch(self, transform: nn.Module, *inputs: Values) -> Branch:
         if _fits(transform, inputs[0]):
-            return FusedSegment(transform, compute_dtype(inputs[0]))
+            return FusedSegment(transform, compute_dtype(transform.neck, inputs[0]))
         return ModuleBranch(transform)
 
     def apply(self, transform: nn.Module, *inputs: Tensor) -> Tensor:
@@ -126,7 +127,9 @@ def _fits(transform: nn.Module, y: Values) -> TypeGuard[Segment]:
 def _alone(mbconv: nn.Module, x: Tensor) -> Tensor:
     """``mbconv(x)`` as a coupling that makes a new tensor."""
     coupling = Coupling(Part(1), ((Part(0), mbconv),), creates=True)
-    return FusedLowered(coupling, (FusedMBConv(mbconv, compute_dtype(x)),), (1,), "nearest").stored(None, [x], [])
+    branch = FusedMBConv(mbconv, compute_dtype(mbconv, x))
+    lowered = FusedLowered(coupling, (branch,), (1,), "nearest")
+    return _StoredSum.apply(lowered, None, x, *lowered.parameters())
 
 
 class _StoredSum(torch.autograd.Function):

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
-from operator import attrgetter, is_
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from revbifpn.mbconv import ConvNormAct, MBConv
-from revbifpn.streams import Encoded, autocast_dtype
+from revbifpn.streams import HALVES, Encoded, autocast_dtype
 
 _SQUEEZE_EXCITE = [nn.AdaptiveAvgPool2d, nn.Conv2d, nn.Hardswish, nn.Conv2d, nn.Hardsigmoid]
 
+_CONSTANTS = {"weight", "bias", "running_mean", "running_var"}
 
-def compute_dtype(x: Tensor | Encoded) -> torch.dtype:
-    """What a branch computes an input's planes in: autocast's dtype, or the input's."""
-    reduced = autocast_dtype(x.device) if x.dtype == torch.float32 else None
-    return reduced or x.dtype
+
+def compute_dtype(transform: nn.Module, x: Tensor | Encoded) -> torch.dtype:
+    """What a branch computes an input's planes in: autocast's dtype, the 16 bits of its weights, or the input's."""
+    if x.dtype != torch.float32:
+        return x.dtype
+    parts: dict[str, Any] = transform._modules
+    dtype = parts["dw_conv"]._modules["conv"]._parameters["weight"].dtype
+    return autocast_dtype(x.device) or (dtype if dtype in HALVES else x.dtype)
+
+
+def is_constant_norm(norm: nn.Module) -> bool:
+    """Whether it is a ``FrozenBatchNorm2d``, as torchvision's and detectron2's: four buffers, whatever the mode."""
+    if type(norm).__name__ != "FrozenBatchNorm2d" or norm._parameters or norm._modules:
+        return False
+    return norm._buffers.keys() - {"num_batches_tracked"} == _CONSTANTS and isinstance(
+        getattr(norm, "eps", None), float
+    )
 
 
 def _plain_norm(norm: nn.Module | None) -> bool:
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.momentum is not None
+    if type(norm) is nn.BatchNorm2d:
+        return norm.affine and norm.momentum is not None
+    return norm is not None and is_constant_norm(norm)
 
 
 def _plain_conv_norm(layer: nn.Module | None, act: type | None, *, depthwise: bool = False) -> bool:
@@ -85,9 +102,9 @@ class _Inspected:
         self.settings = [(m, get, get(m)) for m in self.parts for kind, get in _SETTINGS.items() if type(m) is kind]
         self.tensors: list[Mapping[str, Tensor | None]] = []
         for m in modules:
-            self.tensors += (m._parameters, m._buffers)
+            self.tensors += filter(len, (m._parameters, m._buffers))
         self.dtypes = self._dtypes()
-        self.dtype = next((dtype for dtype in self.dtypes if dtype is not None), None)
+        self.stream = torch.float64 if torch.float64 in self.dtypes else torch.float32  # that its kernels take
 
     def _dtypes(self) -> list[torch.dtype | None]:
         return [None if t is None else t.dtype for tensors in self.tensors for t in tensors.values()]
@@ -97,9 +114,9 @@ class _Inspected:
         return (
             sum(map(len, self.children)) == len(self.order)
             and all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.order))
-            and [type(m) for m in self.parts] == self.types
+            and list(map(type, self.parts)) == self.types
             and not any(self.hooks)
-            and not any("forward" in attributes for attributes in self.attributes)
+            and not any(map(contains, self.attributes, repeat("forward")))
             and all(get(m) == value for m, get, value in self.settings)
             and self._dtypes() == self.dtypes
         )
@@ -129,8 +146,8 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
         if reason:
             return reason
         known = _inspected[transform] = _Inspected(transform)
-    if known.dtype != x.dtype:
-        return f"its parameters and statistics are {known.dtype} and the stream is {x.dtype}"
+    if known.stream != x.dtype:
+        return f"its parameters and statistics go with a stream of {known.stream}, and this one is {x.dtype}"
     if 0 in x.shape:
         return "the batch is empty"
     return ""
@@ -155,7 +172,8 @@ def _why_not_built_so(mbconv: MBConv) -> str:
         return "a module in it has hooks or a forward of its own"
     tensors = chain.from_iterable([*m._parameters.values(), *m._buffers.values()] for m in modules)
     dtypes = {t.dtype for t in tensors if t is not None and t.dtype != torch.int64}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+    reduced = dtypes.difference((torch.float32,))
+    if dtypes != {torch.float64} and (len(reduced) > 1 or not reduced.issubset(HALVES)):
         names = " and ".join(sorted(map(str, dtypes)))
-        return f"its parameters and statistics are {names}, not all float32 or all float64"
+        return f"its parameters and statistics are {names}, not float64 alone, nor float32 and 16 bits of one kind"
     return ""

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 import revkernels  # noqa: F401  defines the ops
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
+from revbifpn.fused.eligible import is_constant_norm
 from revbifpn.mbconv import MBConv
-from revbifpn.streams import Encoded, Values
+from revbifpn.streams import HALVES, Encoded, Values
 from revkernels.precision import convolution_precision, products_in
 from revkernels.workspace import MBConvShape, mbconv_backward_bytes, mbconv_bytes, mbconv_recompute_bytes
 
@@ -85,6 +86,7 @@ class FusedRecord(NamedTuple):
 
     norms: Tensor  # [4, E + E + C'], see revkernels.reference_mbconv
     batch: tuple[bool, ...]  # which norms took the batch's statistics
+    affine: tuple[Tensor, Tensor, Tensor]  # of the last norm: mean, scale and shift, views of norms
     shape: MBConvShape
     keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
     precision: str | None = None  # of the 1x1 convolutions' products, see revkernels.precision
@@ -120,8 +122,9 @@ def stored(x: Values) -> tuple[Tensor, int | None]:
 
 def _layer(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     modules: dict[str, Any] = layer._modules
-    norm = modules["norm"]._parameters
-    return modules["conv"]._parameters["weight"], norm["weight"], norm["bias"]
+    norm = modules["norm"]
+    affine = norm._buffers if is_constant_norm(norm) else norm._parameters
+    return modules["conv"]._parameters["weight"], affine["weight"], affine["bias"]
 
 
 class FusedMBConv:
@@ -140,7 +143,7 @@ class FusedMBConv:
         )  # attributes of modules cost ten times as much, and this runs in every step
         expand, depthwise, project = modules.get("exp_conv"), modules["dw_conv"], modules["project_conv"]
         self.stride: int = depthwise._modules["conv"].stride[0]
-        self.norms: tuple[nn.BatchNorm2d | None, ...] = tuple(
+        self.norms: tuple[Any, ...] = tuple(  # BatchNorm2d, FrozenBatchNorm2d or None
             None if layer is None else layer._modules["norm"] for layer in (expand, depthwise, project)
         )
         se: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
@@ -151,14 +154,16 @@ class FusedMBConv:
         if expand is not None:
             expansion = _layer(expand)
         self.weights = Weights(*expansion, *_layer(depthwise), *se, *_layer(project))
+        self._parameters = [w for w in self.weights if w is not None]
+        self.reduced = any([w.dtype in HALVES for w in self._parameters])  # to be read as float32
 
     def parameters(self) -> list[Tensor]:
-        return [w for w in self.weights if w is not None]
+        return self._parameters
 
     def named(self, parameters: Sequence[Tensor]) -> Weights:
-        """:meth:`parameters` by name, for other values of them."""
-        given = iter(parameters)
-        return Weights._make(None if w is None else next(given) for w in self.weights)
+        """:meth:`parameters` by name, for other values of them, as ops take them."""
+        given = iter(map(_single, parameters) if self.reduced else parameters)
+        return Weights._make([None if w is None else next(given) for w in self.weights])
 
     @property
     def expanded(self) -> int:
@@ -195,7 +200,7 @@ class FusedMBConv:
             self.chunk(x),
             w.expand is not None,
             self.dtype.itemsize,
-            w.project.dtype.itemsize,
+            max(4, w.project.dtype.itemsize),
             scaled=encoded and on_cpu,
             converted=not on_cpu and (encoded or x.dtype != self.dtype),
         )
@@ -226,7 +231,10 @@ class FusedMBConv:
 
     def _batch(self) -> tuple[bool, ...]:
         """Which norms take the batch's statistics."""
-        return tuple(n is not None and (n.training or n._buffers["running_mean"] is None) for n in self.norms)
+        return tuple(
+            n is not None and not is_constant_norm(n) and (n.training or n._buffers["running_mean"] is None)
+            for n in self.norms
+        )
 
     def _drops(self) -> bool:
         return self.module.training and self.module.stochastic_depth > 0
@@ -238,7 +246,7 @@ class FusedMBConv:
         """The contribution, its record, and d if it is to be kept."""
         batch, size = self._batch(), self.out_size(x)
         if True in batch:
-            self._expect_several(x, size)
+            self._expect_several(x, size, batch)
         shape = self._shape(x)
         # Without sums over samples all planes of a chunk come at once. cuBLAS wants the chunks of the backward.
         once = shape if True in batch or x.device.type != "cpu" else shape._replace(chunk=self.chunk(x, 4))
@@ -246,8 +254,11 @@ class FusedMBConv:
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None
         with products_in(precision):
-            norms = self._norms(self.weights, batch, self._running(batch, update), None, x, once, p, d)
-        record = FusedRecord(norms, batch, shape, self._draw_keep(x) if self._drops() else None, precision)
+            with self._statistics(batch, update) as running:
+                weights = self.named(self.parameters()) if self.reduced else self.weights
+                norms = self._norms(weights, batch, running, None, x, once, p, d)
+        keep = self._draw_keep(x) if self._drops() else None
+        record = FusedRecord(norms, batch, self._affine(norms), shape, keep, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
         return contribution, record, d
@@ -264,11 +275,21 @@ class FusedMBConv:
         d: Tensor | None,
     ) -> Tensor:
         """The forward into p and d; returns the norms."""
-        momentum = [0.0 if n is None else n.momentum for n in self.norms]
+        momentum = [n.momentum if from_batch else 0.0 for n, from_batch in zip(self.norms, batch, strict=True)]
         eps = [0.0 if n is None else n.eps for n in self.norms]
         size = mbconv_bytes(shape, batch=True in batch, d=d is not None)
         tail = (batch, momentum, eps, self.stride, shape.chunk, norms, p, d, _workspace(size, p))
         return _forward(*stored(x), *weights, *running, *tail)
+
+    @contextmanager
+    def _statistics(self, batch: tuple[bool, ...], update: bool) -> Iterator[list[Tensor | None]]:
+        """:meth:`_running` as ops take it; what they update of it is kept in the buffers' own dtype."""
+        buffers = self._running(batch, update)
+        given = [None if b is None or b.dtype not in HALVES else b.float() for b in buffers]
+        yield [b if wide is None else wide for b, wide in zip(buffers, given, strict=True)]
+        for i, (b, wide) in enumerate(zip(buffers, given, strict=True)):
+            if b is not None and wide is not None and batch[i // 3]:
+                b.copy_(wide)
 
     def _running(self, batch: tuple[bool, ...], update: bool) -> list[Tensor | None]:
         """Mean, variance and count of every norm: to be updated, or used where it does not take the batch's."""
@@ -282,12 +303,12 @@ class FusedMBConv:
                 found += (buffers["running_mean"], buffers["running_var"], count)
         return found
 
-    def _expect_several(self, x: Values, size: tuple[int, int]) -> None:
+    def _expect_several(self, x: Values, size: tuple[int, int], batch: tuple[bool, ...]) -> None:
         """As PyTorch's BatchNorm: one value per channel has no variance."""
         n, _, h, w = x.shape
         shapes = (n, self.expanded, h, w), (n, self.expanded, *size), (n, self.channels, *size)
-        for norm, shape in zip(self.norms, shapes, strict=True):
-            if norm is not None and norm.training and shape[0] * shape[2] * shape[3] == 1:
+        for from_batch, shape in zip(batch, shapes, strict=True):
+            if from_batch and shape[0] * shape[2] * shape[3] == 1:
                 raise ValueError(
                     f"Expected more than 1 value per channel when training, got input size {shape}; take a larger "
                     "batch or image, or running statistics with model.freeze_norms()"
@@ -298,10 +319,14 @@ class FusedMBConv:
         keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
         return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
 
+    def _affine(self, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, _, scale, shift = norms.narrow(1, norms.shape[1] - self.channels, self.channels).unbind()
+        return mean, scale, shift
+
     @staticmethod
     def contribution(p: Tensor, record: FusedRecord, keep: Tensor | None = None) -> Contribution:
         """``keep BN_2(p)`` as the coupling's affine: ``[C']``, or ``[N, C']`` with stochastic depth."""
-        center, _, scale, shift = record.norms[:, -p.shape[1] :].unbind()
+        center, scale, shift = record.affine
         keep = record.keep if keep is None else keep
         if keep is not None:
             scale, shift = keep[:, None] * scale, keep[:, None] * shift
@@ -331,7 +356,7 @@ class FusedMBConv:
             return record
         p = self.plane(x, self.channels, self.out_size(x))
         norms = self._norms(weights, record.batch, [None] * 9, record.norms, x, record.shape, p, None)
-        return record._replace(norms=norms)
+        return record._replace(norms=norms, affine=self._affine(norms))
 
     def again(self, x: Values, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False) -> Kept:
         """p, and d and e if they are to be kept, from the norms of the forward."""
@@ -410,6 +435,11 @@ class FusedMBConv:
         with products_in(record.precision):
             gradients = _backward(du, sums, *stored(x), *weights.convolutions, *middle, *tail)
         return [g if w.requires_grad else None for g, w in zip(gradients, weights, strict=True) if w is not None]
+
+
+def _single(weight: Tensor) -> Tensor:
+    """A weight of 16 bits as float32, which wants a gradient where it does."""
+    return weight.detach().float().requires_grad_(weight.requires_grad) if weight.dtype in HALVES else weight
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:

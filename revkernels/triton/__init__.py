@@ -9,10 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from revkernels.registry import OPS
-from revkernels.storage import checked
 from revkernels.triton import couple
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
-_LAUNCHERS: dict[str, Callable] = {"couple_": couple.couple_, "couple_adjoint": couple.couple_adjoint}
-LAUNCHERS = {op: checked(OPS[op].overload._schema, launcher) for op, launcher in _LAUNCHERS.items()}
+LAUNCHERS: dict[str, Callable] = {"couple_": couple.couple_, "couple_adjoint": couple.couple_adjoint}

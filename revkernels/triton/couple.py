@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from revkernels.triton.plan import Plan, Planned, on_device_of, seen
+from revkernels.registry import memory_check
+from revkernels.triton.plan import Guard, Plan, Planned, on_device_of, seen
 from revkernels.triton.tiles import (
     PIXELS_PER_PROGRAM,
     SIZES,
@@ -230,6 +231,9 @@ def couple_(
     overflow: Tensor | None = None,
 ) -> None:
     """One launch, any number of contributions; see :func:`revkernels.reference.couple_`."""
+    tensors = (y, overflow, *p, *scale, *shift)
+    key = (y.get_device(), tuple(map(seen, tensors)), len(p), tuple(factors), mode, subtract, fraction_bits)
+    _guard(key, tensors, y, p, scale, shift, factors, mode, subtract, fraction_bits, overflow)
     if y.numel() == 0 or not p:
         return
     p, scale, shift = tuple(p), tuple(map(contiguous, scale)), tuple(map(contiguous, shift))
@@ -266,8 +270,6 @@ def couple_(
         programs = n * c * ceil_div(walk.height, block_h) * ceil_div(walk.width, block_w)
         return Plan(programs, constants, num_warps=2)
 
-    tensors = (y, *p, *scale, *shift, overflow)
-    key = (y.get_device(), tuple(map(seen, tensors)), tuple(factors), mode, subtract, fraction_bits)
     with on_device_of(y):
         (_couple_identity if identity else _couple_upsampled)(key, plan, y, p, scale, shift, overflow)
 
@@ -279,6 +281,8 @@ def _vector(walk: Planes, x: Tensor) -> int:
 
 
 _couple_identity, _couple_upsampled = Planned(_couple_identity_kernel), Planned(_couple_upsampled_kernel)
+_guard = Guard(memory_check("couple_"), written=2)
+_adjoint_guard = Guard(memory_check("couple_adjoint"), written=0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -519,6 +523,8 @@ def couple_adjoint(
     mode: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One launch for the contributions with ``f_k > 1``, one for the others; see the reference's ``couple_adjoint``."""
+    tensors = (dy, *p, *center)
+    _adjoint_guard(tuple(map(seen, tensors)), tensors, dy, p, center, factors, mode)
     n, c, h, w = dy.shape
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
     du = [dy.new_empty(0) if f == 1 else dy.new_empty(n, c, h // f, w // f) for f in factors]

@@ -8,7 +8,7 @@ launches) every launch is an ordinary one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
+
+from revkernels.storage import Extents
 
 LIMIT = 4096  # plans of a kernel; one step of a network has a few dozen
 ALIGNMENT = 16  # bytes that Triton asks a pointer to be a multiple of
@@ -48,7 +50,7 @@ class Planned:
             self._first(key, plan(), tensors)
         else:
             launch, constants = known
-            launch(*tensors, *constants)
+            launch(*tensors, *constants, stream=torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()))
 
     def _first(self, key: Hashable, plan: Plan, tensors: tuple) -> None:
         options = {"num_warps": plan.num_warps, "enable_fp_fusion": False}
@@ -60,6 +62,30 @@ class Planned:
             self.plans[key] = compiled[(plan.programs, 1, 1)], tuple(plan.constants[name] for name in names)
 
 
+class Guard:
+    """An op's checks of its tensors' memory, in full once per key and quickly from then on.
+
+    Args:
+        check: the full one; raises.
+        written: how many of the tensors, the first ones, the op writes.
+    """
+
+    def __init__(self, check: Callable[..., None], written: int) -> None:
+        self.check, self.written = check, written
+        self.extents: dict[Hashable, Extents] = {}
+
+    def __call__(self, key: Hashable, tensors: Sequence[Tensor | None], *arguments: object) -> None:
+        """``key`` determines shapes and strides; ``arguments`` are what the full check takes."""
+        known = self.extents.get(key)
+        if known is None:
+            if len(self.extents) >= LIMIT:
+                self.extents.clear()
+            known = self.extents[key] = Extents(tensors, self.written)
+        elif known.are_apart(tensors):
+            return
+        self.check(*arguments)
+
+
 def seen(x: Tensor | None) -> Hashable:
     """What a launch depends on of a tensor."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNMENT == 0)
@@ -68,4 +94,4 @@ def seen(x: Tensor | None) -> Hashable:
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Makes x's device current, where it is not."""
     index = x.get_device()
-    return _NOTHING if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    return _NOTHING if index < 0 or index == torch._C._cuda_getDevice() else torch.cuda.device(index)

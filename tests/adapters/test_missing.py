@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ADAPTERS = {"hub": "huggingface_hub", "torchvision": "torchvision", "mmengine": "mmengine"}
+ADAPTERS = {"hub": "huggingface_hub", "timm": "timm", "torchvision": "torchvision", "mmengine": "mmengine"}
 
 CODE = """
 import importlib, sys

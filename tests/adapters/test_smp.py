@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from tests.adapters import frameworks
 from tests.marks import slow
 
-smp = pytest.importorskip("segmentation_models_pytorch")
+smp = frameworks.timm("segmentation_models_pytorch")
 pytest.importorskip("revbifpn.adapters.timm")
 
 OPTIONS = {"encoder_weights": None, "classes": 2}
+WIDER = {"channels": (64, 64, 80, 160), "num_ext_layers": 0, "inv_blk_rep": 1}
 DECODERS = ["UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer", "DPT"]
 
 

@@ -8,14 +8,20 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from revbifpn import checkpoints, configs, fast, save_checkpoint
+from revbifpn.fused import why_not_fused
+from revbifpn.mbconv import MBConv
 from revbifpn.memory import measure_sample
+from tests.adapters import frameworks
 from tests.marks import slow
 from tests.networks import F32, NARROW, identical, scalar
 
-timm = pytest.importorskip("timm")
+timm = frameworks.timm()
 optim = pytest.importorskip("timm.optim")
+layers = pytest.importorskip("timm.layers.norm_act")
 adapter = pytest.importorskip("revbifpn.adapters.timm")
 create_model = timm.create_model
 
@@ -92,11 +98,15 @@ def test_the_configuration_is_that_of_the_model(arch):
         torch.testing.assert_close(model(x), features)
 
 
-@pytest.mark.parametrize("pool, width", [("avg", 1), ("max", 1), ("avgmax", 1), ("catavgmax", 2), ("fast", 1)])
-def test_poolings_are_timms(pool, width):
+@pytest.mark.parametrize("pool", ["avg", "catavgmax", *slow(["max", "avgmax", "fast"])])
+def test_poolings_are_timms(pool):
     model = small(num_classes=5, global_pool=pool)
     assert model(images()).shape == (2, 5)
-    assert model.head_hidden_size == width * model.num_features == model.get_classifier().in_features
+    assert (
+        model.head_hidden_size
+        == (2 if pool == "catavgmax" else 1) * model.num_features
+        == model.get_classifier().in_features
+    )
     model.reset_classifier(0, "")
     assert model(images()).shape == (2, model.num_features, 2, 2)
     model.reset_classifier(7, pool)
@@ -302,3 +312,27 @@ def test_layer_decay_gives_deeper_layers_larger_steps():
     assert len(set(scale.values())) == 18
     assert scale[id(next(first.parameters()))] == 0.5**17 and scale[id(last.weight)] == 1
     assert model.no_weight_decay() == set()
+
+
+def test_timms_frozen_norms_compute_what_freeze_norms_does_on_fused_kernels():
+    frozen, model = small(num_classes=3).train(), small(num_classes=3).train()
+    frozen.load_state_dict(model.state_dict())
+    frozen = layers.freeze_batch_norm_2d(frozen)
+    found = frozen(images())
+    assert all(why_not_fused(m, images()) == "" for m in frozen.modules() if isinstance(m, MBConv))
+    torch.testing.assert_close(found, model.freeze_norms()(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_distributed_training_of_some_maps_finds_no_unused_parameters():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(small(features_only=True, out_indices=(1, 2)))
+        for _ in range(2):  # the second forward complains of what had no gradient
+            scalar(model(images())).backward()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_is_prepared_as_the_model_says():
+    config = timm.data.resolve_model_data_config(small())
+    assert (config["input_size"], config["crop_pct"], config["interpolation"]) == ((3, 224, 224), 0.875, "bicubic")

@@ -12,10 +12,11 @@ from revbifpn import fast
 from revbifpn.checkpoints import save_checkpoint
 from revbifpn.configs import CONFIGS
 from revbifpn.memory import PeakMemory
+from tests.adapters import frameworks
 from tests.marks import slow
 from tests.networks import BOTH, F32, F64, MODULES, NARROW, difference, gradients, identical, image, narrow
 
-detection = pytest.importorskip("torchvision.models.detection")
+detection = frameworks.torchvision("torchvision.models.detection")
 adapter = pytest.importorskip("revbifpn.adapters.torchvision")
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names  # noqa: E402
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7  # noqa: E402

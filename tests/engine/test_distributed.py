@@ -1,24 +1,21 @@
-"""Two processes: gradients are the mean over what each computes alone, with replicated and with sharded parameters."""
+"""Two processes with replicated parameters: gradients are the mean over what each computes alone."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import revbifpn
 from revbifpn import fast
-from tests.networks import F64, TWO_LEVELS, narrow
+from revbifpn.memory import PeakMemory
+from tests import processes, sync_norm
+from tests.networks import F64, TWO_LEVELS, difference, error, narrow
+from tests.processes import WORLD
 
 MODULES = {"plain": revbifpn, "fast": fast}
-WORLD = 2
 
 
 def network(module, **options):
@@ -68,76 +65,78 @@ def run_global_batch(module, rank):
     return {name: p.grad for name, p in model.module.named_parameters()}
 
 
-SHARDED = {
-    "blocks": lambda stack: stack.blocks,
-    "blocks of levels": lambda stack: _of_levels(stack),
-    "root": lambda _: [],
+# Options of a model whose norms reduce their statistics over processes.
+SYNCHRONISED = {
+    "reversible": {},
+    "stored": {"reversible": False},
+    "exact": {"stream": "fixed32"},
+    "exact, stored": {"stream": "fixed32", "reversible": False},
 }
 
 
-def _of_levels(stack):
-    return [part for block in stack.blocks for part in getattr(block, "blocks", [block])]
+class Sent(TorchDispatchMode):
+    """The collectives that reach the process group."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.ops.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
-def run_sharded(module, parts, reversible, rank):
-    """Parameters of every part are gathered for its forward and for its backward, and let go of after each."""
-    model = network(module, reversible=reversible)
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for part in SHARDED[parts](model.rev_stack):
-        fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for step in range(STEPS):
-        model.zero_grad(set_to_none=True)
-        loss_of(model(images(rank, 10 * step))).backward()
-    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+def run_synchronised(module, case, rank):
+    """One step: gradients, buffers, what was sent forward and backward, and how many norms there are."""
+    options = SYNCHRONISED[case]
+    model = network(module, **options).to(torch.float32 if "stream" in options else F64)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    norms = sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    replicated = DistributedDataParallel(model)
+    x = images(rank).to(next(model.parameters()).dtype)
+    with Sent() as forward:
+        loss = loss_of(replicated(x)) * WORLD
+    with Sent() as backward:
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return gradients, dict(model.named_buffers()), forward.ops, backward.ops, norms
 
 
-def worker(rank, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    torch.set_num_threads(1)
+def kept_after_forward(module, convert, rank):
+    """Bytes that a forward of a reversible model leaves for its backward."""
+    model = network(module)
+    model, x = nn.SyncBatchNorm.convert_sync_batchnorm(model) if convert else model, images(rank)
+    with PeakMemory() as meter:
+        loss = loss_of(model(x))
+        kept = meter.live_bytes
+    del loss
+    return kept
+
+
+def results_of(rank):
     results = {}
     for module in MODULES:
         for scenario in SCENARIOS:
             results[module, scenario] = run_scenario(module, scenario, rank)
         results[module, "global batch"] = run_global_batch(module, rank)
-        for parts in SHARDED:
-            for reversible in (True, False):
-                results[module, parts, reversible] = run_sharded(module, parts, reversible, rank)
-    torch.save(results, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+    sync_norm.put(setattr)
+    for module in MODULES:
+        for case in SYNCHRONISED:
+            results[module, case] = run_synchronised(module, case, rank)
+        results[module, "kept"] = kept_after_forward(module, True, rank), kept_after_forward("plain", False, rank)
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Gradients of every scenario, as each process has them."""
-    out = tmp_path_factory.mktemp("ddp")
-    paths = [str(Path(revbifpn.__file__).parents[1]), os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(out / "store"), str(out)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        logs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(logs)
-    return [torch.load(out / f"{rank}.pt") for rank in range(WORLD)]
+    """What every process has after every scenario."""
+    return processes.run(__file__, tmp_path_factory.mktemp("ddp"))
 
 
 def assert_equal_gradients(found, wanted):
     assert found.keys() == wanted.keys()
-    floor = 1e-6 * max(g.norm().item() for g in wanted.values())
-    for name, g in wanted.items():
-        assert (found[name] - g).norm() <= 1e-9 * max(g.norm().item(), floor), name
+    assert difference([found[name] for name in wanted], list(wanted.values())) <= 1e-9
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -158,14 +157,6 @@ def test_gradients_are_the_mean_of_what_stored_models_compute_alone(results, mod
         assert not any(g.any() for name, g in found.items() if name not in wanted)
 
 
-@pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize("parts", SHARDED)
-@pytest.mark.parametrize("module", MODULES)
-def test_sharded_parameters_have_the_gradients_of_replicated_ones(results, module, parts, reversible):
-    for of_rank in results:
-        assert_equal_gradients(of_rank[module, parts, reversible], results[0]["plain", "plain"])
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_two_processes_with_running_statistics_are_one_process_on_the_batch(results, module):
     model = network("plain", reversible=False).eval()
@@ -173,6 +164,47 @@ def test_two_processes_with_running_statistics_are_one_process_on_the_batch(resu
     wanted = {name: p.grad for name, p in model.named_parameters()}
     for of_rank in results:
         assert_equal_gradients(of_rank[module, "global batch"], wanted)
+
+
+@pytest.mark.parametrize("case", SYNCHRONISED)
+@pytest.mark.parametrize("module", MODULES)
+def test_two_processes_with_synchronised_norms_are_one_process_on_the_batch(results, module, case):
+    model = network("plain", reversible=False)
+    loss_of(model(torch.cat([images(rank) for rank in range(WORLD)]))).backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    for of_rank in results:
+        gradients, buffers, *_ = of_rank[module, case]
+        if "exact" in case:  # the streams' grid, in float32
+            assert error([gradients[name] for name in wanted], list(wanted.values())) < 2e-3
+            assert all(torch.allclose(buffers[name].to(b.dtype), b, atol=1e-3) for name, b in model.named_buffers())
+        else:
+            assert_equal_gradients(gradients, wanted)
+            assert all(torch.allclose(buffers[name], b, rtol=1e-9) for name, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("case", SYNCHRONISED)
+@pytest.mark.parametrize("module", MODULES)
+def test_statistics_are_sent_once_in_forward_and_their_gradients_once_in_backward(results, module, case):
+    for of_rank in results:
+        _, _, forward, backward, norms = of_rank[module, case]
+        assert [op for op in forward if "allgather" in op] == ["c10d::allgather_"] * norms
+        assert not any("allgather" in op for op in backward)
+        # Beside them the buckets of DDP.
+        assert norms <= backward.count("c10d::allreduce_") <= norms + 2
+    assert results[0][module, case][2:] == results[1][module, case][2:]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_synchronised_norms_on_an_exact_stream_are_those_of_the_stored_run(results, module):
+    reversible, stored = (results[0][module, case][0] for case in ("exact", "exact, stored"))
+    assert all(torch.equal(g, stored[name]) for name, g in reversible.items())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_processes_told_one_another_is_all_that_synchronised_norms_keep(results, module):
+    kept, without = results[0][module, "kept"]
+    channels = sum(m.num_features for m in network("plain").modules() if isinstance(m, nn.BatchNorm2d))
+    assert kept - without <= 2 * (WORLD + 1) * 8 * (2 * channels + 16)  # means, deviations, counts; buffers before
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -187,4 +219,4 @@ def test_replicas_of_data_parallel_use_their_own_parameters(module):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), *sys.argv[2:])
+    processes.worker(results_of)

@@ -76,9 +76,15 @@ def network(module, **options):
     torch.manual_seed(0)
     model = module.RevBiFPN(**(TINY | options))
     model.rev_stack.self_check = False  # as after a first step; has its own test
+    return after_a_call(model)
+
+
+def after_a_call(model):
+    """The model, with what it makes at its first call; its statistics are as before."""
+    training = model.training
     with torch.no_grad():
-        model.eval()(image())  # what a model makes at its first call
-    return model.train()
+        model.eval()(image())
+    return model.train(training)
 
 
 def image():
@@ -222,7 +228,7 @@ def test_failed_forward(module, stream, reversible, passes):
     """Norms that ran moved once, as in a good forward; the others, and all else, are as before."""
     model = network(module, stream=stream, reversible=reversible)
     twin = copy.deepcopy(model)
-    total = calls(forward, copy.deepcopy(model))
+    total = calls(forward, after_a_call(copy.deepcopy(model)))
     moved = []
     for fault in faults(total):
         twin.load_state_dict(model.state_dict())
@@ -264,7 +270,7 @@ def test_failed_backward(module, stream, reversible, passes):
     """Parameters have the whole gradient added, or nothing yet; a second try is refused; the next step is right."""
     model = network(module, stream=stream, reversible=reversible)
     twin = copy.deepcopy(model)
-    total = calls(forward(copy.deepcopy(model)).backward)
+    total = calls(forward(after_a_call(copy.deepcopy(model))).backward)
     delivered = []
     for fault in faults(total):
         twin.load_state_dict(model.state_dict())
@@ -304,7 +310,7 @@ def test_second_backward_through_a_retained_graph(module, stream, reversible):
     twin = copy.deepcopy(model)
     wanted = torch.autograd.grad(forward(twin), list(twin.parameters()))
     state = copy.deepcopy(model.state_dict())
-    total = calls(forward(copy.deepcopy(model)).backward)
+    total = calls(forward(after_a_call(copy.deepcopy(model))).backward)
     refused = 0
     for fault in faults(total) + faults(total // 4)[1:]:  # neck and head come first
         model.load_state_dict(state)
@@ -380,7 +386,7 @@ def test_self_check_goes_on_after_a_fault(module, stream):
     model = network(module, stream=stream)
     model.rev_stack.self_check = True
     twin = copy.deepcopy(model)
-    for fault in faults(calls(forward(copy.deepcopy(model)).backward)):
+    for fault in faults(calls(forward(after_a_call(copy.deepcopy(model))).backward)):
         loss = forward(model)
         fails(loss.backward, **fault)
         assert model.rev_stack.self_check, "no step has passed"
@@ -428,7 +434,7 @@ def test_interrupt_in_a_hook_of_the_user(module, stream, recompute, passes):
 def test_fault_while_streams_are_observed(module):
     model = network(module)
     twin = copy.deepcopy(model)
-    total = calls(step, copy.deepcopy(model))
+    total = calls(step, after_a_call(copy.deepcopy(model)))
 
     def observe():
         nonlocal drift
@@ -464,7 +470,7 @@ def test_failed_inference(module, stream, training, passes):
     model.train(training)
     infer = torch.no_grad()(forward)
     wanted = infer(copy.deepcopy(model).eval())
-    for fault in faults(calls(infer, copy.deepcopy(model)))[1::3]:
+    for fault in faults(calls(infer, after_a_call(copy.deepcopy(model))))[1::3]:
         before, kept = statistics(model), modes(model)
         fails(infer, model, **fault)
         assert modes(model) == kept

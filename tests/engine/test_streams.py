@@ -301,10 +301,9 @@ def test_images_of_sixteen_bits_under_autocast_are_exact_too(module):
 
 
 @MOSTLY_FAST
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtypes_that_an_exact_stream_cannot_give_back(module, dtype):
-    with pytest.raises(ValueError, match=f"stream: fixed16 holds float32 values .* got an input of {dtype}"):
-        narrow(module, stream="fixed16").to(dtype)(image().to(dtype))
+def test_float64_is_what_an_exact_stream_cannot_give_back(module):
+    with pytest.raises(ValueError, match="stream: fixed16 holds float32 values, got an input of torch.float64"):
+        narrow(module, stream="fixed16")(image())
 
 
 @MOSTLY_FAST

@@ -6,6 +6,7 @@ import torch
 import revbifpn
 from revbifpn import estimate_memory, fast, load_checkpoint, save_checkpoint
 from revbifpn.memory import measure_step
+from tests.marks import slow
 from tests.networks import F32, F64, MODULES, MOSTLY_FAST, TWO_LEVELS, assert_same_as_stored, identical, narrow, scalar
 
 PLANES = 4
@@ -96,7 +97,7 @@ def test_an_image_of_other_channels_is_refused_with_the_argument_that_takes_it(m
     assert network(module, 1)(pixels(1)).isfinite().all()
 
 
-@pytest.mark.parametrize("c", [1, 4])
+@pytest.mark.parametrize("c", [4, *slow([1])])
 def test_memory_is_estimated_for_the_models_own_channels(c):
     model = network(fast, c, F32)
     estimate = estimate_memory(model, 2, (32, 24))

@@ -76,6 +76,26 @@ def test_a_tensor_without_its_storage_is_refused_by_name(op, name, position, ind
             call(*arguments)
 
 
+@pytest.mark.parametrize("op", ["couple_", "couple_adjoint"])
+def test_storage_and_sharing_are_checked_again_in_later_calls(op):
+    """Launches that are remembered skip what their shapes decide, and this is not among it."""
+    for _, call in implementations(op):
+        arguments = arguments_of(op)
+        call(*arguments)
+        call(*arguments)
+        name, position, index, _ = next(where for where in tensors_of(op) if where[0].startswith("p"))
+        freed = list(arguments)
+        put(freed, position, index, get(arguments, position, index).clone())
+        get(freed, position, index).untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=rf"{name}: expected a storage"):
+            call(*freed)
+        if op == "couple_":
+            p = get(arguments, position, index)
+            put(freed, position, index, p.new_empty(0).set_(arguments[0].untyped_storage(), 0, p.shape))
+            with pytest.raises(RuntimeError, match="y: expected memory of its own"):
+                call(*freed)
+
+
 @pytest.mark.parametrize("op", [op for op in samples() if samples()[op][0].dim() == 4])
 def test_an_empty_tensor_needs_no_storage(op):
     for _, call in implementations(op):
