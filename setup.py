@@ -133,7 +133,7 @@ def extras() -> dict[str, list[str]]:
                 "pybind11",
                 triton,
             ),
-            *("timm", torchvision_requirement(), "segmentation-models-pytorch", "huggingface_hub", "mmengine"),
+            *("timm", torchvision_requirement(), "segmentation-models-pytorch", "huggingface_hub", "mmengine", "pycocotools"),
             *("onnx", "onnxscript", "onnxruntime"),
         ],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
