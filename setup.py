@@ -122,19 +122,10 @@ def extras() -> dict[str, list[str]]:
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": [
-            *(
-                "pytest",
-                "pytest-benchmark",
-                "pytest-xdist",
-                "hypothesis",
-                "numpy",
-                "setuptools>=77",
-                "ninja",
-                "pybind11",
-                triton,
-            ),
-            *("timm", torchvision_requirement(), "segmentation-models-pytorch", "huggingface_hub", "mmengine"),
-            *("onnx", "onnxscript", "onnxruntime"),
+            *"pytest pytest-benchmark pytest-xdist hypothesis numpy setuptools>=77 ninja pybind11".split(),
+            *"timm segmentation-models-pytorch huggingface_hub mmengine pycocotools".split(),
+            *"onnx onnxscript onnxruntime".split(),
+            *[torchvision_requirement(), triton],
         ],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }

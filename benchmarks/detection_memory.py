@@ -2,7 +2,7 @@
 
     python benchmarks/detection_memory.py                                     S0, S3, ResNet-50, HRNet-W18; minutes
     python benchmarks/detection_memory.py --models 'revbifpn_s*/fast,hrnet_*' more of them
-    python benchmarks/detection_memory.py --size 400x672                      a quarter of the pixels
+    python benchmarks/detection_memory.py --size 416x672                      a quarter of the pixels
 
 Runs a training step of torchvision's FasterRCNN (91 classes, FPN of 256 channels, 512 RoIs per image) on one random
 image and reports the most memory alive at once in it, without what existed before: parameters, buffers, the image.

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, write_png
 from torchvision.models.detection import FasterRCNN
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from revbifpn.adapters.torchvision import revbifpn_fpn_backbone
@@ -66,6 +67,8 @@ class CocoFolder(Dataset):
         self.boxes: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
         for annotation in annotations:
             where = f"{self.file}: annotation {annotation.get('id')}"
+            if missing := [name for name in ("image_id", "category_id", "bbox") if name not in annotation]:
+                raise BadDatasetError(f"{where}: has no {', '.join(missing)}")
             x, y, width, height = annotation["bbox"]
             if annotation["image_id"] not in known:
                 raise BadDatasetError(f"{where}: there is no image {annotation['image_id']}")
@@ -87,9 +90,9 @@ class CocoFolder(Dataset):
         record = self.records[i]
         path = self.images / record["file_name"]
         try:
-            image = decode_image(str(path), ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise BadDatasetError(f"{path}: no image can be read: {str(error).splitlines()[0]}") from None
+            image = pil_to_tensor(Image.open(path).convert("RGB"))
+        except (OSError, SyntaxError) as error:  # the latter of a damaged PNG
+            raise BadDatasetError(f"{path}: no image can be read: {error}") from None
         found = self.boxes[record["id"]]
         target = {
             "boxes": torch.tensor([box for box, _ in found], dtype=torch.float32).reshape(-1, 4),
@@ -197,8 +200,8 @@ def draw(model: FasterRCNN, dataset: CocoFolder, folder: Path, device: torch.dev
         sure = found["scores"] > 0.5
         names = [dataset.categories[label - 1]["name"] for label in found["labels"][sure].tolist()]
         words = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"][sure].tolist(), strict=True)]
-        picture = draw_bounding_boxes(image, found["boxes"][sure].cpu(), words, colors="red")
-        write_png((picture * 255).to(torch.uint8), str(folder / f"{i:03}.png"))
+        picture = draw_bounding_boxes(image, found["boxes"][sure].cpu(), words, colors="red") if words else image
+        to_pil_image(picture).save(folder / f"{i:03}.png")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -149,6 +149,11 @@ class HubModel(PyTorchModelHubMixin, plain.RevBiFPN):
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        if self.head is not None and not isinstance(self.head.fc, nn.Linear):
+            raise ValueError(
+                f"head.fc: expected a Linear, as the constructor makes it, got {type(self.head.fc).__name__}; "
+                "reset_classifier(classes) makes one, and revbifpn.save_checkpoint saves the weights alone"
+            )
         config = {name: _encode(name, value) for name, value in self.arguments.items()}
         dtypes = {parameter.dtype for parameter in self.parameters()}
         if len(dtypes) > 1:

@@ -13,7 +13,7 @@ def freeze_unused(body: RevBiFPN, levels: Collection[int]) -> None:
     DistributedDataParallel, for one, waits for all of them.
     """
     if body.neck is not None:
-        for level, transform in enumerate(body.neck.children()):
+        for level, transform in body.neck.transforms.items():
             if level not in levels:
                 transform.requires_grad_(False)
     needed = set(levels)

@@ -155,7 +155,8 @@ class FusedMBConv:
             expansion = _layer(expand)
         self.weights = Weights(*expansion, *_layer(depthwise), *se, *_layer(project))
         self._parameters = [w for w in self.weights if w is not None]
-        self.reduced = any([w.dtype in HALVES for w in self._parameters])  # to be read as float32
+        buffers = [b for norm in self.norms if norm is not None for b in norm._buffers.values() if b is not None]
+        self.reduced = any([t.dtype in HALVES for t in (*self._parameters, *buffers)])  # to be read as float32
 
     def parameters(self) -> list[Tensor]:
         return self._parameters
@@ -253,10 +254,17 @@ class FusedMBConv:
         precision = convolution_precision(x.device, self.dtype)
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None
+        buffers = self._running(batch, update)
+        weights, running = self.weights, buffers
+        if self.reduced:
+            weights = self.named(self.parameters())
+            running = [None if b is None else _single(b) for b in buffers]
         with products_in(precision):
-            with self._statistics(batch, update) as running:
-                weights = self.named(self.parameters()) if self.reduced else self.weights
-                norms = self._norms(weights, batch, running, None, x, once, p, d)
+            norms = self._norms(weights, batch, running, None, x, once, p, d)
+        if self.reduced:  # what the op updated is kept in the buffers' own dtype
+            for i, (b, single) in enumerate(zip(buffers, running, strict=True)):
+                if b is not None and single is not None and batch[i // 3]:
+                    b.copy_(single)
         keep = self._draw_keep(x) if self._drops() else None
         record = FusedRecord(norms, batch, self._affine(norms), shape, keep, precision)
         contribution = self.contribution(p, record)
@@ -280,16 +288,6 @@ class FusedMBConv:
         size = mbconv_bytes(shape, batch=True in batch, d=d is not None)
         tail = (batch, momentum, eps, self.stride, shape.chunk, norms, p, d, _workspace(size, p))
         return _forward(*stored(x), *weights, *running, *tail)
-
-    @contextmanager
-    def _statistics(self, batch: tuple[bool, ...], update: bool) -> Iterator[list[Tensor | None]]:
-        """:meth:`_running` as ops take it; what they update of it is kept in the buffers' own dtype."""
-        buffers = self._running(batch, update)
-        given = [None if b is None or b.dtype not in HALVES else b.float() for b in buffers]
-        yield [b if wide is None else wide for b, wide in zip(buffers, given, strict=True)]
-        for i, (b, wide) in enumerate(zip(buffers, given, strict=True)):
-            if b is not None and wide is not None and batch[i // 3]:
-                b.copy_(wide)
 
     def _running(self, batch: tuple[bool, ...], update: bool) -> list[Tensor | None]:
         """Mean, variance and count of every norm: to be updated, or used where it does not take the batch's."""

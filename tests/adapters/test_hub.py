@@ -39,6 +39,8 @@ OTHER_ARGUMENTS = {
     "se_sig_act": nn.Sigmoid,
     "stream": StreamFormat("fixed16", (9, 10, 8)),
     "retain_graph": True,
+    "in_chans": 4,
+    "pad": True,
 }
 
 
@@ -132,6 +134,16 @@ def test_layers_that_have_no_name_in_json_are_refused(tmp_path):
     model = hub.RevBiFPN(**NARROW, act_fn=functools.partial(nn.LeakyReLU, 0.2))
     with pytest.raises(ValueError, match=r"act_fn: expected .* a class of torch.nn.*save_checkpoint"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_head_without_classifier_is_refused(tmp_path):
+    model = make()
+    model.reset_classifier(0)
+    with pytest.raises(ValueError, match="head.fc: expected a Linear.*got Identity.*reset_classifier"):
+        model.save_pretrained(tmp_path)
+    model.reset_classifier(4)
+    model.save_pretrained(tmp_path)
+    assert same(hub.RevBiFPN.from_pretrained(tmp_path), model)
 
 
 def test_a_wrong_argument_is_refused_as_by_the_ordinary_class():
