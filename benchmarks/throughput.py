@@ -5,6 +5,7 @@
     python benchmarks/throughput.py --published ~/RevBiFPN       the published code in the same run
     python benchmarks/throughput.py --dtype bfloat16 --streams fixed32,fixed16
     python benchmarks/throughput.py --models 'revbifpn_s3/*' --resolution 288 --batch 2,4
+    python benchmarks/throughput.py --models 'revbifpn_s0/[fs]*' --batch 1,8 --threads 1 --onnxruntime
     python benchmarks/throughput.py --models 'revbifpn_s0/[fs]*' --budgets 0.25,0.5,0.75 --reduce-overhead --offload
 
 All contestants take turns in one process, after the gradients of the RevBiFPN variants were found equal. Prints tables,
@@ -232,6 +233,8 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--budgets", help="comma list of 0 to 1: stored once more, compiled, keeping that much memory")
     parser.add_argument("--reduce-overhead", action="store_true", help="stored once more, compiled with CUDA graphs")
     parser.add_argument("--offload", action="store_true", help="stored once more, activations in the host's memory")
+    parser.add_argument("--onnxruntime", action="store_true", help="CPU: stored once more at inference, by onnxruntime")
+    parser.add_argument("--threads", type=int, help="PyTorch's and onnxruntime's (default: as PyTorch chooses)")
     parser.add_argument(
         "--defaults", action="store_true", help="all once more with PyTorch's default: TF32 convolutions"
     )
@@ -243,7 +246,11 @@ def _parser() -> command.ArgumentParser:
 def _checked(argv: Sequence[str] | None) -> Any:
     arguments = _parser().parse_args(argv)
     command.check_resolution(arguments.resolution)
-    command.at_least_one(rounds=arguments.rounds)
+    command.at_least_one(rounds=arguments.rounds, threads=arguments.threads)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.onnxruntime:
+        command.require("onnxruntime", "'.[onnx]'")
     device = arguments.device = command.pick_device(arguments.device)
     for flag in ("graph", "tf32"):
         if getattr(arguments, flag) and device.type != "cuda":
@@ -263,7 +270,11 @@ def _checked(argv: Sequence[str] | None) -> Any:
         (True, partial(networks.on_budgets, budgets=budgets)),
         (arguments.reduce_overhead, networks.without_overhead),
     ]
-    more += [(arguments.offload, networks.offloaded), (arguments.defaults, networks.with_defaults)]
+    more += [
+        (arguments.offload, networks.offloaded),
+        (arguments.onnxruntime, networks.in_onnxruntime),
+        (arguments.defaults, networks.with_defaults),
+    ]
     for wanted, again in more:
         chosen = [n for c in chosen for n in (c, *(again(c) if wanted else ()))]
     arguments.networks = chosen
@@ -282,7 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runners = [Runner(network, device, arguments.dtype) for network in arguments.networks]
         rows, turns = [], [(task, batch) for task in (TRAIN, INFER) for batch in arguments.batch]
         for task, batch in track(turns, lambda turn: f"{turn[0]}, batch {turn[1]}", "throughput"):
-            taking_part = [r for r in runners if task == TRAIN or not r.network.only_trains]
+            left_out = "only_infers" if task == TRAIN else "only_trains"
+            taking_part = [r for r in runners if not getattr(r.network, left_out)]
             if taking_part:
                 rows += time_all(taking_part, task, batch, resolution, arguments.rounds)
         largest = [] if arguments.quick else capacities(runners, resolution, max(arguments.batch))

@@ -76,6 +76,7 @@ def export_onnx(
         ValueError: the model is in train mode, or the size does not fit.
         ImportError: onnx or onnxscript is missing.
     """
+    _expect_eval(model)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export_onnx needs {' and '.join(missing)}: pip install 'revbifpn-fast[onnx]'")

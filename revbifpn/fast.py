@@ -15,7 +15,7 @@ from typing import Any, TypeGuard, TypeVar
 from torch import Tensor, nn
 
 import revkernels
-from revbifpn import model
+from revbifpn import model, parts
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.engine.traced import is_traced
 from revbifpn.fused import FusedCoupler
@@ -24,8 +24,8 @@ from revbifpn.fused.segment import Segment
 from revbifpn.model import ByArch, factory
 
 
-class Stem(model.Stem):
-    """:class:`revbifpn.model.Stem` by the space-to-depth kernel, plane repetition built in."""
+class Stem(parts.Stem):
+    """:class:`revbifpn.parts.Stem` by the space-to-depth kernel, plane repetition built in."""
 
     def forward(self, x: Tensor) -> Tensor:
         if is_traced():
@@ -47,13 +47,13 @@ class RevBiFPN(model.RevBiFPN):
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if self.head is None or not _is_plain(self.head, model.Head):
+        if self.head is None or not _is_plain(self.head, parts.Head):
             return super()._forward(x)
         return self.head.classify(self.head.features(self.open(x, self._merged)))
 
     def _pyramid(self, levels: Sequence[int], tape: Tape | Stored) -> list[Tensor]:
         neck = self.neck
-        if not _is_plain(neck, model.Neck):
+        if not _is_plain(neck, parts.Neck):
             return super()._pyramid(levels, tape)
         segments = self._segments_of({level: (transform, None) for level, transform in neck.transforms.items()})
         maps = {level: tape.read(level, segments[level], stored=self.disable_recomp) for level in sorted(levels)}
@@ -61,7 +61,7 @@ class RevBiFPN(model.RevBiFPN):
 
     def _merged(self, tape: Tape | Stored) -> Tensor:
         neck, head = self.neck, self.head
-        if not _is_plain(neck, model.Neck) or not _is_plain(head, model.Head):
+        if not _is_plain(neck, parts.Neck) or not _is_plain(head, parts.Head):
             return super()._merged(tape)
         merges = [*head.pyramid_heads, None]
         segments = self._segments_of({level: (f, merges[level]) for level, f in neck.transforms.items()})

@@ -14,7 +14,7 @@ Source: Chiley et al., RevBiFPN: The Fully Reversible Bidirectional Feature Pyra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, TypeVar, cast
@@ -31,134 +31,11 @@ from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.region import Region, run_as_region, wants_gradients
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.mbconv import BATCH_NORM, ConvNormAct, Layers, MBConv
+from revbifpn.parts import GlobalPool, Head, Neck, Stem
 from revbifpn.reversible import Reversible, ReversibleSequence, RevSilo
 from revbifpn.streams import StreamFormat, autocast_dtype
-from revkernels import reference
 
 T = TypeVar("T")
-
-
-class Stem(nn.Module):
-    """Repeat the image's channels to ``planes``, then space-to-depth: invertible, no parameters.
-
-    ``y[n, (r b + q) P + p, i, j] = x[n, p mod C, b i + r, b j + q]`` for a block b, P planes and C <= P channels.
-
-    So no channel is lost, whatever C is, and the first ``P mod C`` are there once more than the others. An image whose
-    channels are equal fills all planes with the same values for every C: for grey images a network computes the same
-    with 1, 3 or C channels, and weights are taken over from one C to another as they are.
-    """
-
-    def __init__(self, planes: int, block: int, in_chans: int = 3) -> None:
-        super().__init__()
-        self.planes, self.block, self.in_chans = planes, block, in_chans
-
-    def extra_repr(self) -> str:
-        return f"planes={self.planes}, block={self.block}, in_chans={self.in_chans}"
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, P b^2, H / b, W / b]
-        return reference.space_to_depth(x, self.planes, self.block)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        return reference.depth_to_space(y, self.in_chans, self.block)
-
-
-class Neck(nn.Module):
-    """One MBConv per level, from the streams' channels to the pyramid's."""
-
-    def __init__(self, transforms: Sequence[nn.Module]) -> None:
-        super().__init__()
-        for i, transform in enumerate(transforms):
-            self.add_module(f"recomp_transform_{i}", transform)
-
-    @property
-    def transforms(self) -> dict[int, nn.Module]:
-        """By level; all of them, unless :meth:`RevBiFPN.prune_intermediate_layers` left some out."""
-        return {int(name.rpartition("_")[2]): transform for name, transform in self.named_children()}
-
-    def keep(self, levels: Collection[int]) -> None:
-        """Leave out the other levels."""
-        for level in self.transforms.keys() - set(levels):
-            delattr(self, f"recomp_transform_{level}")
-
-    def forward(self, streams: Sequence[Tensor] | Tape | Stored, levels: Sequence[int] | None = None) -> list[Tensor]:
-        """The pyramid, or its maps at ``levels``; a level read from its tape is recomputed in backward."""
-        transforms = self.transforms
-        levels = list(transforms) if levels is None else levels
-        if isinstance(streams, (Tape, Stored)):
-            maps = {level: streams.read(level, transforms[level]) for level in sorted(levels)}
-        else:
-            maps = {level: transforms[level](streams[level]) for level in sorted(levels)}
-        return [maps[level] for level in levels]
-
-
-class GlobalPool(nn.Module):
-    """``[N, C, H, W] -> [N, C]``: the mean (``"avg"``), or the map as it is (``""``)."""
-
-    def __init__(self, pool_type: str = "avg") -> None:
-        super().__init__()
-        if pool_type not in ("avg", ""):
-            raise ValueError(
-                f"global_pool: expected 'avg', or '' for none, got {pool_type!r}; models of revbifpn.adapters.timm "
-                "take timm's others"
-            )
-        self.pool_type = pool_type
-
-    def feat_mult(self) -> int:
-        """Features per channel, as timm calls them."""
-        return 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3)) if self.pool_type else x
-
-
-class Head(nn.Module):
-    """Merge the pyramid from high to low resolution, then classify.
-
-    ``o_0 = n_0``, ``o_{h+1} = n_{h+1} + merge_h(o_h)``; 1x1 convolution, global mean, dropout, linear.
-    """
-
-    def __init__(
-        self, merges: Sequence[nn.Module], final_conv: nn.Module | None, features: int, dropout: float, classes: int
-    ) -> None:
-        super().__init__()
-        self.num_features = features
-        self.pyramid_heads = nn.ModuleList(merges)
-        self.final_conv = final_conv
-        self.global_pool = GlobalPool()
-        self.dropout = nn.Dropout(dropout) if dropout else None
-        self.fc: nn.Module = nn.Linear(features, classes)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width before the classifier."""
-        return self.num_features * self.global_pool.feat_mult()
-
-    def reset(self, classes: int, global_pool: GlobalPool | None = None) -> None:
-        """A new classifier, none for 0 classes; and another pooling, if given."""
-        pool = self.global_pool if global_pool is None else global_pool
-        if classes and not pool.pool_type:
-            raise ValueError(f"global_pool: expected a pooling before a classifier of {classes} classes, got ''")
-        like = next(self.parameters(), torch.empty(0))
-        self.global_pool = pool.train(self.training)
-        fc = nn.Linear(self.hidden_size, classes, device=like.device, dtype=like.dtype) if classes else nn.Identity()
-        self.fc = fc.train(self.training)
-
-    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
-        return self.classify(self.features(self.merge(pyramid)))
-
-    def merge(self, pyramid: Sequence[Tensor]) -> Tensor:
-        out = pyramid[0]
-        for merge, n in zip(self.pyramid_heads, pyramid[1:], strict=True):
-            out = n + merge(out)
-        return out
-
-    def features(self, out: Tensor) -> Tensor:  # [N, C, H / 32, W / 32] -> [N, features, H / 32, W / 32]
-        return out if self.final_conv is None else self.final_conv(out)
-
-    def classify(self, features: Tensor, pre_logits: bool = False) -> Tensor:  # -> [N, classes]
-        out = self.global_pool(features)
-        out = out if self.dropout is None else self.dropout(out)
-        return out if pre_logits else self.fc(out)
 
 
 class RevBiFPN(Region):
@@ -184,7 +61,8 @@ class RevBiFPN(Region):
         norm, norm_fn, norm_kwargs, act_fn, se_sig_act: see :class:`revbifpn.mbconv.Layers`.
         reversible: True recomputes, False stores all activations; overrides ``disable_rev`` and ``disable_recomp``.
         stream: how the reversible streams are stored: ``"float32"``, ``"fixed32"``, ``"fixed16"`` or a
-            :class:`revbifpn.StreamFormat`; None is ``"float32"``, and under autocast ``"fixed32"``.
+            :class:`revbifpn.StreamFormat`; None is ``"float32"``, and ``"fixed32"`` where branches
+            compute in 16 bits.
         retain_graph: allow several backwards through one forward (two losses, gradients per task), as
             ``backward(retain_graph=True)`` asks for; see :class:`revbifpn.reversible.Reversible`.
         in_chans: channels of the image, at most ``channels[0] / 4^d``, see :class:`Stem`. No weight's shape depends on
@@ -406,15 +284,20 @@ class RevBiFPN(Region):
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride)) if self.pad else x
 
-    def _run(self, compute: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor) -> Any:
-        """What is computed of a batch, after checks and padding, with maps cropped; unbatched for an unbatched x."""
+    def _cropped(self, y: Tensor, level: int, x: Tensor) -> Tensor:
+        """The part of a level's map of the padded image in which pixels of the image x lie."""
+        stride = self.stem.block * 2**level
+        return y.narrow(-2, 0, -(-x.shape[-2] // stride)).narrow(-1, 0, -(-x.shape[-1] // stride))
+
+    def _run(self, compute: Callable[[Tensor], Tensor | list[Tensor]], x: Tensor, levels: Sequence[int]) -> Any:
+        """What is computed of a batch after checks and padding, maps of ``levels`` cropped; unbatched as x is."""
         self._check(x)
         batch = self._padded(x if x.dim() == 4 else x[None])
         with names_of(self):
             out = compute(batch)
         maps = [out] if isinstance(out, Tensor) else out
         if self.pad:
-            maps = [_cropped(y, batch.shape, x.shape) if y.dim() == 4 else y for y in maps]
+            maps = [self._cropped(y, i, x) if y.dim() == 4 else y for y, i in zip(maps, levels, strict=True)]
         if x.dim() == 3:
             maps = [y[0] for y in maps]
         return maps[0] if isinstance(out, Tensor) else maps
@@ -422,7 +305,7 @@ class RevBiFPN(Region):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if isinstance(x, fx.Proxy):
             return _as_leaf(self, x)
-        return self._run(self._compute, x)
+        return self._run(self._compute, x, self.out_levels if self.head is None else self.out_levels[-1:])
 
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
         """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.
@@ -553,7 +436,7 @@ class RevBiFPN(Region):
                 return self.open(batch, partial(self._pyramid, self.out_levels[-1:]))[0]
             return self.head.features(self.open(batch, self._merged))
 
-        return self._run(compute, x)
+        return self._run(compute, x, self.out_levels[-1:])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits from :meth:`forward_features`; with ``pre_logits`` what the classifier takes."""
@@ -593,7 +476,7 @@ class RevBiFPN(Region):
             features = maps[-1] if self.head is None else self.head.features(self.head.merge(maps))
             return [features, *(pyramid[level] for level in levels)]
 
-        maps = self._run(compute, x)
+        maps = self._run(compute, x, levels if intermediates_only else [self.out_levels[-1], *levels])
         return maps if intermediates_only else (maps[0], maps[1:])
 
     def prune_intermediate_layers(
@@ -679,12 +562,6 @@ class RevBiFPN(Region):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides norms and biases: none."""
         return set()
-
-
-def _cropped(y: Tensor, padded: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The part of a map of the padded image that the image's own pixels, ``ceil(size / stride)``, begin in."""
-    h, w = (-(-size[d] // (padded[d] // y.shape[d])) for d in (-2, -1))
-    return y[..., :h, :w]
 
 
 def _room_for(in_chans: int, block: int) -> str:

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +30,13 @@ import revbifpn.fast
 from benchmarks.harness.command import UsageError, require, select
 from benchmarks.harness.rivals import RIVALS, import_timm
 from revbifpn.configs import CONFIGS
+from revbifpn.export import export_onnx
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 REVBIFPN = "RevBiFPN"
 FAST, REVERSIBLE, STORED, CHECKPOINTED = "fast", "reversible", "stored", "checkpointed"
-COMPILED, OFFLOADED, PUBLISHED = "compiled", "offloaded", "published"
+COMPILED, OFFLOADED, PUBLISHED, ONNXRUNTIME = "compiled", "offloaded", "published", "onnxruntime"
 STREAM, GRAPH, BUDGET, OVERHEAD, DEFAULTS = "@", "+graph", "+budget", "+reduce-overhead", "+defaults"
 
 
@@ -89,6 +91,10 @@ class Network:
     def only_trains(self) -> bool:
         """Whether at inference it is another one: what it does is about what backward needs."""
         return self.kind in (CHECKPOINTED, OFFLOADED) or BUDGET in self.variant
+
+    @property
+    def only_infers(self) -> bool:
+        return self.kind == ONNXRUNTIME
 
 
 def kind_of(variant: str) -> str:
@@ -173,6 +179,12 @@ def offloaded(network: Network) -> Iterator[Network]:
         yield replace(network, variant=OFFLOADED, make=lambda **overrides: Offloaded(network.make(**overrides)))
 
 
+def in_onnxruntime(network: Network) -> Iterator[Network]:
+    """A plain RevBiFPN exported to ONNX, by onnxruntime."""
+    if network.family == REVBIFPN and network.variant == STORED:
+        yield replace(network, variant=ONNXRUNTIME, make=partial(OnnxRuntime, network.make))
+
+
 def with_defaults(network: Network) -> Iterator[Network]:
     """As PyTorch comes, with TF32 in convolutions."""
     yield replace(network, variant=network.variant + DEFAULTS)
@@ -180,6 +192,8 @@ def with_defaults(network: Network) -> Iterator[Network]:
 
 def why_not(network: Network, device: torch.device) -> str:
     """Why ``device`` cannot run it; empty where it can."""
+    if network.kind == ONNXRUNTIME:
+        return "" if device.type == "cpu" else "onnxruntime is compared on the CPU"
     if device.type == "cuda":
         return ""
     if network.is_graph:
@@ -216,6 +230,31 @@ class Offloaded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda):
             return self.module(x)
+
+
+class OnnxRuntime(nn.Module):
+    """``make()`` at inference, exported for the images that come, on as many threads as PyTorch has."""
+
+    def __init__(self, make: Callable[..., nn.Module], **overrides: Any) -> None:
+        super().__init__()
+        self.module = make(**overrides)
+        self.sessions: dict[tuple[int, ...], Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        session = self.sessions.get(tuple(x.shape))
+        if session is None:
+            session = self.sessions[tuple(x.shape)] = self._session(x)
+        return torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+
+    def _session(self, x: Tensor) -> Any:
+        onnxruntime = require("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors alone
+        options.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            export_onnx(self.module, path, tuple(x.shape[2:]), batch=len(x))
+            return onnxruntime.InferenceSession(path, options)
 
 
 def _compiled(

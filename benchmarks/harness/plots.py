@@ -13,6 +13,7 @@ from benchmarks.harness.networks import (
     FAST,
     GRAPH,
     OFFLOADED,
+    ONNXRUNTIME,
     OVERHEAD,
     PUBLISHED,
     REVBIFPN,
@@ -43,6 +44,7 @@ KINDS = {
     CHECKPOINTED: "#009E73",
     OFFLOADED: "#CC79A7",
     PUBLISHED: "#D55E00",
+    ONNXRUNTIME: "#F0E442",
 }
 MARKERS = "osD^vP<>*Xh"
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.networks import COMPILED, DEFAULTS, DTYPES, GRAPH, PUBLISHED, Network
+from benchmarks.harness.networks import COMPILED, DEFAULTS, DTYPES, GRAPH, ONNXRUNTIME, PUBLISHED, Network
 from revbifpn.estimate import StepEstimator
 from revbifpn.memory import PeakMemory, measure_sample, measure_step
 
@@ -25,7 +25,8 @@ class Runner:
         torch.manual_seed(0)
         self.network, self.device = network, device
         # The published code asks for CUDA's autocast state when it recomputes, so on a CPU it knows float32 only.
-        self.dtype = "float32" if network.variant == PUBLISHED and device.type == "cpu" else dtype
+        as_float = network.variant == ONNXRUNTIME or (network.variant == PUBLISHED and device.type == "cpu")
+        self.dtype = "float32" if as_float else dtype
         self.model = network.make().to(device)
 
     def action(self, task: str, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -55,6 +56,8 @@ class Runner:
     @property
     def is_metered(self) -> bool:
         """Whether a meter sees its allocations."""
+        if self.network.kind == ONNXRUNTIME:
+            return False
         return not self.network.is_graph and (self.network.kind != COMPILED or self.device.type == "cuda")
 
     def peak(self, task: str, images: Tensor) -> tuple[int | None, str | None]:

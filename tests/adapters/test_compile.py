@@ -195,14 +195,14 @@ def peak_bytes(step):
 def test_a_compiled_step_takes_no_more_memory(backend):
     x = torch.randn(2, 16, 128, 128)
     peaks = []
-    for model in (compiled(revnet(8), backend), revnet(8)):
+    for model in (compiled(revnet(6), backend), revnet(6)):
 
         def step(model=model):
             model(x).sum().backward()
 
         step()
         peaks.append(peak_bytes(step))
-    stored = revnet(8)
+    stored = revnet(6)
     stored.reversible = False
     most = peak_bytes(lambda: stored(x).sum().backward())
     gradient = x.nbytes  # of the output, which a compiled graph holds during the call

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-for needed in ("torchvision", "pycocotools", "PIL", "numpy"):
+from tests.adapters import frameworks
+
+frameworks.torchvision("torchvision.models.detection")
+for needed in ("pycocotools", "PIL", "numpy"):
     pytest.importorskip(needed)
 
 
