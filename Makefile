@@ -6,10 +6,10 @@ install:
 	pip install .
 
 test:
-	pytest
+	pytest -n auto
 
 test-all:
-	pytest -m "slow or not slow"
+	pytest -n auto -m "slow or not slow"
 
 lint:
 	ruff check .

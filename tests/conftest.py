@@ -24,7 +24,7 @@ def pytest_configure(config):
     if config.pluginmanager.has_plugin("hypothesispytest"):
         from hypothesis import settings
 
-        settings.register_profile("default run", max_examples=8, deadline=None)
+        settings.register_profile("default run", max_examples=5, deadline=None)
         settings.register_profile("full run", max_examples=60, deadline=None)
         settings.load_profile("default run" if config.option.markexpr == "not slow" else "full run")
 

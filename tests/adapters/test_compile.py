@@ -191,6 +191,7 @@ def peak_bytes(step):
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", *slow(["inductor"])])
 def test_a_compiled_step_takes_no_more_memory(backend):
     x = torch.randn(2, 16, 128, 128)

@@ -294,6 +294,7 @@ def test_missing_keys_are_listed(published, tmp_path):
         hub.convert(path, "revbifpn_s0", tmp_path / "out", published=False)
 
 
+@pytest.mark.slow
 def test_own_training_converts_without_claims(tmp_path):
     model = scrambled(fast.revbifpn_s0(classes=3))
     save_checkpoint(model, tmp_path / "best.safetensors")

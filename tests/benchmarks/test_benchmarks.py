@@ -228,6 +228,7 @@ def test_fake_steps_have_the_bytes_of_real_ones(key):
     assert real.meter != fake.meter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", *slow(["hrnet_w18"])])
 def test_checkpointing_rivals_keeps_their_numbers_and_saves_memory(name):
     timm_or_skip()

@@ -14,8 +14,10 @@ from revbifpn.configs import CONFIGS
 from revbifpn.engine.capture import capture_lint
 from revbifpn.streams import is_capturing
 from tests import networks
-from tests.marks import mostly_slow
+from tests.marks import covering, mostly_slow
 from tests.networks import MODULES
+
+pytestmark = covering
 
 SCALES = pytest.mark.parametrize("scale", mostly_slow(["s0", "s3"]))
 IMAGES, LABELS = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])

@@ -163,6 +163,7 @@ def test_double_backward_is_an_error(name):
         torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
 
 
+@pytest.mark.slow
 @covering
 @pytest.mark.parametrize("op", samples())
 def test_compiles_without_a_graph_break(op):

@@ -519,6 +519,7 @@ def test_a_module_of_another_python_is_named(package):
         other.rename(module)
 
 
+@pytest.mark.slow
 def test_what_was_not_built_is_said_with_its_reason_at_every_import(package):
     (module,) = package.glob("revkernels/_C.*.so")
     hidden = module.rename(module.with_name("hidden"))
