@@ -97,7 +97,8 @@ def _run(
     held.leaves = tuple(t for t in tensors if t.requires_grad)
     held.retain = bool(getattr(region, "retain_graph", False))
     _passes[number] = held
-    return [torch.frombuffer(held, dtype=_NUMBER), *(out.detach() for out in outputs)]
+    # Copies: a compiler may write over what an op returned, and the graph may have saved it.
+    return [torch.frombuffer(held, dtype=_NUMBER), *(out.detach().clone() for out in outputs)]
 
 
 def _run_fake(
