@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,4 +220,5 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # empty, so that a first step compiles
     sys.exit(main())
