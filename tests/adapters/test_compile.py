@@ -67,7 +67,7 @@ TRAINED = {
 }
 
 
-@product("fast-aot_eager-reversible-static", module=MODULES, backend=BACKENDS, options=TRAINED, shapes=SHAPES)
+@product("fast-eager-reversible-static", module=MODULES, backend=BACKENDS, options=TRAINED, shapes=SHAPES)
 def test_a_reversible_step_is_one_op_each_way(module, backend, options, shapes):
     model, eager = (narrow(module, F32, **(RANDOM | options)) for _ in range(2))
     again = compiled(model, backend, shapes)

@@ -18,10 +18,10 @@ for adapter, framework in {adapters}.items():
 """
 
 
-def test_a_missing_framework_is_one_line_with_the_command():
-    result = subprocess.run(
-        [sys.executable, "-c", CODE.format(adapters=ADAPTERS)], capture_output=True, text=True, check=True
-    )
+def test_a_missing_framework_is_one_line_with_the_command(tmp_path):
+    command = [sys.executable, "-c", CODE.format(adapters=ADAPTERS)]  # whose first folder of modules is where it runs
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     for (adapter, framework), line in zip(ADAPTERS.items(), result.stdout.splitlines(), strict=True):
         assert line.startswith(f"revbifpn.adapters.{adapter} needs {framework}")
         assert line.endswith(f": pip install 'revbifpn-fast[{adapter}]'")

@@ -200,6 +200,7 @@ def test_other_ways_to_take_features_are_refused():
 # The network is the ordinary one ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @SCALES
 def test_gradients_and_memory_are_those_of_the_ordinary_model(arch):
     ordinary, model = getattr(fast, arch)(head_dropout=0.0, stochastic_depth=0.0), create_model(arch)

@@ -250,6 +250,7 @@ def test_failed_forward(module, stream, reversible, passes):
     assert moved[0] == 0 < moved[2] < moved[-2] <= moved[-1] == len(before), moved
 
 
+@pytest.mark.slow
 @MOSTLY_FAST
 def test_statistics_of_a_norm_move_as_one(module):
     """Faults at every call of the first branches."""

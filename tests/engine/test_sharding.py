@@ -53,10 +53,7 @@ STORED = {
     "stored": {"reversible": False},
 }
 MIXED = ["root", "MBConvs", "neck, head, blocks"]
-OF_DEFAULT_RUN = [
-    *("plain-blocks-reversible", "fast-blocks of levels-reversible", "plain-stack-reversible", "fast-stack-reversible"),
-    *("plain-MBConvs-reversible", "fast-MBConvs-reversible", "fast-stack-stored"),
-]
+OF_DEFAULT_RUN = ["plain-blocks-reversible", "fast-stack-reversible", "fast-MBConvs-reversible", "fast-stack-stored"]
 
 
 def shard(model, units, **arguments):

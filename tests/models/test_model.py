@@ -92,6 +92,7 @@ def test_positional_arguments_mean_what_keywords_mean(module):
     assert str(by_position) == str(by_keyword)
 
 
+@pytest.mark.slow
 @MODULES
 @pytest.mark.parametrize("arch", mostly_slow(CONFIGS))
 def test_scale_by_name(module, arch):

@@ -45,6 +45,7 @@ def test_small_batches_are_what_a_real_step_takes(module, reversible):
     assert weights <= found.gradients < 1.1 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "resolution", "batch"),
     [

@@ -170,6 +170,7 @@ class TestMeter:
             assert meter.peak_bytes == count * PLANE
             del kept
 
+    @pytest.mark.slow
     def test_keeps_nothing_alive(self):
         x = torch.randn(N)
         with PeakMemory() as meter:
@@ -213,6 +214,7 @@ class TestStep:
         allocated = allocator_peak(lambda: F.cross_entropy(model(x), torch.zeros(4, dtype=torch.long)).backward())
         assert 0.99 * metered < allocated < 1.25 * metered
 
+    @pytest.mark.slow
     def test_stored_activations_grow_linearly_and_inverted_ones_do_not_count(self):
         stored, inverted = (measure_sample(tiny(reversible=r), (3, 64, 64), batch=2) for r in (False, True))
         assert stored.large.batch == 2 * stored.small.batch == 4
