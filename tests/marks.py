@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -37,13 +37,20 @@ def mostly_slow(values: Iterable[Any], kept: int = 1) -> list:
     return values[:kept] + slow(values[kept:])
 
 
-def product(*kept: str, **axes: Mapping[str, Any]) -> pytest.MarkDecorator:
-    """Every combination of the axes' values, by name; those called ``kept``, as in "fast-fixed16", for every run."""
-    cases = []
+def product(*kept: str, others: Collection[str] | None = None, **axes: Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Combinations of the axes' values, by name.
+
+    Args:
+        kept: names, as in "fast-fixed16", of those for every run.
+        others: those for the full run, where a case takes too long for all of them; None: all.
+        axes: the values by name, in the order of the names' parts.
+    """
+    cases = {}
     for combination in itertools.product(*(axis.items() for axis in axes.values())):
         names, values = zip(*combination, strict=True)
         name = "-".join(names)
-        cases.append(pytest.param(*values, id=name, marks=() if name in kept else pytest.mark.slow))
-    unknown = set(kept) - {case.id for case in cases}
-    assert not unknown, f"kept: no combination is called {sorted(unknown)}"
-    return pytest.mark.parametrize(",".join(axes), cases)
+        cases[name] = pytest.param(*values, id=name, marks=() if name in kept else pytest.mark.slow)
+    unknown = {*kept, *(others or ())} - cases.keys()
+    assert not unknown, f"product: no combination is called {sorted(unknown)}"
+    chosen = [case for name, case in cases.items() if others is None or name in (*kept, *others)]
+    return pytest.mark.parametrize(",".join(axes), chosen)

@@ -44,6 +44,12 @@ def close(found, wanted):
 
 @product(
     "fast-eager-no_grad-classifier-static",
+    others=[
+        *("plain-eager-inference_mode-pyramid-dynamic", "fast-eager-enable_grad-pyramid-dynamic"),
+        *("plain-aot_eager-no_grad-classifier-dynamic", "fast-aot_eager-enable_grad-pyramid-static"),
+        *("plain-inductor-enable_grad-classifier-dynamic", "fast-inductor-no_grad-classifier-dynamic"),
+        *("plain-inductor-no_grad-pyramid-static", "fast-inductor-inference_mode-pyramid-dynamic"),
+    ],
     module=MODULES,
     backend=BACKENDS,
     mode=INFERENCE,
@@ -67,7 +73,18 @@ TRAINED = {
 }
 
 
-@product("fast-eager-reversible-static", module=MODULES, backend=BACKENDS, options=TRAINED, shapes=SHAPES)
+@product(
+    "fast-eager-reversible-static",
+    others=[
+        *("plain-eager-reversible-dynamic", "plain-eager-recomputed-neck-static", "fast-eager-fixed32-dynamic"),
+        *("plain-aot_eager-pyramid-static", "fast-aot_eager-reversible-dynamic", "fast-aot_eager-pyramid-dynamic"),
+        *("plain-inductor-fixed32-static", "fast-inductor-reversible-dynamic", "fast-inductor-recomputed-neck-static"),
+    ],
+    module=MODULES,
+    backend=BACKENDS,
+    options=TRAINED,
+    shapes=SHAPES,
+)
 def test_a_reversible_step_is_one_op_each_way(module, backend, options, shapes):
     model, eager = (narrow(module, F32, **(RANDOM | options)) for _ in range(2))
     again = compiled(model, backend, shapes)
