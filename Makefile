@@ -6,10 +6,10 @@ install:
 	pip install .
 
 test:
-	pytest -n auto
+	pytest
 
 test-all:
-	pytest -n auto -m "slow or not slow"
+	pytest -m "slow or not slow"
 
 lint:
 	ruff check .

@@ -29,6 +29,14 @@ def pytest_configure(config):
         settings.load_profile("default run" if config.option.markexpr == "not slow" else "full run")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks
+def pytest_cmdline_main(config):
+    """The whole suite runs in one process per core, where pytest-xdist is installed; ``-n 0`` for one process."""
+    whole = config.args == config.getini("testpaths") and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = "auto"
+
+
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` selects
 def pytest_collection_modifyitems(items):
     leave_to_the_full_run(items)
