@@ -8,8 +8,8 @@ import pytest
 from benchmarks.harness import rivals
 
 
-def timm(module: str = "timm") -> ModuleType:
-    """timm, or what builds on it, also beside a torchvision without its compiled ops (PyPI's, beside a CPU torch)."""
+def on_torchvision(module: str) -> ModuleType:
+    """A module that imports torchvision, also where its compiled ops do not load (PyPI's, beside a CPU torch)."""
     if importlib.util.find_spec("timm") is not None:
         rivals.import_timm()
     return pytest.importorskip(module)

@@ -8,9 +8,10 @@ from torch import nn
 
 import revbifpn
 from revbifpn import fast, save_checkpoint
+from tests.adapters import frameworks
 from tests.networks import F32, F64, NARROW, difference, gradients, identical, image, narrow
 
-mmengine = pytest.importorskip("mmengine")
+mmengine = frameworks.on_torchvision("mmengine")  # whose Runner looks for torchvision
 pytest.importorskip("revbifpn.adapters.mmengine")
 from mmengine.analysis import get_model_complexity_info  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402

@@ -6,7 +6,7 @@ import torch
 from tests.adapters import frameworks
 from tests.marks import slow
 
-smp = frameworks.timm("segmentation_models_pytorch")
+smp = frameworks.on_torchvision("segmentation_models_pytorch")
 pytest.importorskip("revbifpn.adapters.timm")
 
 OPTIONS = {"encoder_weights": None, "classes": 2}

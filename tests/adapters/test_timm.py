@@ -19,7 +19,7 @@ from tests.adapters import frameworks
 from tests.marks import slow
 from tests.networks import F32, NARROW, identical, scalar
 
-timm = frameworks.timm()
+timm = frameworks.on_torchvision("timm")
 optim = pytest.importorskip("timm.optim")
 layers = pytest.importorskip("timm.layers.norm_act")
 adapter = pytest.importorskip("revbifpn.adapters.timm")

@@ -9,6 +9,7 @@ import revbifpn
 from revbifpn import fast
 from revbifpn.fused import why_not_fused
 from revbifpn.mbconv import MBConv
+from tests.adapters import frameworks
 from tests.marks import mostly_slow, product
 from tests.networks import (
     BOTH,
@@ -84,7 +85,7 @@ def with_statistics(module, dtype=F64, **options):
 
 
 def frozen_by_torchvision(model):
-    ops = pytest.importorskip("torchvision.ops")
+    ops = frameworks.on_torchvision("torchvision.ops")
     for parent in list(model.modules()):
         for name, m in parent.named_children():
             if isinstance(m, nn.BatchNorm2d):
@@ -95,7 +96,7 @@ def frozen_by_torchvision(model):
 
 
 def frozen_by_timm(model):
-    return pytest.importorskip("timm.layers").freeze_batch_norm_2d(model)
+    return frameworks.on_torchvision("timm.layers").freeze_batch_norm_2d(model)
 
 
 @pytest.mark.parametrize("freeze", [frozen_by_torchvision, frozen_by_timm])
