@@ -14,7 +14,7 @@ Source: Chiley et al., RevBiFPN: The Fully Reversible Bidirectional Feature Pyra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, TypeVar, cast
@@ -307,6 +307,10 @@ class RevBiFPN(Region):
             return _as_leaf(self, x)
         return self._run(self._compute, x, self.out_levels if self.head is None else self.out_levels[-1:])
 
+    def norms(self) -> Iterator[nn.Module]:
+        """The layers that normalise by statistics which they keep: BatchNorm and its kind."""
+        return (module for module in self.modules() if isinstance(module, _NormBase))
+
     def freeze_norms(self, frozen: bool = True) -> RevBiFPN:
         """Fine-tuning with frozen BatchNorm: running statistics are used and kept, in train mode too.
 
@@ -319,9 +323,8 @@ class RevBiFPN(Region):
             self.
         """
         self.norms_frozen = frozen
-        for module in self.modules():
-            if isinstance(module, _NormBase):
-                module.requires_grad_(not frozen)
+        for norm in self.norms():
+            norm.requires_grad_(not frozen)
         for block in chain(*self.layers[: self.layers_frozen]):
             block.requires_grad_(False)
         return self.train(self.training)
@@ -361,9 +364,8 @@ class RevBiFPN(Region):
         """As :meth:`torch.nn.Module.train`, but frozen norms and layers stay in eval mode."""
         super().train(mode)
         if self.norms_frozen:
-            for module in self.modules():
-                if isinstance(module, _NormBase):
-                    module.eval()
+            for norm in self.norms():
+                norm.eval()
         for block in chain(*self.layers[: self.layers_frozen]):
             block.eval()
         return self

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import revbifpn
 from revbifpn import fast
@@ -108,3 +109,16 @@ def assert_same_as_stored(
     found = run(narrow(module, reversible=True, **options))
     wanted = run(narrow(revbifpn, reversible=False, **options))
     assert difference(found, wanted) < tolerance
+
+
+def allocator_peak(step: Callable[[], object]) -> int:
+    """Peak of what the CPU allocator handed out during ``step``, replayed from the profiler's events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del result
+    return peak

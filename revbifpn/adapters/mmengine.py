@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 try:
     from mmengine.model import BaseModule
@@ -97,7 +96,6 @@ class RevBiFPN(fast.RevBiFPN, BaseModule):
     def train(self, mode: bool = True) -> RevBiFPN:
         super().train(mode)
         if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _NormBase):
-                    module.eval()
+            for norm in self.norms():
+                norm.eval()
         return self

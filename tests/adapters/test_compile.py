@@ -12,7 +12,7 @@ import revbifpn
 from revbifpn import RevBlock, ReversibleSequence, fast
 from revbifpn.engine import region
 from tests.marks import product, slow
-from tests.networks import F32, TWO_LEVELS, gradients, image, narrow
+from tests.networks import F32, TWO_LEVELS, allocator_peak, gradients, image, narrow
 
 RANDOM = TWO_LEVELS | {"stochastic_depth": 0.2}
 MODULES = {"plain": revbifpn, "fast": fast}
@@ -196,18 +196,6 @@ def test_autocast_around_a_compiled_model_reaches_its_pass():
     assert torch.equal(*grads)
 
 
-def peak_bytes(step):
-    """The most that PyTorch's allocator held at once during a step, beyond what it held before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", *slow(["inductor"])])
 def test_a_compiled_step_takes_no_more_memory(backend):
@@ -219,10 +207,10 @@ def test_a_compiled_step_takes_no_more_memory(backend):
             model(x).sum().backward()
 
         step()
-        peaks.append(peak_bytes(step))
+        peaks.append(allocator_peak(step))
     stored = revnet(8)
     stored.reversible = False
-    most = peak_bytes(lambda: stored(x).sum().backward())
+    most = allocator_peak(lambda: stored(x).sum().backward())
     output = x.nbytes  # a compiled graph has a copy of it, and holds its gradient during the call
     assert peaks[0] <= 1.05 * peaks[1] + 2 * output < 0.5 * most
 

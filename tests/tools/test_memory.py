@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import revbifpn
@@ -14,7 +13,7 @@ from revbifpn import fast
 from revbifpn.memory import PeakMemory, SampleMemory, StepMemory, measure_sample, measure_step
 from revkernels import dispatch
 from tests.marks import covering
-from tests.networks import F32, MOSTLY_FAST, REVERSIBLE, narrow
+from tests.networks import F32, MOSTLY_FAST, REVERSIBLE, allocator_peak, narrow
 
 N = 1000
 PLANE = 4 * N  # bytes of N float32
@@ -26,19 +25,6 @@ def chain(x):
 
 def tiny(module=revbifpn, **options):
     return narrow(module, F32, **options)
-
-
-def allocator_peak(step):
-    """Peak of what the CPU allocator handed out during ``step``, replayed from the profiler's events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        result = step()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    del result
-    return peak
 
 
 class TestMeter:
