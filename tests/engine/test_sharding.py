@@ -105,6 +105,19 @@ def run_from_meta(module, rank, folder):
     return wanted, step(model, images(rank))
 
 
+def two_losses_of(outputs):
+    return outputs.square().sum(), outputs.sin().sum()
+
+
+def run_two_backwards(module, units, rank):
+    """Two losses of one forward, a backward for each."""
+    model = shard(network(module, retain_graph=True), units)
+    first, second = two_losses_of(model(images(rank)))
+    first.backward(retain_graph=True)
+    second.backward()
+    return whole_gradients(model)
+
+
 def run_mixed(module, units, rank):
     """Parameters gathered in 16 bits, statistics and gradients in 32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -120,6 +133,9 @@ def results_of(rank, everything):
     for i in (0, 1):
         loss_of(model(images(rank, i))).backward()  # accumulates
         results["replicated", i] = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    sum(two_losses_of(model(images(rank)))).backward()
+    results["replicated", "two losses"] = [p.grad.clone() for p in model.parameters()]
     for module in MODULES:
         for units in UNITS:
             for stored, options in STORED.items():
@@ -129,6 +145,7 @@ def results_of(rank, everything):
         if everything == "default":
             results[module, "accumulation"] = run_accumulation(module, rank)
             results[module, "meta"] = run_from_meta(module, rank, sys.argv[2])
+            results[module, "two backwards"] = run_two_backwards(module, "MBConvs" if module == "fast" else "blocks", rank)
             results[module, "mixed"] = run_mixed(module, "blocks" if module == "plain" else "stack", rank)
         else:
             for units in MIXED:
@@ -160,6 +177,12 @@ def test_sharded_parameters_have_the_gradients_of_replicated_ones(request, modul
 @pytest.mark.parametrize("module", MODULES)
 def test_gradients_accumulate_without_being_sent(results, module):
     assert_equal_to_replicated(results, (module, "accumulation"), 1)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_two_backwards_through_one_forward_add_up(results, module):
+    for of_rank in results:
+        assert difference(of_rank[module, "two backwards"], of_rank["replicated", "two losses"]) <= 1e-9
 
 
 @pytest.mark.parametrize("module", MODULES)
