@@ -69,7 +69,8 @@ def export_onnx(
         size: of the image in pixels, height and width or both at once: multiples of ``model.stride``.
         batch: samples.
         dynamic_batch: any number of samples; ``batch`` is an example.
-        dynamic_size: any multiples of ``model.stride`` as height and width; ``size`` is an example.
+        dynamic_size: any multiples of ``model.stride`` as height and width; ``size`` is an example. Padding by a model
+            with ``pad`` is part of a graph of one size only: for any size, pad its input and crop its maps yourself.
         options: of :func:`torch.onnx.export`, such as ``opset_version``.
 
     Raises:

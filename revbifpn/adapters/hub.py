@@ -39,6 +39,7 @@ from revbifpn.configs import CONFIGS, Config, get_config
 from revbifpn.streams import StreamFormat
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_DTYPE, _LEVELS = "dtype", "out_levels"  # what a config has beside arguments of the constructor
 PUBLISHED_CODE = "https://github.com/CerebrasResearch/RevBiFPN"
 _SIGNATURE = inspect.signature(plain.RevBiFPN)
 _LAYERS = {
@@ -93,6 +94,7 @@ class HubModel(PyTorchModelHubMixin, plain.RevBiFPN):
             "disable_recomp": self.disable_recomp,
             "stream": self.stream,
             "retain_graph": self.retain_graph,
+            "pad": self.pad,
         }
         if self.head is None:
             now["classes"] = None
@@ -143,8 +145,10 @@ class HubModel(PyTorchModelHubMixin, plain.RevBiFPN):
                 )
             )
 
-        arguments, dtype = _read_config(locate(CONFIG))
+        arguments, dtype, levels = _read_config(locate(CONFIG))
         model = cls(**(arguments | overrides)).to(dtype)
+        if levels is not None:
+            model.prune_intermediate_layers(levels)
         load_checkpoint(model, locate(WEIGHTS), strict=strict)
         return model.eval()
 
@@ -161,7 +165,9 @@ class HubModel(PyTorchModelHubMixin, plain.RevBiFPN):
                 f"model: expected parameters of one dtype, got {sorted(map(str, dtypes))}; convert them, as in "
                 "model.float()"
             )
-        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+        config[_DTYPE] = str(dtypes.pop()).removeprefix("torch.")
+        if len(self.out_levels) < self.levels:
+            config[_LEVELS] = list(self.out_levels)
         save_checkpoint(self, save_directory / WEIGHTS)
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -206,18 +212,21 @@ def _decode(value: Any) -> Any:
     return value
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], torch.dtype]:
-    """Constructor arguments and the parameters' dtype."""
+def _read_config(path: Path) -> tuple[dict[str, Any], torch.dtype, list[int] | None]:
+    """Constructor arguments, the parameters' dtype, and the levels of a pruned pyramid."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, got {type(config).__name__}")
-        dtype = getattr(torch, str(config.pop("dtype", "float32")), None)
+        dtype = getattr(torch, str(config.pop(_DTYPE, "float32")), None)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError("dtype: expected a floating-point dtype of torch")
+        levels = config.pop(_LEVELS, None)
+        if not (levels is None or isinstance(levels, list) and all(type(level) is int for level in levels)):
+            raise ValueError(f"{_LEVELS}: expected a list of integers, got {levels!r}")
         if unknown := sorted(config.keys() - _SIGNATURE.parameters.keys()):
             raise ValueError(f"no arguments of RevBiFPN: {', '.join(unknown)}")
-        return {name: _decode(value) for name, value in config.items()}, dtype
+        return {name: _decode(value) for name, value in config.items()}, dtype, levels
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
         raise CheckpointError(
             f"{path}: damaged, or written for another model or by a newer revbifpn: {error}"

@@ -99,6 +99,16 @@ def test_what_was_set_after_construction_is_what_is_saved(tmp_path):
     assert loaded.head.fc.out_features == 7 and same(loaded, model)
 
 
+def test_a_pruned_pyramid_survives(tmp_path):
+    model = make().eval()
+    model.prune_intermediate_layers([0, 2])
+    model.save_pretrained(tmp_path)
+    loaded = hub.RevBiFPN.from_pretrained(tmp_path)
+    assert same(loaded, model) and loaded.head is None
+    with torch.no_grad():
+        assert identical(loaded(image(torch.float32)), model(image(torch.float32)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype_survives(tmp_path, dtype):
     model = make().to(dtype)
@@ -162,6 +172,7 @@ def test_a_wrong_argument_is_refused_as_by_the_ordinary_class():
         (b'{"hidden_size": 768, "model_type": "bert"}', "no arguments of RevBiFPN: hidden_size, model_type"),
         (b'{"act_fn": "torch.nn.functional"}', "expected a layer of torch.nn, got 'torch.nn.functional'"),
         (b'{"dtype": "int8"}', "floating-point dtype"),
+        (b'{"out_levels": "all"}', "out_levels: expected a list of integers, got 'all'"),
     ],
 )
 def test_a_damaged_or_foreign_config_is_named(saved, content, match):
