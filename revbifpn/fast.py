@@ -83,7 +83,8 @@ class RevBiFPN(model.RevBiFPN):
         tensors = None if program is None else program.tensors(x)
         if program is None or tensors is None:
             return None
-        maps = program([self.stem(x)], tensors)
+        stream = torch.ops.revkernels.space_to_depth(x, self.stem.planes, self.stem.block)
+        maps = program([stream], tensors)
         if self.head is not None:
             return maps[-1:]
         levels = range(self.levels) if self.neck is None else sorted(self.neck.transforms)

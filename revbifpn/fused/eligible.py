@@ -103,7 +103,8 @@ class Inspected:
         self.order = list(chain.from_iterable(children.values() for children in self.children))
         self.attributes = [m.__dict__ for m in called]
         self.hooks = [hooks for m in called for hooks in _hooks(m)]
-        self.settings = [(m, get, get(m)) for m in self.parts for kind, get in _SETTINGS.items() if type(m) is kind]
+        self.layers = [(get, [m for m in self.parts if type(m) is kind]) for kind, get in _SETTINGS.items()]
+        self.settings = self._settings()
         self.tensors: list[Mapping[str, Tensor | None]] = []
         for m in modules:
             self.tensors += filter(len, (m._parameters, m._buffers))
@@ -113,22 +114,24 @@ class Inspected:
     def _dtypes(self) -> list[torch.dtype | None]:
         return [None if t is None else t.dtype for tensors in self.tensors for t in tensors.values()]
 
+    def _settings(self) -> list[list[Any]]:
+        return [list(map(get, layers)) for get, layers in self.layers]
+
     def is_current(self) -> bool:
         """Whether everything is as it was."""
-        return self.is_bare() and self.is_same()
+        return self.is_bare() and self.is_same() and self._dtypes() == self.dtypes
 
     def is_bare(self) -> bool:
         """Whether calling the modules does no more than their classes' ``forward``."""
         return not any(self.hooks) and not any(map(contains, self.attributes, repeat("forward")))
 
     def is_same(self) -> bool:
-        """Whether they are made of the same modules, with the same settings, of the same dtypes."""
+        """Whether they are made of the same modules, with the same settings."""
         return (
             sum(map(len, self.children)) == len(self.order)
             and all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.order))
             and list(map(type, self.parts)) == self.types
-            and all(get(m) == value for m, get, value in self.settings)
-            and self._dtypes() == self.dtypes
+            and self._settings() == self.settings
         )
 
 
@@ -150,7 +153,7 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     """
     known = _inspected.get(transform)
     if known is None or not known.is_current():
-        reason = why_not_built_so(transform)
+        reason = why_not_built_so(transform) or _why_not_dtypes(transform)
         if reason:
             return reason
         known = _inspected[transform] = Inspected(transform)
@@ -180,6 +183,12 @@ def why_not_built_so(mbconv: nn.Module) -> str:
     modules = _submodules(mbconv)
     if has_hooks(modules):
         return "a module in it has hooks or a forward of its own"
+    return ""
+
+
+def _why_not_dtypes(mbconv: nn.Module) -> str:
+    """The same of its parameters and statistics."""
+    modules = _submodules(mbconv)
     tensors = chain.from_iterable([*m._parameters.values(), *m._buffers.values()] for m in modules)
     dtypes = {t.dtype for t in tensors if t is not None and t.dtype != torch.int64}
     reduced = dtypes.difference((torch.float32,))

@@ -9,7 +9,7 @@ compared with what it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import getitem
+from operator import attrgetter, getitem
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from revkernels.reference_mbconv import ASSIGN, EXPANDS, SQUEEZES
 
 _run = torch.ops.revkernels.mbconv_infer_.default
 
+_dtype = attrgetter("dtype")
 _ORDINARY = {Tensor, nn.Parameter}
 
 CHUNKS = 4  # without sums over samples all planes of a chunk come at once
@@ -51,12 +52,13 @@ class Program:
     def __init__(self, couplings: Iterable[Coupling], channels: Sequence[int]) -> None:
         self.channels, self.created = list(channels), list[Created]()
         self.terms, self.norms, self.branches = list[int](), list[Any](), list[nn.Module]()
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._places: list[tuple[dict[str, Any], str]] = []  # of weights and statistics, as the op takes them
         self._modes = set[str]()
         for coupling in couplings:
             self._add(coupling)
         if len(self._modes) > 1:
             raise NotFusedError("upsampling is bilinear and nearest")
+        self._columns = list(zip(*self._places, strict=True))
 
     def _add(self, coupling: Coupling) -> None:
         if coupling.linear or coupling.scale != 1:
@@ -108,8 +110,8 @@ class Program:
 
     def tensors(self, x: Tensor) -> list[Tensor] | None:
         """All weights and statistics; None where they are not ordinary tensors of the dtype of x."""
-        found = list(map(getitem, *zip(*self._places, strict=True)))
-        return found if set(map(type, found)) <= _ORDINARY and {t.dtype for t in found} == {x.dtype} else None
+        found = list(map(getitem, *self._columns))
+        return found if set(map(type, found)) <= _ORDINARY and set(map(_dtype, found)) == {x.dtype} else None
 
     def is_evaluated(self) -> bool:
         """Whether all norms take running statistics and nothing is random."""
