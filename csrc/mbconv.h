@@ -116,6 +116,7 @@ class Workspace {
   // What was taken since is used up at `mark`: the next pieces may have the same memory.
   int64_t mark() const { return next_; }
   void release(int64_t mark) { next_ = mark; }
+  int64_t needed() const { return needed_; }
 
   void check() const {
     if (needed_ > bytes_) {

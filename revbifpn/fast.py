@@ -12,16 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 import revkernels
 from revbifpn import model, parts
+from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.tape import Stored, Tape
 from revbifpn.engine.traced import is_traced
 from revbifpn.fused import FusedCoupler
 from revbifpn.fused.eligible import has_hooks
+from revbifpn.fused.program import NotFusedError, Program, Programs
 from revbifpn.fused.segment import Segment
 from revbifpn.model import ByArch, factory
+from revbifpn.reversible import PerLevel, ReversibleSequence, RevBlock, RevSilo
+from revbifpn.streams import autocast_dtype, resolve
 
 
 class Stem(parts.Stem):
@@ -47,9 +52,44 @@ class RevBiFPN(model.RevBiFPN):
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        maps = self._evaluated(x)
+        if maps is not None:
+            return maps if self.head is None else self.head.classify(self.head.features(maps[-1]))
         if self.head is None or not _is_plain(self.head, parts.Head):
             return super()._forward(x)
         return self.head.classify(self.head.features(self.open(x, self._merged)))
+
+    def _evaluated(self, x: Tensor) -> list[Tensor] | None:
+        """What the head merges into its last map, or the maps of ``out_levels``, by one op; None where that cannot be.
+
+        It can at inference, in eval mode, with ordinary streams, where no one looks on.
+        """
+        stack = self.rev_stack
+        if (
+            torch.is_grad_enabled()
+            or is_traced()
+            or type(x) is not Tensor
+            or x.device.type != "cpu"
+            or x.shape[0] == 0
+            or autocast_dtype(x.device) is not None
+            or torch.is_anomaly_enabled()
+            or torch.nn.modules.module._has_any_global_hook()
+            or resolve(stack.stream, x).exact
+            or stack.observer is not None
+            or type(stack.coupler) is not FusedCoupler
+        ):
+            return None
+        program = _programs.of(self)
+        tensors = None if program is None else program.tensors(x)
+        if program is None or tensors is None:
+            return None
+        stream = torch.ops.revkernels.space_to_depth(x, self.stem.planes, self.stem.block)
+        maps = program([stream], tensors)
+        if self.head is not None:
+            return maps[-1:]
+        levels = range(self.levels) if self.neck is None else sorted(self.neck.transforms)
+        made = dict(zip(levels, maps[-len(levels) :], strict=True))
+        return [made[level] for level in self.out_levels]
 
     def _pyramid(self, levels: Sequence[int], tape: Tape | Stored) -> list[Tensor]:
         neck = self.neck
@@ -77,6 +117,31 @@ class RevBiFPN(model.RevBiFPN):
             self._segments = tuple(Segment(*pair) for pair in pairs)
         return dict(zip(parts, self._segments, strict=True))
 
+
+def _program(network: RevBiFPN) -> Program:
+    """The couplings of stack, neck and head: the last maps are the neck's, with the head merged into one another."""
+    stack, neck, head = network.rev_stack, network.neck, network.head
+    blocks = [block for part in stack.blocks for block in (part.blocks if type(part) is PerLevel else [part])]
+    plain = type(stack) is ReversibleSequence and all(type(block) in (RevBlock, RevSilo) for block in blocks)
+    if not (plain and type(network.stem) is Stem and type(neck) in (type(None), parts.Neck)):
+        raise NotFusedError("a part is not the network's own")
+    if type(head) not in (type(None), parts.Head):
+        raise NotFusedError("the head is not the network's own")
+    transforms = {} if neck is None else dict(sorted(neck.transforms.items()))
+    merges = [] if head is None else list(head.pyramid_heads)
+    couplings = list(stack.couplings())
+    first = network.levels if transforms else 0  # of the maps that are merged
+    for place, (level, transform) in enumerate(transforms.items(), first):
+        terms = [(Part(level), transform)]
+        if merges and level > 0:
+            terms.append((Part(place - 1), merges[level - 1]))
+        couplings.append(Coupling(Part(place), tuple(terms), creates=True))
+    if not transforms:
+        couplings += [Coupling(Part(level + 1), ((Part(level), merge),)) for level, merge in enumerate(merges)]
+    return Program(couplings, [network.stem.planes * network.stem.block**2])
+
+
+_programs = Programs(_program)
 
 M = TypeVar("M", bound=nn.Module)
 

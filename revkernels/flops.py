@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from revkernels.reference_mbconv import EXPANDS, SQUEEZES, TERM_NUMBERS
+
 Shape = Sequence[int]
 
 
@@ -113,6 +115,25 @@ def mbconv_recompute(
 ) -> int:
     """What the forward computes."""
     return sum(_Products.of(x, expand, depthwise, squeeze, project, stride))
+
+
+@_counts
+def mbconv_infer_(maps: Sequence[Shape], weights: Sequence[Shape], terms: Sequence[int], *_: object, **__: object) -> int:
+    """What the forward of every term computes."""
+    given, total = iter(weights), 0
+
+    def convolution() -> Shape:  # and the norm behind it
+        return [next(given) for _ in range(5)][0]
+
+    for k in range(0, len(terms), TERM_NUMBERS):
+        source, stride, flags = (terms[k + i] for i in (2, 4, 6))
+        expand = convolution() if flags & EXPANDS else None
+        depthwise = convolution()
+        squeeze = [next(given) for _ in range(4)][0] if flags & SQUEEZES else None
+        n, _, h, w = maps[source]
+        x = (n, depthwise[0] if expand is None else expand[1], h, w)
+        total += sum(_Products.of(x, expand, depthwise, squeeze, convolution(), stride))
+    return total
 
 
 @_counts

@@ -270,6 +270,56 @@ def mbconv_backward(
     return (*dexpand, ddepthwise, dgamma1, dbeta1, *dse, dproject, dgamma2, dbeta2)
 
 
+# The numbers of a term of `mbconv_infer_`: y = maps[target][:, first : first + C'], x = maps[source][:, source_first :
+# source_first + C], the strides of the depthwise convolution and of the upsampling, and a sum of flags.
+TERM_NUMBERS = 7
+ASSIGN, EXPANDS, SQUEEZES = 1, 2, 4  # y is overwritten; there is an expansion; there is squeeze-excite
+
+
+def mbconv_infer_(
+    maps: Sequence[Tensor],  # [N, C_i, H_i, W_i], updated
+    weights: Sequence[Tensor],  # of every term, those of a part that is absent left out
+    terms: Sequence[int],  # TERM_NUMBERS for each
+    eps: Sequence[float],  # of the three norms of each
+    mode: str,
+    chunk_bytes: int,  # of the widest plane, that an implementation computes at a time
+) -> None:
+    """``y <- y + up_f(BN_2(p))`` of one MBConv after another, with running statistics.
+
+    The weights of a term, in order: ``expand [E, C, 1, 1]`` and the norm behind it; ``depthwise [E, 1, k, k]`` and its
+    norm; ``squeeze``, its bias, ``excite``, its bias; ``project [C', E, 1, 1]`` and its norm. A norm is gamma, beta,
+    mean and variance.
+    """
+    given = iter(weights)
+
+    def norm(epsilon: float) -> Norm:
+        gamma, beta, mean, var = (next(given) for _ in range(4))
+        return Norm(mean, *ref.bn_fold(mean, var, gamma, beta, None, None, None, 0.0, 1, epsilon))
+
+    for k in range(len(terms) // TERM_NUMBERS):
+        target, first, source, source_first, stride, factor, flags = terms[TERM_NUMBERS * k : TERM_NUMBERS * (k + 1)]
+        eps0, eps1, eps2 = eps[3 * k : 3 * k + 3]
+        v, norm0, se, dtype = maps[source][:, source_first:], None, None, maps[source].dtype
+        if flags & EXPANDS:
+            expand = next(given)
+            v = _expand(v[:, : expand.shape[1]], expand, dtype)
+            norm0 = norm(eps0)
+        depthwise = next(given)
+        d = _depthwise(v[:, : depthwise.shape[0]], depthwise, norm0, stride, dtype)
+        norm1 = norm(eps1)
+        if flags & SQUEEZES:
+            se = _matrices(*(next(given) for _ in range(4)))
+        project = next(given)
+        norm2 = norm(eps2)
+        gate, _, _ = _squeeze(d, norm1, se)
+        p = d.new_empty((d.shape[0], project.shape[0], *d.shape[2:]))
+        ref.pointwise_conv_(p, d, project, norm1.scale, norm1.shift, gate)
+        y = maps[target].narrow(1, first, project.shape[0])
+        if flags & ASSIGN:
+            y.zero_()
+        ref.couple_(y, [p], [norm2.scale], [norm2.shift], [factor], mode, False)
+
+
 def _fold_grad(
     norm: Norm, batch: bool, sums: Tensor, gate: Tensor | None, dpool: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -274,3 +274,8 @@ _register(
     "Tensor excite_bias, Tensor project, Tensor gamma2, Tensor beta2)",
     _mbconv_backward,
 )
+_register(
+    "mbconv_infer_(Tensor(a!)[] maps, Tensor[] weights, int[] terms, float[] eps, str interpolation, int chunk_bytes)"
+    " -> ()",
+    lambda maps, weights, terms, eps, mode, chunk_bytes: None,
+)

@@ -86,17 +86,17 @@ constexpr int64_t kPanelColumns = 48;   // whole tiles of a 1x1 convolution
 constexpr int64_t kPanelChannels = 96;  // most channels of a panel of its weight's gradient
 constexpr int64_t kBlockRows = 32;      // rows of that in a unit: whole tiles
 
-// y = weight z, z = gate hardswish(scale x + shift), or x if scale is absent; for the gradient of
-// the weight y is dy.
+// y = weight z, or out_scale weight z + out_shift; z = gate hardswish(scale x + shift), or x if
+// scale is absent. For the gradient of the weight y is dy.
 struct PointwiseArgs {
   Map x, y;
   const void* weight = nullptr;  // [y.c, x.c] in the accumulate dtype
   int64_t weight_row = 0, weight_column = 0;
   int64_t panel = kPanelColumns;  // pixels of a unit, a multiple; channels of one of the gradient
   int64_t blocks = 1;  // of the weight's rows; for its gradient 0: kDotRows rows of z are a unit
-  bool add = false;    // y grows by W z; for the gradient in panels: grad_weight by sum dy z^T
+  bool add = false;    // y grows by that; for the gradient in panels: grad_weight by sum dy z^T
   void* grad_weight = nullptr;  // [y.c, x.c], contiguous; without panels it grows always
-  Coefficient scale, shift, gate;
+  Coefficient scale, shift, gate, out_scale, out_shift;
   bool wide = false;
 };
 

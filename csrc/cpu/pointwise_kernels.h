@@ -119,18 +119,37 @@ class Prologue {
   A *scale_, *shift_;
 };
 
-// --- y = W z, or y + W z
-// ------------------------------------------------------------------------------------
+// --- y = W z, or y + W z ------------------------------------------------------------------------
 
 // A tile's sums and operands fit in the registers.
 constexpr int kTileRows = REVK_BYTES == 64 ? 8 : 4;
 constexpr int kTileVectors = 3;
 
+// What becomes of the sums of a row of y: y <- sum, or y <- scale sum + shift; plus y if `kAdd`.
+template <class A, bool kAffine = false, bool kAdd = false>
+struct Finish {
+  A scale[kTileRows] = {}, shift[kTileRows] = {};
+
+  Finish() = default;
+  // Of rows o to o + count.
+  Finish(const PointwiseArgs& args, int64_t o, int64_t count) {
+    for (int64_t r = 0; kAffine && r < count; ++r) {
+      scale[r] = coefficient(args.out_scale, 0, o + r, A(1));
+      shift[r] = coefficient(args.out_shift, 0, o + r, A(0));
+    }
+  }
+  Vec<A> operator()(int r, Vec<A> sum, const A* y, int64_t left) const {
+    if constexpr (kAffine) sum = sum * scale[r] + shift[r];
+    if constexpr (kAdd) sum = load_left(y, left) + sum;
+    return sum;
+  }
+};
+
 // out[r][l] = sum_k weight[r][k step] panel[k, l] for V vectors of columns, of which `columns` are
 // stored.
-template <class A, int V>
+template <class A, int V, class F>
 static void pointwise_vectors(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
-                              int64_t depth, A* const* out, int64_t columns) {
+                              int64_t depth, A* const* out, int64_t columns, const F& finish) {
   constexpr int L = kLanes<A>, R = kTileRows;
   const A* w[R];
 #pragma GCC unroll 8
@@ -153,26 +172,29 @@ static void pointwise_vectors(const A* const* weight, int64_t step, const A* pan
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_left(out[r] + v * L, sums[r][v], columns - v * L);
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = columns - v * L;
+      store_left(out[r] + v * L, finish(r, sums[r][v], out[r] + v * L, left), left);
+    }
   }
 }
 
-template <class A>
+template <class A, class F>
 static void pointwise_tile(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
-                           int64_t depth, A* const* out, int64_t columns) {
+                           int64_t depth, A* const* out, int64_t columns, const F& finish) {
   static_assert(kTileVectors == 3);
   constexpr int L = kLanes<A>;
   if (columns > 2 * L) {
-    pointwise_vectors<A, 3>(weight, step, panel, pitch, depth, out, columns);
+    pointwise_vectors<A, 3>(weight, step, panel, pitch, depth, out, columns, finish);
   } else if (columns > L) {
-    pointwise_vectors<A, 2>(weight, step, panel, pitch, depth, out, columns);
+    pointwise_vectors<A, 2>(weight, step, panel, pitch, depth, out, columns, finish);
   } else {
-    pointwise_vectors<A, 1>(weight, step, panel, pitch, depth, out, columns);
+    pointwise_vectors<A, 1>(weight, step, panel, pitch, depth, out, columns, finish);
   }
 }
 
 // Units are blocks of rows of the weight in panels of columns; z is formed once in a panel.
-template <class A>
+template <class A, bool kAffine, bool kAdd>
 static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t end) {
   constexpr int R = kTileRows, C = kTileVectors * kLanes<A>;
   static_assert(kPanelColumns % C == 0);
@@ -180,9 +202,8 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
   const Map& y = args.y;
   const A* weight = static_cast<const A*>(args.weight);
   const int64_t pitch = args.panel;
-  Scratch scratch(Scratch::bytes<A>(x.c * pitch) + (R + 1) * Scratch::bytes<A>(pitch));
+  Scratch scratch(Scratch::bytes<A>(x.c * pitch) + R * Scratch::bytes<A>(pitch));
   A* panel = scratch.take<A>(x.c * pitch);
-  A* before = scratch.take<A>(pitch);
   A* copies[R];
   for (A*& row : copies) row = scratch.take<A>(pitch);
   const Prologue<A> prologue(args);
@@ -190,7 +211,7 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
     const int64_t block = unit % args.blocks, first = unit / args.blocks * pitch;
     const Columns columns(x, first, smaller(pitch, x.n * x.h * x.w - first));
     if (block == 0 || unit == begin) prologue.form(columns, 0, x.c, panel, pitch);
-    const bool in_place = columns.in_place<A>(y) && !args.add;
+    const bool in_place = columns.in_place<A>(y);
     const int64_t block_rows = ceil_div(ceil_div(y.c, args.blocks), R) * R;
     const int64_t last = smaller((block + 1) * block_rows, y.c);
     for (int64_t o = block * block_rows; o < last; o += R) {
@@ -201,24 +222,29 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
         w[r] = weight + (r < rows ? o + r : o) * args.weight_row;
         out[r] = in_place && r < rows ? columns.row<A>(y, o + r) : copies[r];
       }
+      for (int64_t r = 0; kAdd && !in_place && r < rows; ++r) columns.read(y, o + r, copies[r]);
+      const Finish<A, kAffine, kAdd> finish(args, o, rows);
       for (int64_t j = 0; j < columns.count; j += C) {
-        pointwise_tile<A>(w, args.weight_column, panel + j, pitch, x.c, out, columns.count - j);
+        pointwise_tile<A>(w, args.weight_column, panel + j, pitch, x.c, out, columns.count - j,
+                          finish);
         for (A*& row : out) row += C;
       }
-      for (int64_t r = 0; !in_place && r < rows; ++r) {
-        if (args.add) {
-          columns.read(y, o + r, before);
-          for (int64_t j = 0; j < columns.count; ++j) copies[r][j] += before[j];
-        }
-        columns.write(y, o + r, copies[r]);
-      }
+      for (int64_t r = 0; !in_place && r < rows; ++r) columns.write(y, o + r, copies[r]);
     }
   }
 }
 
+template <class A>
+static void pointwise_as(const PointwiseArgs& args, int64_t begin, int64_t end) {
+  const bool affine = args.out_scale.data != nullptr;
+  affine ? (args.add ? pointwise_panels<A, true, true>(args, begin, end)
+                     : pointwise_panels<A, true, false>(args, begin, end))
+         : (args.add ? pointwise_panels<A, false, true>(args, begin, end)
+                     : pointwise_panels<A, false, false>(args, begin, end));
+}
+
 static void pointwise(const PointwiseArgs& args, int64_t begin, int64_t end) {
-  args.wide ? pointwise_panels<double>(args, begin, end)
-            : pointwise_panels<float>(args, begin, end);
+  args.wide ? pointwise_as<double>(args, begin, end) : pointwise_as<float>(args, begin, end);
 }
 
 // --- dW += sum_j dy_j z_j^T ---------------------------------------------------------------------
@@ -356,7 +382,7 @@ static void pointwise_grad_weight_panels(const PointwiseArgs& args, int64_t begi
           A* out[R];
           const bool add = args.add || first > 0;
           for (int r = 0; r < R; ++r) out[r] = !add && r < rows ? dw + r * x.c : sums[r];
-          pointwise_tile<A>(in, 1, panel + j, P, columns.count, out, count);
+          pointwise_tile<A>(in, 1, panel + j, P, columns.count, out, count, Finish<A>());
           for (int64_t r = 0; add && r < rows; ++r) {
             for (int64_t l = 0; l < count; ++l) dw[r * x.c + l] += sums[r][l];
           }

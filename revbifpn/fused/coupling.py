@@ -71,7 +71,7 @@ class FusedCoupler(Coupler):
     def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
         if not coupling.terms:
             return FusedLowered(coupling, (), (), "nearest")
-        transforms, factors, modes = zip(*map(_taken_apart, coupling.transforms), strict=True)
+        transforms, factors, modes = zip(*map(taken_apart, coupling.transforms), strict=True)
         if len({mode for mode, factor in zip(modes, factors, strict=True) if factor > 1}) > 1:
             return super().lower(coupling, inputs)
         branches: tuple[Branch, ...]
@@ -109,7 +109,7 @@ class FusedCoupler(Coupler):
         return out if transform.merge is None else _alone(transform.merge, out)
 
 
-def _taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
+def taken_apart(transform: nn.Module) -> tuple[nn.Module, int, str]:
     """``(transform, factor, mode)`` of what kernels can upsample while they add; factor 1 leaves it in the branch."""
     if isinstance(transform, Upsampled) and transform.factor in revkernels.functional.FACTORS:
         if not has_hooks([transform, transform[1]]):

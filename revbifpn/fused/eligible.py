@@ -85,21 +85,26 @@ def _hooks(m: nn.Module) -> tuple[dict, ...]:
     return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
 
 
-class _Inspected:
-    """What was looked at of an MBConv that can be fused: a later look is a comparison, as every step takes one.
+class Inspected:
+    """What was looked at of a module that can be fused: a later look is a comparison, as every step takes one.
 
-    It refers to the parts of the MBConv and never to itself, and so can be kept for as long as that lives.
+    It refers to the parts of the module and never to itself, and so can be kept for as long as that lives.
+
+    Args:
+        itself: calling the module must do no more than its class's ``forward``, as calling its parts.
     """
 
-    def __init__(self, mbconv: MBConv) -> None:
-        modules = _submodules(mbconv)
+    def __init__(self, module: nn.Module, *, itself: bool = True) -> None:
+        modules = _submodules(module)
         self.parts = modules[1:]
+        called = modules if itself else self.parts
         self.types = [type(m) for m in self.parts]
         self.children = [m._modules for m in modules]
         self.order = list(chain.from_iterable(children.values() for children in self.children))
-        self.attributes = [m.__dict__ for m in modules]
-        self.hooks = [hooks for m in modules for hooks in _hooks(m)]
-        self.settings = [(m, get, get(m)) for m in self.parts for kind, get in _SETTINGS.items() if type(m) is kind]
+        self.attributes = [m.__dict__ for m in called]
+        self.hooks = [hooks for m in called for hooks in _hooks(m)]
+        self.layers = [(get, [m for m in self.parts if type(m) is kind]) for kind, get in _SETTINGS.items()]
+        self.settings = self._settings()
         self.tensors: list[Mapping[str, Tensor | None]] = []
         for m in modules:
             self.tensors += filter(len, (m._parameters, m._buffers))
@@ -109,16 +114,24 @@ class _Inspected:
     def _dtypes(self) -> list[torch.dtype | None]:
         return [None if t is None else t.dtype for tensors in self.tensors for t in tensors.values()]
 
+    def _settings(self) -> list[list[Any]]:
+        return [list(map(get, layers)) for get, layers in self.layers]
+
     def is_current(self) -> bool:
         """Whether everything is as it was."""
+        return self.is_bare() and self.is_same() and self._dtypes() == self.dtypes
+
+    def is_bare(self) -> bool:
+        """Whether calling the modules does no more than their classes' ``forward``."""
+        return not any(self.hooks) and not any(map(contains, self.attributes, repeat("forward")))
+
+    def is_same(self) -> bool:
+        """Whether they are made of the same modules, with the same settings."""
         return (
             sum(map(len, self.children)) == len(self.order)
             and all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.order))
             and list(map(type, self.parts)) == self.types
-            and not any(self.hooks)
-            and not any(map(contains, self.attributes, repeat("forward")))
-            and all(get(m) == value for m, get, value in self.settings)
-            and self._dtypes() == self.dtypes
+            and self._settings() == self.settings
         )
 
 
@@ -129,7 +142,7 @@ _SETTINGS = {
     ),
     nn.BatchNorm2d: attrgetter("affine", "momentum"),
 }
-_inspected: WeakKeyDictionary[nn.Module, _Inspected] = WeakKeyDictionary()
+_inspected: WeakKeyDictionary[nn.Module, Inspected] = WeakKeyDictionary()
 
 
 def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
@@ -138,14 +151,12 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     What does not fit (other norms or activations, hooks, parametrisations, empty batches, user modules) runs
     through :class:`revbifpn.engine.branch.ModuleBranch`.
     """
-    if type(transform) is not MBConv:
-        return f"it is a {type(transform).__name__}, not an MBConv"
     known = _inspected.get(transform)
     if known is None or not known.is_current():
-        reason = _why_not_built_so(transform)
+        reason = why_not_built_so(transform) or _why_not_dtypes(transform)
         if reason:
             return reason
-        known = _inspected[transform] = _Inspected(transform)
+        known = _inspected[transform] = Inspected(transform)
     if known.stream != x.dtype:
         return f"its parameters and statistics go with a stream of {known.stream}, and this one is {x.dtype}"
     if 0 in x.shape:
@@ -153,8 +164,10 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     return ""
 
 
-def _why_not_built_so(mbconv: MBConv) -> str:
+def why_not_built_so(mbconv: nn.Module) -> str:
     """The same of the module alone."""
+    if type(mbconv) is not MBConv:
+        return f"it is a {type(mbconv).__name__}, not an MBConv"
     parts = mbconv._modules
     expand, se = parts.get("exp_conv"), parts.get("se")
     if expand is not None and not _plain_conv_norm(expand, nn.Hardswish):
@@ -170,6 +183,12 @@ def _why_not_built_so(mbconv: MBConv) -> str:
     modules = _submodules(mbconv)
     if has_hooks(modules):
         return "a module in it has hooks or a forward of its own"
+    return ""
+
+
+def _why_not_dtypes(mbconv: nn.Module) -> str:
+    """The same of its parameters and statistics."""
+    modules = _submodules(mbconv)
     tensors = chain.from_iterable([*m._parameters.values(), *m._buffers.values()] for m in modules)
     dtypes = {t.dtype for t in tensors if t is not None and t.dtype != torch.int64}
     reduced = dtypes.difference((torch.float32,))
