@@ -292,7 +292,8 @@ class Pass:
     def step(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Bound:
         """Run the next block; returns it as it was called."""
         i, stack = self.position, self.stack
-        bound = Bound(stack.blocks[i], stack.labels[i], args, kwargs, stack.calls[i])
+        check = stack.self_check and not stack._format.exact
+        bound = Bound(stack.blocks[i], stack.labels[i], args, kwargs, stack.calls[i], check=check)
         self.tape.step(stack.coupling(i, bound, self.coefficients))
         self.position += 1
         return bound
@@ -306,6 +307,8 @@ class Pass:
         if self.stack.add_y:
             self.tape.step(self.stack.coupling(self.position, None, self.coefficients))
         self.tape.finish()
+        if isinstance(self.tape, Tape) and self.tape.token is not None and not self.stack._format.exact:
+            self.stack.self_check = False  # a whole forward went well
         return self._as_entered(self.tape.exit(self.position % 2))
 
     def _as_entered(self, x: Tensor) -> Tensor:

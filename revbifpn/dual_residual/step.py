@@ -13,7 +13,10 @@ import revkernels
 from revbifpn.engine.branch import Contribution, Gradient, Held, ModuleBranch
 from revbifpn.engine.coupling import Coupling
 from revbifpn.engine.lowered import Coupler, Grid, Lowered
-from revbifpn.streams import Encoded, Values, autocast_dtype, values
+from revbifpn.engine.record import Record
+from revbifpn.streams import Encoded, Values, autocast_dtype, has_values, is_capturing, values
+
+TOLERANCE = 1e-3  # of the second call's values, where kernels are not deterministic
 
 
 class Bound(nn.Module):
@@ -25,6 +28,7 @@ class Bound(nn.Module):
         label: its name in messages.
         args, kwargs: the further arguments. Tensors among them that want a gradient get one.
         call: how the block is called.
+        check: whether the block is called again in the forward, to see whether it computes the same.
 
     Attributes:
         others: the tensors that want a gradient; the module is called with x and these.
@@ -39,8 +43,11 @@ class Bound(nn.Module):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         call: Callable[..., Any] = nn.Module.__call__,
+        *,
+        check: bool = False,
     ) -> None:
         super().__init__()
+        self.check = check
         self.block, self.label, self._call_block = block, label, call
         self._args, self._kwargs = tuple(args), dict(kwargs or {})
         arguments = [*self._args, *self._kwargs.values()]
@@ -81,6 +88,28 @@ class Bound(nn.Module):
                     "that wants a gradient, which a reversible block cannot give it; do not ask for it in training, "
                     "or leave the block out of blocks="
                 )
+
+
+class BlockBranch(ModuleBranch):
+    """A block as a branch."""
+
+    module: Bound
+
+    def __init__(self, module: Bound) -> None:
+        super().__init__(module, module.others)
+
+    def record(self, *inputs: Values) -> tuple[Contribution, Record]:
+        contribution, record = super().record(*inputs)
+        p = contribution.p
+        if self.module.check and not self._units and has_values(p) and not is_capturing(p.device) and p.numel():
+            again, _ = self.recompute(record, self.parameters(), inputs, [False] * len(inputs))
+            if (again.p - p).abs().max() > TOLERANCE * p.abs().max():
+                raise RuntimeError(
+                    f"{self.module.label} ({type(self.module.block).__name__}) computed other values when it was called "
+                    "a second time, as backward will do: it has state outside of buffers, or a random generator of its "
+                    "own. Leave it out of blocks=, or use reversible=False"
+                )
+        return contribution, record
 
 
 def _raw(x: Values) -> Tensor:
@@ -163,12 +192,11 @@ class DualCoupler(Coupler):
     divides = True
 
     def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
-        branches = (ModuleBranch(t, t.others if isinstance(t, Bound) else ()) for t in coupling.transforms)
-        return DualLowered(coupling, tuple(branches))
+        return DualLowered(coupling, tuple(map(BlockBranch, coupling.transforms)))
 
     def stored_sum(self, coupling: Coupling, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         for transform, x in zip(coupling.transforms, inputs, strict=True):
-            p = ModuleBranch(transform, getattr(transform, "others", ())).evaluate(x).p
+            p = BlockBranch(transform).evaluate(x).p
             y = p if y is None else y + p
         assert y is not None, "a step has a linear source"
         return y
