@@ -18,22 +18,30 @@ from revbifpn.reversible import Reversible
 from revbifpn.streams import FIXED16, MOST_BITS, StreamFormat, values
 
 
-def _stack(model: nn.Module) -> Reversible:
-    """The outermost reversible module, whose tape the others run on."""
+def _stacks(model: nn.Module) -> list[Reversible]:
+    """The outermost reversible modules, on whose tapes others run, and the stacks that blocks of the model are in."""
+    found: dict[int, Reversible] = {}
+    inside: set[int] = set()
     for module in model.modules():
-        if isinstance(module, Reversible):
-            return module
+        stack = getattr(module.__dict__.get("_dual_residual"), "stack", module)  # a converted block's
+        if isinstance(stack, Reversible) and id(stack) not in inside:
+            found[id(stack)] = stack
+            inside |= {id(m) for m in stack.modules()} - {id(stack)}
+    if found:
+        return list(found.values())
     raise ValueError(f"model: expected a reversible module or a model with one in it, got {type(model).__name__}")
 
 
 @contextmanager
 def _observed(model: nn.Module, observer: Observer) -> Iterator[None]:
-    stack = _stack(model)
-    before, stack.observer = stack.observer, observer
+    before = [(stack, stack.observer) for stack in _stacks(model)]
     try:
+        for stack, _ in before:
+            stack.observer = observer
         yield
     finally:
-        stack.observer = before
+        for stack, previous in before:
+            stack.observer = previous
 
 
 class Drift(Observer):
@@ -78,7 +86,7 @@ def monitor_drift(model: nn.Module) -> Iterator[Drift]:
         ...     loss(model(x)).backward()
         >>> drift.largest, drift.errors
     """
-    if not _stack(model).reversible:
+    if not all(stack.reversible for stack in _stacks(model)):
         raise ValueError("model: expected a reversible one, got one that stores its activations (reversible=False)")
     drift = Drift()
     try:
@@ -139,22 +147,25 @@ def range_report(model: nn.Module, images: Tensor | Sequence[Tensor], *, headroo
         >>> for r in range_report(model, images):
         ...     print(r.level, r.largest, r.limit, r.fraction_bits)
     """
-    stack, largest = _stack(model), _Largest()
+    stacks, largest = _stacks(model), _Largest()
     inputs = [images] if isinstance(images, Tensor) else list(images)
-    stream, self_check = stack.stream, stack.self_check
+    streams = [(stack, stack.stream, stack.self_check) for stack in stacks]
     training = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     model.train()
-    stack.stream = StreamFormat()
+    for stack in stacks:
+        stack.stream = StreamFormat()
     try:
         with _observed(model, largest), torch.random.fork_rng():
             model(*inputs)
     finally:
-        stack.stream, stack.self_check = stream, self_check
+        for stack, stream, self_check in streams:
+            stack.stream, stack.self_check = stream, self_check
         for m, mode in training:
             m.training = mode
         for b, value in buffers:
             b.copy_(value)
+    stream = streams[0][1]
     return [_range(level, float(y), stream, headroom) for level, y in sorted(largest.levels.items())]
 
 

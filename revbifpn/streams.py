@@ -6,7 +6,8 @@ Floats lose digits when a coupling is undone, ``(x + t) - t != x``. On a grid of
 
 at any depth, as long as t is computed again bit for bit. ``fixed32`` keeps the grid's values in float32, exact while
 ``|y| < 2^(24 - g)``; ``fixed16`` keeps ``2^g y`` in int16, for ``|y| < 2^(15 - g)``. There sums wrap around beyond
-that, which still inverts exactly, but gives branches wrong values: such values are counted and reported.
+that, which still inverts exactly, but gives branches wrong values: such values are counted and reported. ``int32``
+likewise keeps ``2^g y`` in int32, for dual-residual networks (:mod:`revbifpn.dual_residual`).
 
 The rounding is done by the coupling (:func:`revkernels.couple_`); its gradient is taken as 1 (straight-through).
 """
@@ -26,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import revkernels
 
-FLOAT32, FIXED32, FIXED16 = "float32", "fixed32", "fixed16"
-DEFAULT_BITS = {FIXED32: (12,), FIXED16: (9,)}
+FLOAT32, FIXED32, FIXED16, INT32 = "float32", "fixed32", "fixed16", "int32"
+INTEGERS = {FIXED16: torch.int16, INT32: torch.int32}
+DEFAULT_BITS = {FIXED32: (12,), FIXED16: (9,), INT32: (16,)}
 HALVES = (torch.bfloat16, torch.float16)
-MOST_BITS = {FIXED32: 24, FIXED16: 15}  # significant bits of a value, without its sign
+MOST_BITS = {FIXED32: 24, FIXED16: 15, INT32: 31}  # significant bits of a value, without its sign
 
 
 class StreamOverflowWarning(UserWarning):
@@ -41,24 +43,26 @@ class StreamFormat:
     """How the streams of a reversible pass are stored.
 
     Args:
-        name: ``"float32"`` (as they come: float64 stays float64), ``"fixed32"`` or ``"fixed16"``.
+        name: ``"float32"`` (as they come: float64 stays float64), ``"fixed32"`` or ``"fixed16"``; ``"int32"`` for
+            dual-residual networks alone.
         fraction_bits: g of every level, from the highest resolution; the last one holds for all further levels.
-            By default 12 for ``fixed32`` (values up to 4096 in steps of 2.4e-4) and 9 for ``fixed16`` (up to 64 in
-            steps of 2e-3). :func:`revbifpn.range_report` tells which range a model needs.
+            By default 12 for ``fixed32`` (values up to 4096 in steps of 2.4e-4), 9 for ``fixed16`` (up to 64 in
+            steps of 2e-3) and 16 for ``int32`` (up to 32768 in steps of 1.5e-5).
+            :func:`revbifpn.range_report` tells which range a model needs.
 
     Raises:
-        ValueError: an unknown name, or bits outside [-8, 24] (``fixed32``), [-8, 15] (``fixed16``).
+        ValueError: an unknown name, or bits outside [-8, 24] (``fixed32``, ``int32``), [-8, 15] (``fixed16``).
     """
 
     name: str = FLOAT32
     fraction_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in (FLOAT32, FIXED32, FIXED16):
+        if self.name not in (FLOAT32, FIXED32, FIXED16, INT32):
             raise ValueError(f"stream: expected 'float32', 'fixed32' or 'fixed16', got {self.name!r}")
         bits = tuple(self.fraction_bits) or DEFAULT_BITS.get(self.name, ())
         if self.exact:
-            most = MOST_BITS[self.name]
+            most = min(MOST_BITS[self.name], 24)
             if not all(isinstance(g, int) and -8 <= g <= most for g in bits):
                 raise ValueError(f"fraction_bits: expected integers from -8 to {most} for {self.name}, got {bits}")
         elif bits:
@@ -99,15 +103,30 @@ class StreamFormat:
         """x on the grid, in a tensor of its own; ``overflow`` as in :func:`revkernels.couple_`."""
         if not self.exact:
             return x.detach().clone(memory_format=torch.contiguous_format)
-        dtype = torch.int16 if self.name == FIXED16 else torch.float32
-        y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+        y = torch.zeros(x.shape, dtype=INTEGERS.get(self.name, torch.float32), device=x.device)
+        if self.name == INT32:
+            return revkernels.dual_residual_(y, None, x.detach(), fraction_bits=self.bits(level), overflow=overflow)
         revkernels.couple_(as_map(y), [as_map(x.detach())], [1], fraction_bits=self.bits(level), overflow=overflow)
         return y
 
     def decode(self, y: Tensor, level: int) -> Values:
         """The values of a stored stream: itself, or a view that gives them where they are read."""
         bits = self.bits(level)
-        return Encoded(y, bits) if bits is not None and self.name == FIXED16 else y
+        return Encoded(y, bits) if bits is not None and self.name in INTEGERS else y
+
+
+def float_and_rest(y: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """``x = 2^-bits y`` of integers in float32, and the int8 ``y - 2^bits x`` that float32 loses of an int32."""
+    x = Encoded(y, bits).to(torch.float32)
+    if y.dtype != torch.int32:
+        return x, None
+    return x, (y - (x * 2.0**bits).to(torch.int64)).to(torch.int8)
+
+
+def integers_of(x: Tensor, rest: Tensor | None, bits: int) -> Tensor:
+    """The integers that :func:`float_and_rest` was called with."""
+    whole = (x * 2.0**bits).to(torch.int64)
+    return whole.to(torch.int16) if rest is None else (whole + rest).to(torch.int32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -131,7 +150,7 @@ def resolve(stream: StreamFormat | None, x: Tensor) -> StreamFormat:
 
 
 class Encoded:
-    """Values ``2^-bits y`` of an int16 stream, decoded where they are read."""
+    """Values ``2^-bits y`` of a stream of integers, decoded where they are read."""
 
     dtype = torch.float32
 
@@ -153,6 +172,8 @@ class Encoded:
 
     def to(self, dtype: torch.dtype) -> Tensor:
         x = torch.empty(self.y.shape, dtype=dtype, device=self.y.device)
+        if self.y.dtype == torch.int32:
+            return torch.mul(self.y, self.unit, out=x)
         torch.ops.revkernels.dequantize_(as_map(x), as_map(self.y), self.bits)
         return x
 
@@ -299,7 +320,7 @@ def _warn(stream: StreamFormat, counts: dict[int, Tensor]) -> None:
     if found:
         levels = ", ".join(f"level {level} (|y| < {stream.limit(level):g})" for level in found)
         consequence = (
-            "branches read wrong values there" if stream.name == FIXED16 else "its inversion is not exact there"
+            "branches read wrong values there" if stream.name in INTEGERS else "its inversion is not exact there"
         )
         warnings.warn(
             f"values of a {stream.name} stream left its range or were not finite, in {levels}: {consequence}. Choose "

@@ -6,6 +6,7 @@ backward; the others are differentiable (once: none of them supports a second de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ MODES = ("bilinear", "nearest")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FIXED_POINT_DTYPES = (torch.float32, torch.float64, torch.int16)
 FRACTION_BITS = range(-8, 25)
+MOST_REMAINDER_BITS = 15
 
 _ops = torch.ops.revkernels
 
@@ -258,6 +260,168 @@ def couple(y: Tensor, p: Sequence[Tensor], factors: Sequence[int], *, mode: str 
     return _Couple.apply(y, tuple(factors), mode, *p)
 
 
+def remainder_bytes(size: int, beta: float) -> int:
+    """Bytes that :func:`dual_residual_` keeps of ``size`` integers divided by ``1 / beta = 2^k``: k bits each."""
+    return -(-size // 8) * _shift_of(beta)
+
+
+def _shift_of(beta: float) -> int:
+    """k of ``beta = 2^-k``."""
+    mantissa, exponent = math.frexp(beta)
+    if mantissa != 0.5 or not 0 <= 1 - exponent <= MOST_REMAINDER_BITS:
+        raise ValueError(
+            f"beta: expected 2^-k with k from 0 to {MOST_REMAINDER_BITS} for an integer stream, whose division by 2^k "
+            f"has a remainder of k bits, got {beta}"
+        )
+    return 1 - exponent
+
+
+def _check_like(name: str, v: Tensor, y: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(v).__name__}")
+    if v.shape != y.shape:
+        raise ValueError(f"{name}: expected shape {tuple(y.shape)}, got {tuple(v.shape)}")
+    if v.dtype not in dtypes:
+        raise TypeError(f"{name}: expected one of {[str(d) for d in dtypes]}, got {v.dtype}")
+    if v.device != y.device:
+        raise ValueError(f"{name}: expected a tensor on {y.device}, got one on {v.device}")
+
+
+def _check_contiguous(**tensors: Tensor | None) -> None:
+    for name, v in tensors.items():
+        if v is not None and not v.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, as it is updated in place, got {v.stride()}")
+
+
+def _check_coefficients(coefficient: float, beta: float) -> None:
+    for name, value in (("coefficient", coefficient), ("beta", beta)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}")
+    if beta == 0:
+        raise ValueError("beta: expected a number other than 0, which has no inverse")
+
+
+def dual_residual_(
+    y: Tensor,
+    x: Tensor | None,
+    p: Tensor,
+    *,
+    coefficient: float = 0.0,
+    beta: float = 1.0,
+    inverse: bool = False,
+    fraction_bits: int | None = None,
+    remainder: Tensor | None = None,
+    overflow: Tensor | None = None,
+) -> Tensor:
+    """The step of a dual-residual network in place: ``y <- beta y + p + c x``, in one pass.
+
+    The sum is kept in float32 (float64 for float64) and rounded to y once. Its inverse: ``y <- (y - p - c x) / beta``.
+
+    With ``fraction_bits = g`` y and x are integers, which stand for ``2^-g y`` and ``2^-g x``, and the inverse
+    is exact: ``q = rint(2^g p + c x)``, half to even, ``y <- (y >> k) + q`` with ``beta = 2^-k``, while the k bits that
+    are shifted out are packed into ``remainder``; ``y <- ((y - q) << k) | bits`` undoes that whatever p is. Sums wrap
+    around, and q is 0 where it is no int32: both are counted in ``overflow``.
+
+    Args:
+        y: any shape, float, or int16 or int32 with ``fraction_bits``; contiguous, updated in place.
+        x: of y's shape and dtype; None for 0.
+        p: of y's shape, float, any strides.
+        coefficient: c.
+        beta: not 0; with ``fraction_bits`` ``2^-k``, k in 0 .. 15.
+        inverse: undo the step.
+        fraction_bits: g, in -8 .. 24; None for floats.
+        remainder: uint8, ``remainder_bytes(y.numel(), beta)`` of them: written by the step, read by its inverse. None:
+            they are not kept, or there are none (k = 0).
+        overflow: int64, one element: grows by the number of elements whose result left the integers' range.
+
+    Returns:
+        y.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; the message names it.
+        RuntimeError: a tensor's storage was freed, or y, remainder or overflow shares memory with another argument.
+    """
+    integer = fraction_bits is not None
+    _check_like("y", y, y, (torch.int16, torch.int32) if integer else DTYPES)
+    _check_like("p", p, y, DTYPES)
+    if x is not None:
+        _check_like("x", x, y, (y.dtype,))
+    _check_contiguous(y=y, x=x, remainder=remainder)
+    _check_coefficients(coefficient, beta)
+    if integer:
+        if fraction_bits not in FRACTION_BITS:
+            wanted = f"{FRACTION_BITS.start} to {FRACTION_BITS.stop - 1}"
+            raise ValueError(f"fraction_bits: expected {wanted}, got {fraction_bits}")
+        size = remainder_bytes(y.numel(), beta)
+        if remainder is not None and (remainder.dtype != torch.uint8 or remainder.numel() != size):
+            raise ValueError(
+                f"remainder: expected {size} elements of torch.uint8, got {remainder.numel()} of {remainder.dtype}"
+            )
+        if inverse and size and remainder is None:
+            raise ValueError(f"remainder: expected the {size} bytes that the forward step kept, got None")
+        if overflow is not None and (overflow.dtype != torch.int64 or overflow.numel() != 1):
+            raise ValueError(f"overflow: expected one int64, got {overflow.numel()} of {overflow.dtype}")
+    elif remainder is not None or overflow is not None:
+        raise ValueError("remainder, overflow: expected None without fraction_bits, as only integers have them")
+    _ops.dual_residual_(y, x, p.contiguous(), coefficient, beta, inverse, fraction_bits, remainder, overflow)
+    return y
+
+
+def dual_residual_adjoint_(
+    dx: Tensor, dy: Tensor, g: Tensor | None, *, coefficient: float = 0.0, beta: float = 1.0
+) -> None:
+    """Transpose of :func:`dual_residual_` in place: ``dx <- dx + g + c dy``, then ``dy <- beta dy``, in one pass.
+
+    Args:
+        dx, dy: gradients of x and of the step's result, float, of one shape and dtype; contiguous, updated in place;
+            dy becomes the gradient of the y that the step found.
+        g: ``J_p^T dy``, what dy is pulled back to through p; of their shape, float, any strides; None for 0.
+        coefficient, beta: of the step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dual_residual_`.
+    """
+    _check_like("dy", dy, dy, DTYPES)
+    _check_like("dx", dx, dy, (dy.dtype,))
+    if g is not None:
+        _check_like("g", g, dy, DTYPES)
+    _check_contiguous(dx=dx, dy=dy)
+    _check_coefficients(coefficient, beta)
+    _ops.dual_residual_adjoint_(dx, dy, None if g is None else g.contiguous(), coefficient, beta)
+
+
+class _DualResidual(torch.autograd.Function):
+    """``z = beta y + p + c x``; ``dp = dz``, ``dx = c dz``, ``dy = beta dz``."""
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, p: Tensor, coefficient: float, beta: float) -> Tensor:
+        z = y.clone(memory_format=torch.contiguous_format)
+        return dual_residual_(z, x.contiguous(), p, coefficient=coefficient, beta=beta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, p, ctx.coefficient, ctx.beta = inputs
+        ctx.dtype = p.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        forbid_double_backward("dual_residual")
+        dx, dy = torch.zeros_like(dz, memory_format=torch.contiguous_format), dz.contiguous().clone()
+        dual_residual_adjoint_(dx, dy, None, coefficient=ctx.coefficient, beta=ctx.beta)
+        return dy, dx, dz.to(ctx.dtype), None, None
+
+
+def dual_residual(y: Tensor, x: Tensor, p: Tensor, *, coefficient: float = 0.0, beta: float = 1.0) -> Tensor:
+    """Differentiable, out-of-place :func:`dual_residual_` on floats; y is left as it was.
+
+    Args, Raises: as :func:`dual_residual_`.
+
+    Returns:
+        ``z = beta y + p + c x`` in y's dtype, contiguous.
+    """
+    return _DualResidual.apply(y, x, p, coefficient, beta)
+
+
 class _Upsample(torch.autograd.Function):
     """``y = up_f(x)``; ``dx = up_f^T(dy)``."""
 
@@ -414,7 +578,11 @@ __all__ = [
     "couple_adjoint",
     "depth_to_space",
     "depthwise_conv",
+    "dual_residual",
+    "dual_residual_",
+    "dual_residual_adjoint_",
     "forbid_double_backward",
+    "remainder_bytes",
     "space_to_depth",
     "upsample",
 ]

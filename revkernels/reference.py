@@ -9,6 +9,8 @@ space-to-depth block, k a kernel size, s a stride, R the hidden width of squeeze
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -168,6 +170,83 @@ def couple_adjoint(
 def dequantize_(x: Tensor, y: Tensor, fraction_bits: int) -> None:
     """``x <- 2^-fraction_bits y``: the values of an int16 stream, rounded to x's dtype once; x and y of one shape."""
     x.copy_(y.to(accumulate_dtype(x.dtype)) * 2.0**-fraction_bits)
+
+
+# --- dual-residual step --------------------------------------------------------------------------
+
+
+def pack_bits(low: Tensor, bits: int) -> Tensor:
+    """Integers of ``bits`` bits, packed: byte ``g bits + j`` has bit j of the elements ``8 g .. 8 g + 7``; uint8."""
+    groups = -(-low.numel() // 8)
+    values = low.new_zeros(groups * 8, dtype=torch.int64)
+    values[: low.numel()] = low.reshape(-1)
+    planes = values.view(groups, 1, 8) >> torch.arange(bits, device=low.device).view(bits, 1) & 1
+    return (planes << torch.arange(8, device=low.device)).sum(2).to(torch.uint8).reshape(-1)
+
+
+def unpack_bits(packed: Tensor, bits: int, size: int) -> Tensor:
+    """Inverse of :func:`pack_bits`: ``size`` integers, int64."""
+    planes = packed.to(torch.int64).view(-1, bits, 1) >> torch.arange(8, device=packed.device) & 1
+    return (planes << torch.arange(bits, device=packed.device).view(bits, 1)).sum(1).reshape(-1)[:size]
+
+
+def dual_residual_(
+    y: Tensor,  # updated in place; contiguous, as all others
+    x: Tensor | None,  # of y's shape and dtype; None for 0
+    p: Tensor,  # of y's shape
+    coefficient: float,  # c
+    beta: float,
+    inverse: bool,
+    fraction_bits: int | None = None,
+    remainder: Tensor | None = None,  # uint8 [ceil(size / 8) k], updated in place by the forward step
+    overflow: Tensor | None = None,  # int64, one element, updated in place
+) -> None:
+    """``y <- beta y + p + c x``, or its inverse ``y <- (y - p - c x) / beta``, in ``accumulate_dtype`` of y.
+
+    With ``fraction_bits = g``, y and x are int16 or int32 and hold values times ``2^g``, and ``beta = 2^-k``. With
+    ``q = rint(2^g p + c x)`` in float32, 0 where that is no int32, the step is ``y <- wrap((y >> k) + q)``, and the k
+    bits shifted out go to ``remainder`` (see :func:`pack_bits`). The inverse is ``y <- (wrap(y - q) << k) | bits``.
+    ``overflow`` grows by the number of elements whose sum is no int16 (int32), or whose q is 0 for that reason.
+    """
+    if fraction_bits is None:
+        acc = accumulate_dtype(y.dtype)
+        t = p.to(acc) if x is None else p.to(acc) + coefficient * x.to(acc)
+        y.copy_((y.to(acc) - t) / beta if inverse else beta * y.to(acc) + t)
+        return
+    t = p.to(torch.float32) * 2.0**fraction_bits
+    if x is not None:
+        t = t + coefficient * x.to(torch.float32)
+    fits = t.abs() < 2.0**31
+    q = torch.where(fits, torch.round(t), 0.0).to(torch.int64)
+    k = round(-math.log2(beta))
+    half = 2**15 if y.dtype == torch.int16 else 2**31
+    wide = y.to(torch.int64)
+    if inverse:
+        low = unpack_bits(remainder, k, y.numel()).view(y.shape) if k and remainder is not None else 0
+        exact = ((wide - q + half) % (2 * half) - half << k) | low
+    else:
+        if remainder is not None:
+            remainder.copy_(pack_bits(wide & 2**k - 1, k).view_as(remainder))
+        exact = (wide >> k) + q
+        if overflow is not None:
+            overflow += (~fits | (exact < -half) | (exact >= half)).sum()
+    y.copy_((exact + half) % (2 * half) - half)
+
+
+def dual_residual_adjoint_(
+    dx: Tensor,  # updated in place; contiguous, as all others
+    dy: Tensor,  # updated in place; of dx's shape and dtype
+    g: Tensor | None,  # of dx's shape; None for 0
+    coefficient: float,
+    beta: float,
+) -> None:
+    """Transpose of :func:`dual_residual_`: ``dx <- dx + g + c dy``, then ``dy <- beta dy``, with ``g = J_p^T dy``."""
+    acc = accumulate_dtype(dy.dtype)
+    total = coefficient * dy.to(acc)
+    if g is not None:
+        total = total + g.to(acc)
+    dx.copy_(dx.to(acc) + total)
+    dy.copy_(beta * dy.to(acc))
 
 
 # --- depthwise convolution ----------------------------------------------------------------------

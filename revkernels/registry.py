@@ -134,6 +134,15 @@ _register(
 )
 _register("dequantize_(Tensor(a!) x, Tensor y, int fraction_bits) -> ()", lambda x, y, fraction_bits: None)
 _register(
+    "dual_residual_(Tensor(a!) y, Tensor? x, Tensor p, float coefficient, float beta, bool inverse, "
+    "int? fraction_bits=None, Tensor(b!)? remainder=None, Tensor(c!)? overflow=None) -> ()",
+    lambda y, x, p, coefficient, beta, inverse, fraction_bits=None, remainder=None, overflow=None: None,
+)
+_register(
+    "dual_residual_adjoint_(Tensor(a!) dx, Tensor(b!) dy, Tensor? g, float coefficient, float beta) -> ()",
+    lambda dx, dy, g, coefficient, beta: None,
+)
+_register(
     "depthwise_conv(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride) -> Tensor",
     _depthwise_conv,
 )

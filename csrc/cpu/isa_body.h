@@ -11,6 +11,7 @@ namespace {
 #include "coupling_kernels.h"
 #include "depthwise_kernels.h"
 #include "dequantize_kernels.h"
+#include "dual_residual_kernels.h"
 #include "pointwise_kernels.h"
 #include "rows.h"
 #include "shuffle_kernels.h"
@@ -25,6 +26,8 @@ const Kernels kernels = {
     couple,
     couple_adjoint,
     dequantize,
+    dual_residual,
+    dual_residual_adjoint,
     space_to_depth,
     depth_to_space,
     depthwise,

@@ -52,6 +52,18 @@ struct CoupleAdjointArgs {
   bool wide = false;
 };
 
+// y <- beta y + (p + c x), or its inverse; the adjoint takes dx as x, dy as y and g as p. All maps
+// are one row of `size` elements. With integer_bytes, y and x hold integers, beta is 2^-bits, and
+// `steps` are grid steps per unit of p.
+struct DualResidualArgs {
+  Map y, x, p;  // x, p: absent ones have null data
+  int64_t size = 0, integer_bytes = 0, bits = 0;
+  double coefficient = 0, beta = 1, steps = 1;
+  uint8_t* remainder = nullptr;  // the packed bits that go; null: they are not kept
+  int64_t* overflow = nullptr;   // grows by the results that left the range; null: not counted
+  bool inverse = false, wide = false;
+};
+
 // Pixels to channels and back; `image` is the [N, C, H, W] side, `blocks` the [N, planes b^2, H/b,
 // W/b] side.
 struct ShuffleArgs {
@@ -133,6 +145,7 @@ struct GateSlopeArgs {
 };
 
 constexpr int64_t kDequantizeBlock = 4096;   // elements of a row in a unit
+constexpr int64_t kDualResidualBlock = 4096;  // elements of a unit, a multiple of 8
 constexpr int kDotRows = 4;                  // rows of a layer's weight, or of z, in a unit
 constexpr int64_t kColumnBlock = 64;         // columns of a product in a unit: whole vectors
 constexpr int64_t kDepthBlock = 128;         // terms of a product summed in registers
@@ -145,6 +158,8 @@ struct Kernels {
   void (*couple)(const CoupleArgs&, int64_t begin, int64_t end);                 // planes n C + c
   void (*couple_adjoint)(const CoupleAdjointArgs&, int64_t begin, int64_t end);  // planes n C + c
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);         // blocks of rows
+  void (*dual_residual)(const DualResidualArgs&, int64_t begin, int64_t end);          // blocks
+  void (*dual_residual_adjoint)(const DualResidualArgs&, int64_t begin, int64_t end);  // blocks
   void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);        // (n C + c) b + r
   void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);        // planes n C + c
   void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);           // planes n C + c

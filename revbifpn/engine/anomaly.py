@@ -21,10 +21,15 @@ class NotFiniteError(RuntimeError):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.module, self.name = module, type(module).__name__
+        self.module, self.name = module, label(module)
 
     def __str__(self) -> str:
         return f"{self.name} computed values that are not finite in the forward pass"
+
+
+def label(module: nn.Module) -> str:
+    """What a module is called where nothing has a name for it: its ``label`` if it has one, else its class."""
+    return getattr(module, "label", None) or type(module).__name__
 
 
 def check_finite(module: nn.Module, *results: Tensor | None) -> None:

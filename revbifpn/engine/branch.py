@@ -54,6 +54,10 @@ class Gradient:
             self.value = torch.zeros_like(self.like, memory_format=torch.contiguous_format)
         return self.value
 
+    def add(self, x: Tensor) -> None:
+        """Add x, which the caller does not use any more."""
+        self.tensor().add_(x)
+
     def adopts(self, buffer: Tensor) -> bool:
         """Whether nothing was added yet and :meth:`adopt` would take ``buffer``."""
         return self.value is None and buffer.shape == self.like.shape
@@ -61,6 +65,16 @@ class Gradient:
     def adopt(self, buffer: Tensor) -> None:
         """Take over a tensor that nobody else keeps as the sum's first addend."""
         self.value = buffer
+
+
+class Held(Gradient):
+    """The gradient of an input as it was found, to be read: its only addend may share memory with others."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        self.value = x if self.value is None else self.value + x
 
 
 class Pullback(Protocol):
@@ -146,10 +160,14 @@ class ModuleBranch:
 
     Both calls run with gradients enabled, on inputs that want one, unless the modules are known to be indifferent:
     without, kernels may differ (attention's, recurrent layers').
+
+    Args:
+        module: called with the inputs and then with ``others``.
+        others: further tensors, of any origin, that want a gradient: they count as parameters.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.modules = module, list(module.modules())
+    def __init__(self, module: nn.Module, others: Sequence[Tensor] = ()) -> None:
+        self.module, self.modules, self.others = module, list(module.modules()), tuple(others)
         sharded = {id(q): q for unit in filter(_is_sharded, self.modules) for q in unit.parameters()}
         self._own = {name: q for name, q in module.named_parameters() if id(q) not in sharded}
         # Stands for the parameters of sharded units among a node's inputs, so that backward comes by.
@@ -170,10 +188,14 @@ class ModuleBranch:
         return x.to(self._half)
 
     def parameters(self) -> list[Tensor]:
-        return [*self._own.values(), *self._units]
+        return [*self._own.values(), *self._units, *self.others]
+
+    def _others(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The values of ``others`` among those of the parameters."""
+        return parameters[len(parameters) - len(self.others) :]
 
     def evaluate(self, *inputs: Values, update: bool = True) -> Contribution:
-        module, tensors = self.module, tuple(map(self._values, inputs))
+        module, tensors = self.module, (*map(self._values, inputs), *self.others)
         if update:
             p = module(*tensors)
         else:
@@ -190,7 +212,7 @@ class ModuleBranch:
         return all(type(m) in _INDIFFERENT and plain(m) for m in self.modules)
 
     def record(self, *inputs: Values) -> tuple[Contribution, Record]:
-        tensors = [self._values(x).detach() for x in inputs]
+        tensors = [*(self._values(x).detach() for x in inputs), *(t.detach() for t in self.others)]
         recorder = Recorder(self.module, self.modules, tensors, listens=not self._units)
         graph = not self._is_indifferent()
         with recorder.watch(), uncached_parametrizations(), recorder.autocast.restore(), torch.set_grad_enabled(graph):
@@ -207,7 +229,7 @@ class ModuleBranch:
         parameters = _leaves(parameters)
         replay = Replay(self.module, self.modules, record, self._named(parameters))
         with torch.enable_grad():
-            p = replay.call(*tensors)
+            p = replay.call(*tensors, *self._others(parameters))
         return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
 
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
@@ -216,7 +238,7 @@ class ModuleBranch:
         named = self._named(parameters)
         recorder = Recorder(self.module, self.modules, tensors, listens=False)
         with torch.enable_grad(), recorder.autocast.restore(), uncached_parametrizations():
-            p = torch.func.functional_call(self.module, named, tuple(tensors))
+            p = torch.func.functional_call(self.module, named, (*tensors, *self._others(parameters)))
         check_finite(self.module, p)
         replay = Replay(self.module, self.modules, recorder.finish(), named, kept=True)
         return Contribution(p.detach()), self._pullback(p, tensors, parameters, replay)
@@ -234,7 +256,7 @@ class ModuleBranch:
                 replay.pull(lambda: torch.autograd.backward(p, du.to(p.dtype)), calls_python=calls_python)
             for x, total in zip(inputs, into, strict=True):
                 if x.grad is not None and total is not None:
-                    total.tensor().add_(x.grad)
+                    total.add(x.grad)
             return [q.grad for q in parameters]
 
         return pullback

@@ -9,8 +9,8 @@ its target what transforms compute from other parts, and may scale the target an
 
 The sources are the same before and after, so the same sum can be formed again from what the coupling leaves behind. A
 RevBlock is two couplings of the halves of a stream, a RevSilo one per level and direction, with s = 1 and no c. The
-coefficients s and c are those of dual-residual networks (x <- F(x) + (alpha - 1) x + y and y <- beta x, in place); they
-belong to the pass, which goes back with the coefficients that it went forward with.
+coefficients s and c are those of dual-residual networks (``x_i = B(x_{i-1}) + (alpha - 1) x_{i-1} + beta x_{i-2}``, see
+:mod:`revbifpn.dual_residual`); they belong to the pass, which goes back with those that it went forward with.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Coupling:
                     )
         if self.scale == 0:
             raise ValueError("scale: expected a number other than 0, which has no inverse")
-        if self.creates and (self.scale != 1 or self.linear or not self.terms):
-            raise ValueError("creates: a new level starts from zero, with terms alone; leave scale and linear out")
+        if self.creates and (self.scale != 1 or not self.terms):
+            raise ValueError("creates: a new level starts from zero: it has terms, and nothing to scale")
 
     @property
     def sources(self) -> tuple[Part, ...]:

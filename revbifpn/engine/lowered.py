@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.engine.anomaly import check_finite
-from revbifpn.engine.branch import Branch, Contribution, ModuleBranch
+from revbifpn.engine.branch import Branch, Contribution, Gradient, ModuleBranch
 from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.streams import Values, as_map, values
 from revkernels import reference
@@ -58,17 +58,36 @@ class Lowered:
             start = end
 
     def advance_(
-        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Values], grid: Grid | None
-    ) -> None:
-        """``y <- s y + sum_k contribution_k + sum_j c_j linear_j``, from the values of the linear sources."""
+        self,
+        y: Tensor,
+        contributions: Sequence[Contribution],
+        linear: Sequence[Values],
+        grid: Grid | None,
+        *,
+        undone: bool = True,
+    ) -> Tensor | None:
+        """``y <- s y + sum_k contribution_k + sum_j c_j linear_j``, from the values of the linear sources.
+
+        Args:
+            undone: :meth:`retreat_` will follow.
+
+        Returns:
+            What that needs besides its other arguments: the remainders of dividing integers.
+        """
         if self.coupling.scale != 1:
             y.mul_(self.coupling.scale)
         self.add_(y, [*contributions, *self._linear(linear)], subtract=False, grid=grid)
+        return None
 
     def retreat_(
-        self, y: Tensor, contributions: Sequence[Contribution], linear: Sequence[Values], grid: Grid | None
+        self,
+        y: Tensor,
+        contributions: Sequence[Contribution],
+        linear: Sequence[Values],
+        grid: Grid | None,
+        remainder: Tensor | None = None,
     ) -> None:
-        """``y <- (y - sum_k contribution_k - sum_j c_j linear_j) / s``."""
+        """``y <- (y - sum_k contribution_k - sum_j c_j linear_j) / s``, with what :meth:`advance_` returned."""
         self.add_(y, [*contributions, *self._linear(linear)], subtract=True, grid=grid)
         if self.coupling.scale != 1:
             y.div_(self.coupling.scale)
@@ -100,6 +119,23 @@ class Lowered:
         """Per contribution of a branch, its gradient and the sums that its ``center`` asks for."""
         return [(dy, None)] * len(contributions)
 
+    def gradient(self, total: Gradient) -> Gradient:
+        """Where the pullback of a branch leaves the gradient of its source, which is part of ``total``."""
+        return total
+
+    def pull_linear_(self, dy: Tensor, linear: Sequence[Gradient], pulled: Sequence[Gradient]) -> None:
+        """``dy_j += c_j dy_t``, then ``dy_t <- s dy_t``.
+
+        Args:
+            dy: of the target.
+            linear: of the linear sources.
+            pulled: what :meth:`gradient` returned for the branches' sources.
+        """
+        for total, (_, coefficient) in zip(linear, self.coupling.linear, strict=True):
+            total.tensor().add_(dy, alpha=coefficient)
+        if self.coupling.scale != 1:
+            dy.mul_(self.coupling.scale)
+
 
 def _plain(contribution: Contribution) -> Tensor:
     """``scale p``: plain branches have no shift, linear sources one coefficient."""
@@ -108,7 +144,13 @@ def _plain(contribution: Contribution) -> Tensor:
 
 
 class Coupler:
-    """Chooses how couplings, and transforms between the streams and the pyramid, are run: here in plain PyTorch."""
+    """Chooses how couplings, and transforms between the streams and the pyramid, are run: here in plain PyTorch.
+
+    Attributes:
+        divides: its lowered couplings scale integers, and keep the remainders.
+    """
+
+    divides = False
 
     def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
         """The branches that run the coupling's transforms on ``inputs``, the values of their sources."""
@@ -120,9 +162,8 @@ class Coupler:
         """The coupled target as an ordinary differentiable tensor; ``y = None`` is zero."""
         if y is not None and coupling.scale != 1:
             y = coupling.scale * y
-        if y is not None:
-            for x, (_, coefficient) in zip(linear, coupling.linear, strict=True):
-                y = torch.add(y, x, alpha=coefficient)
+        for x, (_, coefficient) in zip(linear, coupling.linear, strict=True):
+            y = coefficient * x if y is None else torch.add(y, x, alpha=coefficient)
         return self.stored_sum(coupling, y, inputs)
 
     def stored_sum(self, coupling: Coupling, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:

@@ -64,7 +64,7 @@ class Step(torch.autograd.Function):
     def forward(ctx: Any, token: Tensor, state: State, lowered: Lowered, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.lowered = state, lowered
-        ctx.calls = state.advance(lowered, parameters)
+        ctx.advanced = state.advance(lowered, parameters)
         ctx.position = state.position
         ctx.save_for_backward(*parameters)
         return token.new_empty(())
@@ -75,7 +75,7 @@ class Step(torch.autograd.Function):
         state = ctx.state
         state.expect(ctx.position)
         with state.going_back():
-            gradients = state.retreat(ctx.lowered, ctx.calls, ctx.saved_tensors, ctx.needs_input_grad[0])
+            gradients = state.retreat(ctx.lowered, ctx.advanced, ctx.saved_tensors, ctx.needs_input_grad[0])
         return None, None, None, *gradients
 
 
@@ -96,6 +96,43 @@ class Leave(torch.autograd.Function):
         # The caller may still hold the outputs, and autograd may share the gradients: the pass works on copies.
         ctx.state.reenter(ctx.position, ctx.saved_tensors, grads)
         return None, None
+
+
+class Exit(torch.autograd.Function):
+    """One stream goes out as an ordinary tensor, which backward takes it back from; the others stay with the pass."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, state: State, level: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.level, ctx.position = state, level, state.position
+        y, ctx.rest = state.give(level)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
+        forbid_second_derivative()
+        (y,) = ctx.saved_tensors
+        ctx.state.take_back(ctx.position, ctx.level, y, ctx.rest, dy)
+        return None, None, None
+
+
+class Show(torch.autograd.Function):
+    """A copy of a stream's values; the gradient of the copy is one of the stream."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, state: State, level: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.level, ctx.position = state, level, state.position
+        return state.copy_of(level)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple:
+        forbid_second_derivative()
+        if dy is not None:
+            ctx.state.begin(ctx.position)
+            PartGradient(ctx.state, Part(ctx.level)).tensor().add_(dy)
+        return None, None, None
 
 
 class Read(torch.autograd.Function):

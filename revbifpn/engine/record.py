@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -191,6 +191,11 @@ def updates_statistics(module: nn.Module) -> bool:
     return known and module.training and bool(module.track_running_stats)
 
 
+def updates_uncounted(module: nn.Module) -> bool:
+    """Another norm with running statistics: PyTorch's kernels update them without counting it as an in-place change."""
+    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+
+
 @contextmanager
 def flags(modules: Sequence[nn.Module], training: Sequence[bool], *, tracking: bool = False) -> Iterator[None]:
     """Give every module its recorded training flag; unless ``tracking``, no norm layer updates its statistics."""
@@ -236,6 +241,8 @@ class Recorder:
         self.module, self.inputs = module, inputs
         skipped = {id(b) for m in modules if updates_statistics(m) for b in m._buffers.values()}
         self.buffers = {name: b for name, b in module.named_buffers() if id(b) not in skipped}
+        norms = (m for m in modules if updates_uncounted(m))
+        self.uncounted = {id(b) for m in norms for b in m._buffers.values()} - skipped
         self.before = {name: (b.clone(), version_of(b)) for name, b in self.buffers.items()}
         self.versions = [version_of(x) for x in inputs]
         self.training = tuple(m.training for m in modules)
@@ -266,7 +273,7 @@ class Recorder:
         changed, unchanged = {}, {}
         for name, (value, version) in self.before.items():
             buffer = self.buffers[name]
-            if now.get(name) is buffer and version_of(buffer) == version:
+            if now.get(name) is buffer and version_of(buffer) == version and id(buffer) not in self.uncounted:
                 unchanged[name] = buffer, version
             else:
                 changed[name] = value

@@ -10,11 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from revbifpn.engine.anomaly import label
 from revbifpn.engine.branch import Branch, Contribution, Gradient, Pullback
 from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.lowered import Coupler, Grid, Lowered
 from revbifpn.engine.record import Backends
-from revbifpn.streams import OverflowCounter, StreamFormat, Values, has_values, is_capturing, values
+from revbifpn.streams import (
+    INT32,
+    OverflowCounter,
+    StreamFormat,
+    Values,
+    float_and_rest,
+    has_values,
+    integers_of,
+    is_capturing,
+    values,
+)
 
 _AGAIN = (
     "a second backward through one reversible forward pass: its streams were already inverted in place. "
@@ -35,6 +46,13 @@ class Call(NamedTuple):
     record: Any = None
     kept: tuple[Contribution, Pullback] | None = None
     signature: Tensor | None = None  # of the contribution, where backward is to compare it
+
+
+class Advanced(NamedTuple):
+    """What :meth:`State.advance` leaves for :meth:`State.retreat`."""
+
+    calls: list[Call]
+    remainder: Tensor | None  # of dividing an exact stream
 
 
 class Observer:
@@ -102,6 +120,31 @@ class State:
         """The values of a part, as branches take them."""
         return self.format.decode(part.of(self.streams), part.level)
 
+    def copy_of(self, level: int) -> Tensor:
+        """A stream's values, in memory of their own."""
+        y = self.read(Part(level))
+        return y.clone() if isinstance(y, Tensor) else values(y)
+
+    def give(self, level: int) -> tuple[Tensor, Tensor | None]:
+        """A stream as an ordinary tensor, which the state keeps no longer, and what that has lost of it."""
+        y, self.streams[level] = self.streams[level], self.streams[level].new_empty(0)
+        bits = self.format.bits(level)
+        return (y, None) if bits is None or y.is_floating_point() else float_and_rest(y, bits)
+
+    def take_back(self, position: int, level: int, y: Tensor, rest: Tensor | None, dy: Tensor | None) -> None:
+        """Backward begins at ``position``, with a stream that :meth:`give` gave away, and its gradient."""
+        if self.retain and not self.final:
+            self.final = [stream.clone() for stream in self.streams]
+        elif self.retain:
+            self.streams, self.position = [stream.clone() for stream in self.final], position
+        self.expect(position)
+        self.task, self.backends_changed = torch._C._current_graph_task_id(), Backends.current() != self.backends
+        # The caller may still hold the tensor, and autograd may share the gradient: the pass works on copies.
+        bits, own = self.format.bits(level), self.streams[level].is_floating_point()
+        self.streams[level] = y.clone() if own or bits is None else integers_of(y, rest, bits)
+        self.grads = [None] * len(self.streams)
+        self.grads[level] = None if dy is None else self._own_gradient(dy)
+
     def _grid(self, level: int, *, counted: bool) -> Grid | None:
         bits = self.format.bits(level)
         if bits is None:
@@ -117,13 +160,16 @@ class State:
         """The coupling with the branches that fit the streams.
 
         Raises:
-            ValueError: it scales an exact stream.
+            ValueError: it scales an exact stream, or the stream is one of integers, which nothing here keeps the
+                remainders of.
         """
-        if coupling.scale != 1 and self.format.exact:
+        if coupling.scale != 1 and self.format.exact and not self.coupler.divides:
             raise ValueError(
                 f"scale: a {self.format.name} stream lies on a grid, which {coupling.scale:g} y leaves; "
                 "use stream='float32'"
             )
+        if self.format.name == INT32 and not self.coupler.divides:
+            raise ValueError("stream: int32 is for dual-residual networks; expected 'float32', 'fixed32' or 'fixed16'")
         return self.coupler.lower(coupling, [self.read(source) for source in coupling.sources])
 
     def call(
@@ -137,22 +183,25 @@ class State:
         checked = self.checks and has_values(contribution.p)
         return contribution, Call(branch, record, signature=_signature(contribution.p) if checked else None)
 
-    def advance(self, lowered: Lowered, parameters: Sequence[Tensor]) -> list[Call]:
+    def advance(self, lowered: Lowered, parameters: Sequence[Tensor]) -> Advanced:
         """Apply a coupling; returns what :meth:`retreat` needs."""
         contributions, calls = [], []
         for source, branch, own in zip(lowered.sources, lowered.branches, lowered.split(parameters), strict=True):
             contribution, call = self.call(branch, [self.read(source)], own, stored=self.stored)
             contributions.append(contribution)
             calls.append(call)
-        self.add(lowered, contributions)
-        return calls
+        return Advanced(calls, self.add(lowered, contributions, undone=not self.stored))
 
     def apply(self, lowered: Lowered) -> None:
         """Apply a coupling that nothing will differentiate."""
         self.add(lowered, [b.evaluate(self.read(s)) for b, s in zip(lowered.branches, lowered.sources, strict=True)])
 
-    def add(self, lowered: Lowered, contributions: Sequence[Contribution]) -> None:
-        """``y_t <- s y_t + sum_k contribution_k + sum_j c_j y_j``, a new stream where the coupling creates it."""
+    def add(self, lowered: Lowered, contributions: Sequence[Contribution], *, undone: bool = False) -> Tensor | None:
+        """``y_t <- s y_t + sum_k contribution_k + sum_j c_j y_j``, a new stream where the coupling creates it.
+
+        Returns:
+            What :meth:`subtract` needs to undo it, if it will be ``undone``.
+        """
         target = lowered.target
         if lowered.creates:
             if target.level != len(self.streams):
@@ -164,29 +213,33 @@ class State:
         if self.observer is not None:
             self.observer.before(self, lowered)
         grid = self._grid(target.level, counted=True)
-        lowered.advance_(target.of(self.streams), contributions, self._linear(lowered), grid)
+        y = target.of(self.streams)
+        remainder = lowered.advance_(y, contributions, self._linear(lowered), grid, undone=undone)
         if self.observer is not None:
             self.observer.after(self, lowered)
         self.position += 1
+        return remainder
 
     # Backward ---------------------------------------------------------------------------------
 
-    def subtract(self, lowered: Lowered, contributions: Sequence[Contribution]) -> None:
+    def subtract(
+        self, lowered: Lowered, contributions: Sequence[Contribution], remainder: Tensor | None = None
+    ) -> None:
         """``y_t <- (y_t - sum_k contribution_k - sum_j c_j y_j) / s``."""
         grid = self._grid(lowered.target.level, counted=False)
-        lowered.retreat_(lowered.target.of(self.streams), contributions, self._linear(lowered), grid)
+        lowered.retreat_(lowered.target.of(self.streams), contributions, self._linear(lowered), grid, remainder)
 
-    def undo(self, lowered: Lowered) -> None:
+    def undo(self, lowered: Lowered, remainder: Tensor | None = None) -> None:
         """Undo a coupling with its branches as they are now, for ``inverse()``."""
         if lowered.creates:
             self.streams.pop()
         else:
             sources = zip(lowered.branches, lowered.sources, strict=True)
-            self.subtract(lowered, [branch.evaluate(self.read(s), update=False) for branch, s in sources])
+            self.subtract(lowered, [branch.evaluate(self.read(s), update=False) for branch, s in sources], remainder)
         self.position -= 1
 
     def retreat(
-        self, lowered: Lowered, calls: Sequence[Call], parameters: Sequence[Tensor], needs_input: bool
+        self, lowered: Lowered, advanced: Advanced, parameters: Sequence[Tensor], needs_input: bool
     ) -> list[Tensor | None]:
         """Undo a coupling and pull the gradient of its target through it; returns the parameters' gradients.
 
@@ -197,9 +250,9 @@ class State:
         undoes = needs_input and not lowered.creates and not self.stored
         gradients: list[Tensor | None] = [None] * len(parameters)
         if pulls or undoes:
-            contributions, pullbacks = self._replayed(lowered, calls, parameters, needs_input)
+            contributions, pullbacks = self._replayed(lowered, advanced.calls, parameters, needs_input)
             if undoes:
-                self.subtract(lowered, contributions)
+                self.subtract(lowered, contributions, advanced.remainder)
                 if self.observer is not None:
                     self.observer.undone(self, lowered, self.position - 1)
             if pulls:
@@ -239,14 +292,14 @@ class State:
         pulled = lowered.adjoint(dy, contributions)
         contributions.clear()  # the last references to p: only the pullbacks' graphs are needed from here on
         gradients: list[Tensor | None] = []
+        found: list[Gradient] = []
         for source in reversed(lowered.sources):
-            into = PartGradient(self, source) if needs_input else None
+            into = lowered.gradient(PartGradient(self, source)) if needs_input else None
             gradients = [*pullbacks.pop()(*pulled.pop(), [into]), *gradients]
+            if into is not None:
+                found.append(into)
         if needs_input:
-            for source, coefficient in coupling.linear:
-                PartGradient(self, source).tensor().add_(dy, alpha=coefficient)
-            if coupling.scale != 1:
-                dy.mul_(coupling.scale)
+            lowered.pull_linear_(dy, [PartGradient(self, source) for source, _ in coupling.linear], found[::-1])
         return gradients
 
     def replay(
@@ -274,7 +327,7 @@ class State:
     def name_of(self, branch: Branch) -> str:
         """The name of a branch's transform in the root."""
         names = {id(m): name for name, m in self.root.named_modules()} if self.root is not None else {}
-        return names.get(id(branch.module), type(branch.module).__name__)
+        return names.get(id(branch.module)) or label(branch.module)
 
     def begin(self, position: int) -> None:
         """A node at the end of the forward, where the pass was at ``position``, reads streams in backward.
@@ -340,8 +393,8 @@ class State:
             lowered = self.lower(coupling)
             done.append((lowered, self.advance(lowered, lowered.parameters())))
         self.grads = [None] * len(self.streams)
-        for lowered, calls in reversed(done):
-            self.retreat(lowered, calls, lowered.parameters(), needs_input=True)
+        for lowered, advanced in reversed(done):
+            self.retreat(lowered, advanced, lowered.parameters(), needs_input=True)
 
 
 def _signature(p: Tensor) -> Tensor:

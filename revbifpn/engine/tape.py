@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from revbifpn.engine.branch import Branch, ModuleBranch
 from revbifpn.engine.coupling import Coupling, Part
 from revbifpn.engine.lowered import Coupler
-from revbifpn.engine.nodes import Enter, Leave, Read, Recomputed, Step, own
+from revbifpn.engine.nodes import Enter, Exit, Leave, Read, Recomputed, Show, Step, own
 from revbifpn.engine.state import State
 from revbifpn.engine.traced import is_traced
-from revbifpn.streams import FIXED16, StreamFormat, Values, autocast_dtype, reduced_dtype
+from revbifpn.streams import FIXED16, INT32, StreamFormat, Values, autocast_dtype, reduced_dtype
 
 T = TypeVar("T")
 
@@ -62,6 +62,16 @@ class Tape:
         """Hand the streams out as ordinary tensors; the tape keeps them no longer."""
         streams = self.state.decoded() if self.token is None else Leave.apply(self.token, self.state)
         return streams if self.dtype is None else tuple(y.to(self.dtype) for y in streams)
+
+    def exit(self, level: int) -> Tensor:
+        """Hand one stream out as an ordinary tensor; the others stay on the tape, for backward alone."""
+        if self.token is None:
+            return self.state.give(level)[0]
+        return Exit.apply(self.token, self.state, level)
+
+    def show(self, level: int) -> Tensor:
+        """A copy of a stream's values."""
+        return self.state.copy_of(level) if self.token is None else Show.apply(self.token, self.state, level)
 
     def read(self, level: int, transform: nn.Module, *others: Tensor, stored: bool = False) -> Tensor:
         """``transform(stream, *others)``; the streams stay on the tape.
@@ -132,6 +142,14 @@ class Stored:
     def leave(self) -> tuple[Tensor, ...]:
         return tuple(self._get(Part(i)) for i in range(len(self._levels)))
 
+    def exit(self, level: int) -> Tensor:
+        """As :meth:`Tape.exit`."""
+        return self._get(Part(level))
+
+    def show(self, level: int) -> Tensor:
+        """A stream."""
+        return self._get(Part(level))
+
     def finish(self) -> None:
         """All couplings have been applied."""
 
@@ -172,14 +190,21 @@ def open_tape(
     stored: bool = False,
     retain: bool = False,
     owned: bool = False,
+    others: Sequence[Tensor] = (),
 ) -> Tape:
-    """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient."""
+    """A tape whose streams are ``inputs`` of ``root``, recorded for backward only if something wants a gradient.
+
+    Args:
+        others: tensors besides inputs and parameters that may want one.
+    """
     gradient_dtype = None
     if stream.name == FIXED16:  # streams and gradients of 16 bits, where branches compute in as many
         gradient_dtype = reduced_dtype(inputs[0]) or torch.float32
+    elif stream.name == INT32:
+        gradient_dtype = torch.float32
     state = State(coupler, root, stream, stored and not retain, retain, gradient_dtype)
     tape = Tape(state, None if autocast_dtype(inputs[0].device) else reduced_dtype(inputs[0]))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in chain(inputs, root.parameters())):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in chain(inputs, others, root.parameters())):
         tape.token = Enter.apply(tape.state, owned, *inputs)
     else:
         tape.state.enter(inputs, owned)

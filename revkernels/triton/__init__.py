@@ -9,7 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from revkernels.triton import couple
+from revkernels.triton import couple, dual_residual
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
-LAUNCHERS: dict[str, Callable] = {"couple_": couple.couple_, "couple_adjoint": couple.couple_adjoint}
+LAUNCHERS: dict[str, Callable] = {
+    "couple_": couple.couple_,
+    "couple_adjoint": couple.couple_adjoint,
+    "dual_residual_": dual_residual.dual_residual_,
+    "dual_residual_adjoint_": dual_residual.dual_residual_adjoint_,
+}

@@ -39,6 +39,8 @@ def samples(dtype=torch.float32):
         "couple_": (x, pyramid, [vector, None, rows, None], [rows, vector, None, None], factors, "bilinear", False),
         "couple_adjoint": (x, [pyramid[0], None, *pyramid[2:]], [vector, None, None, vector], factors, "bilinear"),
         "dequantize_": (x, steps, 8),
+        "dual_residual_": (rand(n, 35), rand(n, 35), rand(n, 35), -0.25, 0.75, False),
+        "dual_residual_adjoint_": (rand(n, 35), rand(n, 35), rand(n, 35), -0.25, 0.75),
         "depthwise_conv": (x, weight, vector, rand(c), 2),
         "depthwise_conv_grad_input": (dy, weight, h, w, 2),
         "depthwise_conv_grad_weight": (x, dy, vector, rand(c), 5, 2),
@@ -75,12 +77,16 @@ def flat(result):
 
 
 def run(op, arguments, call):
-    """The results, or the updated first argument of an in-place op."""
+    """The results, or the updated arguments of an in-place op."""
     if not op.endswith("_"):
         return flat(call(*arguments))
-    first = arguments[0].clone()
-    call(first, *arguments[1:])
-    return [first]
+    written = [argument.alias_info is not None for argument in OPS[op].overload._schema.arguments]
+    arguments = [
+        v.clone() if is_written and isinstance(v, torch.Tensor) else v
+        for v, is_written in zip(arguments, written, strict=False)
+    ]
+    call(*arguments)
+    return [v for v, is_written in zip(arguments, written, strict=False) if is_written and isinstance(v, torch.Tensor)]
 
 
 def test_every_op_has_a_sample():
@@ -136,6 +142,10 @@ GRADCHECKS = {
     "couple": lambda: (
         lambda y, p, q: revkernels.couple(y, [p, q], [1, 4]),
         (torch.randn(2, 3, 4, 8, **DOUBLE), torch.randn(2, 3, 4, 8, **DOUBLE), torch.randn(2, 3, 1, 2, **DOUBLE)),
+    ),
+    "dual_residual": lambda: (
+        lambda y, x, p: revkernels.dual_residual(y, x, p, coefficient=-0.75, beta=0.5),
+        (torch.randn(3, 5, **DOUBLE), torch.randn(3, 5, **DOUBLE), torch.randn(3, 5, **DOUBLE)),
     ),
     "upsample": lambda: (lambda x: revkernels.upsample(x, 2), (torch.randn(2, 3, 3, 5, **DOUBLE),)),
     "upsample nearest": lambda: (

@@ -8,7 +8,7 @@ import torch
 from revkernels import storage
 from revkernels.registry import OPS
 from revkernels.testing import implementations
-from tests.ops import test_mbconv
+from tests.ops import test_dual_residual, test_mbconv
 from tests.ops.test_registry import fixed_point_samples, samples
 
 
@@ -16,7 +16,11 @@ def arguments_of(op):
     """Arguments of a call that gives every optional tensor."""
     if op.startswith("mbconv"):
         return list(test_mbconv.samples()[op])
-    return list(fixed_point_samples()["int16, counted"] if op == "couple_" else samples()[op])
+    if op == "couple_":
+        return list(fixed_point_samples()["int16, counted"])
+    if op == "dual_residual_":
+        return list(test_dual_residual.integer_sample())
+    return list(samples()[op])
 
 
 def tensors_of(op):

@@ -1,0 +1,97 @@
+"""alpha and beta over training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from revbifpn.dual_residual.convert import runs_of
+from revbifpn.dual_residual.sequence import check_coefficients
+
+
+class Schedule:
+    """Moves alpha and beta from the pretrained network to where floats invert, like a learning-rate scheduler.
+
+    Over ``steps`` calls of :meth:`step`, float streams go from ``start`` to ``end`` in a straight line,
+    ``alpha = 1 - s (1 - alpha_end)``. Exact streams invert anywhere: ``beta`` goes through powers of two, from that of
+    ``start`` to that of ``end``, in equal shares of the steps, with ``alpha = 1 - beta``, so that memory falls by a bit
+    an element and block each time.
+
+    Args:
+        model: converted, or with a :class:`DualResidualSequence` in it; or several (a model and its average).
+        steps: calls of :meth:`step` until ``end`` is reached; it stays there.
+        start, end: ``(alpha, beta)``. By default ``(3/4, 1/4)`` and ``(1/2, 1/2)`` for float streams, and k = 7 and
+            k = 1, ``(127/128, 1/128)`` and ``(1/2, 1/2)``, for exact ones.
+
+    Raises:
+        ValueError: no stack in the model; float and exact stacks in one; steps below 1; coefficients without
+            an inverse.
+
+    Example:
+        >>> schedule = Schedule(model, steps=500)
+        >>> for batch in loader:
+        ...     loss(model(batch)).backward(); optimizer.step(); schedule.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        steps: int,
+        *,
+        start: tuple[float, float] | None = None,
+        end: tuple[float, float] | None = None,
+    ) -> None:
+        models = [model] if isinstance(model, nn.Module) else list(model)
+        self._stacks = [stack for one in models for stack in runs_of(one)]
+        if not self._stacks:
+            raise ValueError("model: expected a converted model or one with a DualResidualSequence in it, got neither")
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        kinds = {stack._format.exact for stack in self._stacks}
+        if len(kinds) > 1:
+            raise ValueError("model: expected stacks of one kind, got float and exact ones; take a Schedule for each")
+        (self.exact,) = kinds
+        default = (1 - 2.0**-7, 2.0**-7) if self.exact else (0.75, 0.25)
+        self.start, self.end, self.steps, self.count = start or default, end or (0.5, 0.5), steps, 0
+        for point in (self.start, self.end):
+            for stack in self._stacks:
+                check_coefficients(*point, stack._format)
+        self._set()
+
+    def coefficients(self, count: int) -> tuple[float, float]:
+        """``(alpha, beta)`` after ``count`` steps."""
+        share = min(count / self.steps, 1.0)
+        if share == 1:
+            return self.end
+        if share == 0:
+            return self.start
+        if not self.exact:
+            alpha, beta = (a + share * (b - a) for a, b in zip(self.start, self.end, strict=True))
+            return alpha, beta
+        first, last = (round(-math.log2(beta)) for _, beta in (self.start, self.end))
+        k = first + math.trunc(share * (abs(last - first) + 1)) * (1 if last > first else -1)
+        beta = 2.0**-k
+        return self.end if k == last else self.start if k == first else (1 - beta, beta)
+
+    def step(self) -> None:
+        """One training step is done."""
+        self.count += 1
+        self._set()
+
+    def _set(self) -> None:
+        alpha, beta = self.coefficients(self.count)
+        for stack in self._stacks:
+            stack.set(alpha, beta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes: numbers alone."""
+        return {"count": self.count, "steps": self.steps, "start": self.start, "end": self.end}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another schedule was; sets the coefficients."""
+        self.count, self.steps = int(state["count"]), int(state["steps"])
+        self.start, self.end = tuple(state["start"]), tuple(state["end"])
+        self._set()
