@@ -3,14 +3,13 @@
     python benchmarks/training_kills.py              fifty kills
     python benchmarks/training_kills.py --kills 3    that it runs
 
-Every second kill comes at a random moment after the start (while modules are imported or a checkpoint is read, too), the
-others come while a checkpoint is being written. After each the checkpoint in place is read, and the run started again
-with ``--resume``. Steps are saved every second time. At the end the losses and every bit of the weights are compared.
+Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a checkpoint
+is being written. After each the checkpoint in place is read, and the run started again with ``--resume``. Every second
+step is saved. At the end the losses and every bit of the weights are compared.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -31,9 +30,15 @@ if __package__ in (None, ""):  # run as a script: an installed revbifpn comes fi
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.harness import command, results
+from benchmarks.harness import command, results, rivals
 from benchmarks.harness.command import BenchmarkError, entry
+from benchmarks.harness.scripts import Life
 from benchmarks.harness.terminal import Column, print_table, track
+
+rivals.import_timm()  # before anything imports torchvision
+
+from revbifpn.training.checkpoints import read  # noqa: E402
+from revbifpn.training.logs import read_curves  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 96
@@ -64,49 +69,54 @@ class Run:
         self.folder = folder
         options = ["--data", data, "--output", folder, "--epochs", epochs, "--resolution", 32, "--batch", 4, "--lr", 1e-3]
         options += ["--log-every", 1, "--save-every", 2, "--ema", 0.99, "--mixup", 0.2, "--workers", 0, "--no-progress"]
-        script = ROOT / "examples" / "train_classification.py"
-        words = [sys.executable, script, *options, "--resume", "--device", "cpu", "--model-kwargs", *NETWORK]
-        self.command = [str(word) for word in words]
+        self.options = [*options, "--resume", "--device", "cpu", "--model-kwargs", *NETWORK]
 
-    def start(self) -> subprocess.Popen:
-        paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-        log = (self.folder.parent / f"{self.folder.name}.log").open("ab")
-        return subprocess.Popen(self.command, env=os.environ | {"PYTHONPATH": paths}, stdout=log, stderr=log)
+    def start(self) -> Life:
+        return Life("train_classification", self.options, self.folder.with_suffix(".log"))
 
     def finish(self) -> None:
-        if self.start().wait():
-            raise BenchmarkError((self.folder.parent / f"{self.folder.name}.log").read_text()[-2000:])
+        life = self.start()
+        if life.wait(3600):
+            raise BenchmarkError(life.output()[-2000:])
 
     @property
     def partial(self) -> Path:
         return self.folder / "last.ckpt.partial"
 
     def logged(self) -> int:
-        from revbifpn.training.logs import read_curves
-
         return max((points[-1][0] for points in read_curves(self.folder / "metrics.csv").values()), default=0)
 
     def saved(self) -> int:
-        from revbifpn.training.checkpoints import read
-
         path = self.folder / "last.ckpt"
         return read(path)["global_step"] if path.exists() else 0
 
 
 def kill(run: Run, number: int, chance: random.Random, usual: float) -> Row | None:
-    """Start, kill, and read what is left; None: it came to its end before."""
-    when = "at random" if number % 2 else "while writing"
-    process, began = run.start(), time.perf_counter()
-    until = began + (chance.uniform(0, usual + 6) if number % 2 else chance.uniform(usual, usual + 4))
-    while process.poll() is None:
-        now = time.perf_counter()
-        if now >= until and (number % 2 or run.partial.exists()):
+    """Start, kill, and read what is left; None: it came to its end before.
+
+    Args:
+        run: goes on.
+        number: odd: at a random moment; even: while a checkpoint is being written.
+        chance: draws the moment.
+        usual: seconds of a start and a few steps.
+    """
+    life = run.start()
+    at_random = number % 2 == 1
+    wait = chance.uniform(0, 2 * usual) if at_random else chance.uniform(0, usual)
+    first = None if at_random else run.saved()
+    while life.running:
+        waited = time.perf_counter() - life.began
+        if at_random and waited >= wait:
             break
-        time.sleep(0.0002)
-    seconds = time.perf_counter() - began
-    process.send_signal(signal.SIGKILL)
-    if process.wait() != -signal.SIGKILL:
+        if not at_random and waited >= wait and run.partial.exists() and run.logged() > first:
+            break
+        time.sleep(0.0005)
+    seconds = time.perf_counter() - life.began
+    if life.running:
+        life.signal()
+    if life.wait() != -signal.SIGKILL:
         return None
+    when = "at random" if at_random else "while writing"
     return Row(number, when, round(seconds, 3), run.logged(), run.saved(), run.partial.exists())
 
 
@@ -129,20 +139,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     output = command.pick_output(arguments.output)
     epochs = arguments.epochs or max(2, arguments.kills * 12 // STEPS_PER_EPOCH)
-    command.require("lightning", "revbifpn-fast[train]")
     chance, rows = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make = ROOT / "examples" / "make_patterns.py"
         subprocess.run([sys.executable, make, "classes", folder / "data", "--images", str(IMAGES)], check=True)
         whole, killed = Run(folder / "whole", folder / "data", epochs), Run(folder / "killed", folder / "data", epochs)
+        whole.finish()  # the modules are imported now
         begun = time.perf_counter()
-        warm = Run(folder / "warm", folder / "data", 1)
-        warm.finish()
-        usual = time.perf_counter() - begun  # a start and a few steps
-        whole.finish()
+        Run(folder / "once", folder / "data", 1).finish()
+        usual = (time.perf_counter() - begun) / 2
         for number in track(range(1, arguments.kills + 1), lambda n: f"kill {n}", "kills"):
-            row = kill(killed, number, chance, usual * 0.7)
+            row = kill(killed, number, chance, usual)
             if row is None:
                 raise BenchmarkError(f"the run ended before kill {number}: give more --epochs")
             rows.append(row)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 
 from revbifpn.graphed import GraphedStep
-from revbifpn.reversible import Reversible
+from revbifpn.model import RevBiFPN
 from revbifpn.training.data import IGNORED
 from revbifpn.training.options import DTYPES, Options
 
@@ -104,8 +104,8 @@ class Task(LightningModule):
         dtype = DTYPES[self.options.precision]
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
         mesh = self.device_mesh["data_parallel"]
-        for stack in (m for m in self.model.modules() if isinstance(m, Reversible) and hasattr(m, "blocks")):
-            for block in stack.blocks:
+        for body in [m for m in self.model.modules() if isinstance(m, RevBiFPN)]:
+            for block in body.rev_stack.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.model, mesh=mesh, mp_policy=policy)
         self._sharded = True
