@@ -1,0 +1,171 @@
+"""Kill -9 a training run again and again, and compare what comes of it with a run that nobody killed.
+
+    python benchmarks/training_kills.py              fifty kills
+    python benchmarks/training_kills.py --kills 3    that it runs
+
+Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a checkpoint
+is being written. After each the checkpoint in place is read, and the run started again with ``--resume``. Every second
+step is saved. At the end the losses and every bit of the weights are compared.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: an installed revbifpn comes first, this checkout after it
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from benchmarks.harness import command
+
+    command.quiet_interrupts()
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.harness import command, results, rivals
+from benchmarks.harness.command import BenchmarkError, entry
+from benchmarks.harness.scripts import Life
+from benchmarks.harness.terminal import Column, print_table, track
+
+rivals.import_timm()  # before anything imports torchvision
+
+from revbifpn.training.checkpoints import read  # noqa: E402
+from revbifpn.training.logs import read_curves  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 96
+NETWORK = ("channels=[48,16,16,16]", "head_channels=[16,16,16,16]", "fc_features=32", "num_ext_layers=0", "inv_blk_rep=1")
+STEPS_PER_EPOCH = 24
+
+
+@dataclass
+class Row:
+    """One kill; ``left_partial``: a checkpoint was half written."""
+
+    kill: int
+    when: str
+    seconds: float  # after the start
+    step_logged: int
+    step_saved: int
+    left_partial: bool
+
+
+ROW_KEYS = ("kill", "when", "left_partial")
+UNITS = {"seconds": "s", "step_logged": "step", "step_saved": "step"}
+
+
+class Run:
+    """The same command, with a folder for its output."""
+
+    def __init__(self, folder: Path, data: Path, epochs: int) -> None:
+        self.folder = folder
+        options = ["--data", data, "--output", folder, "--epochs", epochs, "--resolution", 32, "--batch", 4, "--lr", 1e-3]
+        options += ["--log-every", 1, "--save-every", 2, "--ema", 0.99, "--mixup", 0.2, "--workers", 0, "--no-progress"]
+        self.options = [*options, "--resume", "--device", "cpu", "--model-kwargs", *NETWORK]
+
+    def start(self) -> Life:
+        return Life("train_classification", self.options, self.folder.with_suffix(".log"))
+
+    def finish(self) -> None:
+        life = self.start()
+        if life.wait(3600):
+            raise BenchmarkError(life.output()[-2000:])
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / "last.ckpt.partial"
+
+    def logged(self) -> int:
+        return max((points[-1][0] for points in read_curves(self.folder / "metrics.csv").values()), default=0)
+
+    def saved(self) -> int:
+        path = self.folder / "last.ckpt"
+        return read(path)["global_step"] if path.exists() else 0
+
+
+def kill(run: Run, number: int, chance: random.Random, usual: float) -> Row | None:
+    """Start, kill, and read what is left; None: it came to its end before.
+
+    Args:
+        run: goes on.
+        number: odd: at a random moment; even: while a checkpoint is being written.
+        chance: draws the moment.
+        usual: seconds of a start and a few steps.
+    """
+    life = run.start()
+    at_random = number % 2 == 1
+    wait = chance.uniform(0, 2 * usual) if at_random else chance.uniform(0, usual)
+    first = None if at_random else run.saved()
+    while life.running:
+        waited = time.perf_counter() - life.began
+        if at_random and waited >= wait:
+            break
+        if not at_random and waited >= wait and run.partial.exists() and run.logged() > first:
+            break
+        time.sleep(0.0005)
+    seconds = time.perf_counter() - life.began
+    if life.running:
+        life.signal()
+    if life.wait() != -signal.SIGKILL:
+        return None
+    when = "at random" if at_random else "while writing"
+    return Row(number, when, round(seconds, 3), run.logged(), run.saved(), run.partial.exists())
+
+
+def compare(one: Path, other: Path) -> dict[str, bool]:
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    metrics = [[line for line in (f / "metrics.csv").read_text().splitlines() if "memory" not in line] for f in (one, other)]
+    return {
+        "same_metrics": metrics[0] == metrics[1],
+        "same_weights": a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a),
+    }
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--epochs", type=int, help="default: a dozen steps for each kill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
+    arguments = parser.parse_args(argv)
+    output = command.pick_output(arguments.output)
+    epochs = arguments.epochs or max(2, arguments.kills * 12 // STEPS_PER_EPOCH)
+    chance, rows = random.Random(arguments.seed), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make = ROOT / "examples" / "make_patterns.py"
+        subprocess.run([sys.executable, make, "classes", folder / "data", "--images", str(IMAGES)], check=True)
+        whole, killed = Run(folder / "whole", folder / "data", epochs), Run(folder / "killed", folder / "data", epochs)
+        whole.finish()  # the modules are imported now
+        begun = time.perf_counter()
+        Run(folder / "once", folder / "data", 1).finish()
+        usual = (time.perf_counter() - begun) / 2
+        for number in track(range(1, arguments.kills + 1), lambda n: f"kill {n}", "kills"):
+            row = kill(killed, number, chance, usual)
+            if row is None:
+                raise BenchmarkError(f"the run ended before kill {number}: give more --epochs")
+            rows.append(row)
+        killed.finish()
+        same = compare(whole.folder, killed.folder)
+    environment = results.environment(torch.device("cpu"))
+    settings: dict[str, Any] = {"kills": arguments.kills, "epochs": epochs, "steps": epochs * STEPS_PER_EPOCH, **same}
+    written = results.save(output / "training_kills_cpu", environment, settings, [asdict(r) for r in rows], ROW_KEYS, UNITS)
+    columns = (Column("kill"), Column("when", number=False), Column("s"), Column("logged"), Column("saved"), Column("partial"))
+    lines = [[str(r.kill), r.when, f"{r.seconds:.1f}", str(r.step_logged), str(r.step_saved), str(r.left_partial)] for r in rows]
+    print_table("Kill -9", columns, [lines], f"{same}\n{results.origin(environment)}")
+    print(written)
+    if not all(same.values()):
+        raise BenchmarkError(f"the killed run differs from the whole one: {same}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""From options to a trained model: what both scripts do, in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+
+from revbifpn.checkpoints import CheckpointError, load_checkpoint, published_file
+from revbifpn.configs import get_config
+from revbifpn.estimate import StepEstimator
+from revbifpn.fast import RevBiFPN
+from revbifpn.training import report
+from revbifpn.training.checkpoints import BEST, KEY, LAST, Saving, WholeFiles, check_same, plain, read
+from revbifpn.training.data import skipped_names
+from revbifpn.training.errors import OptionError, SaveError, TrainingError
+from revbifpn.training.loaders import Data
+from revbifpn.training.logs import MetricsFile
+from revbifpn.training.options import DTYPES, OPTIMIZER_STATES, Options, device, processes
+from revbifpn.training.task import Task, Work
+
+LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run: the task with its model, and where everything is."""
+
+    task: Task
+    data: Data
+    output: Path
+
+
+def backbone(options: Options, classes: int | None) -> RevBiFPN:
+    """The network that the options describe, with weights from a file if they name one; None: without head.
+
+    Raises:
+        OptionError: the weights do not fit in more than the number of classes.
+    """
+    o = options
+    arguments = get_config(o.arch).arguments() | o.model_kwargs
+    torch.manual_seed(o.seed)
+    model = RevBiFPN(**arguments, classes=classes, in_chans=o.in_chans, stream=o.stream, reversible=not o.stored)
+    path = published_file(get_config(o.arch), progress=True) if o.pretrained else o.weights
+    if path is not None:
+        load_weights(model, path)
+    return model.freeze_norms() if o.freeze_norms else model
+
+
+def load_weights(model: RevBiFPN, path: Path) -> None:
+    """Everything in the file, save a classifier of another number of classes and a head that the model does not have."""
+    try:
+        load_checkpoint(model, path)
+    except CheckpointError as error:
+        rest = error.report
+        if rest is None:
+            raise OptionError(str(error)) from error
+        classifier = all(name.startswith("head.fc.") for name in (*rest.mismatched, *rest.missing))
+        no_head = all(name.startswith("head.") for name in rest.unexpected)
+        if not (classifier and no_head) or (rest.unexpected and model.head is not None):
+            raise OptionError(f"{error}: take the --arch and --model-kwargs that it was trained with") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which is about what was just found to be right
+            load_checkpoint(model, path, strict=False)
+    except OSError as error:
+        raise OptionError(f"--weights: {error}") from error
+
+
+def choose_batch(options: Options, model: nn.Module, samples: int) -> int | None:
+    """Set ``options.batch``, from the memory if that is given; returns the bytes that are expected of a step.
+
+    Raises:
+        OptionError: nothing fits, or ``--batch`` does not.
+    """
+    o = options
+    if o.max_memory is None:
+        o.batch = o.batch or 32
+        return None
+    states = OPTIMIZER_STATES.get(o.opt, 2)
+    kind = device(o)
+    estimator = StepEstimator(model, o.resolution, DTYPES[o.precision], optimizer_states=states, device=kind)
+    average = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) if o.ema else 0
+    largest = estimator.largest_batch(o.max_memory - average)
+    if not largest or (o.batch or 0) > largest:
+        total = estimator.estimate(o.batch or 1).total + average
+        raise OptionError(
+            f"--batch {o.batch or 1} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, given "
+            f"are {report.gigabytes(o.max_memory)}; "
+            + (f"--batch {largest} fits (--accumulate makes up for it)" if largest else "lower --resolution or take a smaller --arch")
+        )
+    if o.batch is None:
+        group = processes(o)[2] * o.accumulate
+        o.batch = max(1, min(largest, samples // group))
+        o.batch -= o.batch % 2 if o.batch > 1 else 0  # mixup pairs them
+    estimate = estimator.estimate(o.batch)
+    if not int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))):
+        print(report.expectation(o.batch, estimate, average), flush=True)
+    return estimate.total + average
+
+
+def quiet() -> None:
+    """Leave out advertisements, and remarks about what is meant to be so."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in ("'set_vital' is deprecated", ".*isinstance.treespec, LeafSpec", ".*does not have many workers", ".*in eval mode at the start of training"):
+        warnings.filterwarnings("ignore", text)
+
+
+def strategy(options: Options) -> Strategy | str:
+    if options.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=processes(options)[2], tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    if processes(options)[2] == 1:
+        return "auto"
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    hooks = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
+    if options.compress == "powersgd":
+        state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=100)
+        return DDPStrategy(ddp_comm_hook=powerSGD_hook.powerSGD_hook, ddp_comm_state=state)
+    return DDPStrategy(ddp_comm_hook=hooks.get(options.compress))
+
+
+def prepare(options: Options) -> Path | None:
+    """Make the folder; the checkpoint to go on from, if there is one.
+
+    Raises:
+        OptionError: the folder has a run already.
+        SaveError: it cannot be written.
+    """
+    folder = options.output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SaveError(f"--output {folder}: cannot be written: {error.strerror}; give a folder that can") from None
+    last = folder / LAST
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not last.exists():
+        return None
+    if not (options.resume or restarted):
+        raise OptionError(f"--output {folder}: has a run already, {last}; add --resume to go on with it, or give another")
+    return last
+
+
+def train(
+    options: Options,
+    data: Data,
+    model: nn.Module,
+    work: Callable[[list[str]], Work],
+    callbacks: list[lightning.Callback] | None = None,
+) -> Outcome:
+    """Train, evaluate after every epoch, and leave the model, logs and plots in ``--output``."""
+    o = options
+    per_machine, machines, _ = processes(o)
+    last = prepare(o)
+    expected = choose_batch(o, model, data.samples)
+    about = plain(
+        {name: getattr(o, name) for name in ("arch", "model_kwargs", "batch", "accumulate", "epochs", "opt", "seed", "ema")}
+        | {"precision": o.precision, "stream": o.stream, "resolution": o.resolution, "samples": data.samples}
+        | {"classes": data.classes}
+    )
+    quiet()
+    step = 0
+    if last is not None:
+        found = read(last)
+        check_same(found[KEY]["about"], about, last)
+        step = found["global_step"]
+        del found
+    task = Task(model, work(data.classes), o, data.classes, data.updates)
+    metrics = MetricsFile(o.output / "metrics.csv")
+    metrics.begin(step)
+    memory = report.Memory(steps=o.max_memory is not None)
+    saving = Saving(o.output, about, every=o.save_every, agree=o.log_every, monitor=lambda: task.score)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until there is something to save
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device(o) == "cuda" else "cpu",
+        devices=per_machine,
+        num_nodes=machines,
+        strategy=strategy(o),
+        precision=LIGHTNING["float32" if o.strategy == "fsdp" else o.precision],
+        max_epochs=o.epochs,
+        accumulate_grad_batches=o.accumulate,
+        gradient_clip_val=None if o.graphed else o.clip_norm,
+        logger=[metrics, TensorBoardLogger(o.output, name="tensorboard", default_hp_metric=False)],
+        log_every_n_steps=o.log_every,
+        callbacks=[memory, saving, *(callbacks or [])],
+        plugins=[WholeFiles()],
+        sync_batchnorm=o.sync_norms,
+        use_distributed_sampler=False,  # Batches deals them out
+        enable_checkpointing=False,  # Saving does it
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=o.progress,
+        default_root_dir=o.output,
+    )
+    trainer.fit(task, data, ckpt_path=last, weights_only=True)
+    if trainer.is_global_zero:
+        _finish(Outcome(task, data, o.output), expected, memory.measured)
+    return Outcome(task, data, o.output)
+
+
+def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
+    task, output = outcome.task, outcome.output
+    if measured:
+        compared = f", expected {report.gigabytes(expected)}" if expected else ""
+        print(f"measured {report.gigabytes(measured)} of memory for a step{compared}")
+    if names := skipped_names(outcome.data.skipped):
+        print(f"{len(names)} images were skipped, the first is {names[0]}; all are in {outcome.data.skipped}")
+    restore_best(task, output)
+    report.plot_curves(output / "metrics.csv", output / "curves.png", expected, measured)
+    if hasattr(task, "matrix"):
+        report.plot_confusion(task.matrix, task.classes, output / "confusion.png")
+    for path in report.export(task.evaluated, task.options):
+        print(f"wrote {path}")
+
+
+def restore_best(task: Task, output: Path) -> None:
+    """The weights of the best epoch, on the CPU."""
+    best = output / BEST
+    if best.exists() and task.options.strategy != "fsdp":
+        task.cpu().load_state_dict(read(best)["state_dict"])
+
+
+def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None], int]:
+    """``main`` as a command: what goes wrong is one line and an exit code (:mod:`revbifpn.training.errors`)."""
+
+    def command(argv: list[str] | None = None) -> int:
+        try:
+            main(argv)
+        except TrainingError as error:
+            return _report(str(error), error.exit_code)
+        except torch.OutOfMemoryError as error:
+            return _report(f"out of memory: {first_line(error)}; give --max-memory, or lower --batch", 1)
+        except RuntimeError as error:
+            text = str(error)
+            if found := re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)", text):
+                return _report(
+                    f"the data worker {found[1]} died (killed, or out of memory): {first_line(error)}; what was saved is "
+                    "whole: start again with --resume, and with fewer --workers if it comes again",
+                    1,
+                )
+            if "onnection" in text and ("peer" in text or "reset" in text or "closed" in text):
+                return _report(f"another process of the group ended: {first_line(error)}; start again with --resume", 1)
+            raise
+        return 0
+
+    return command
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _report(text: str, code: int) -> int:
+    if "Original Traceback" in text:  # of a data worker: the message is in the last line
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    print(text, file=sys.stderr, flush=True)
+    return code
