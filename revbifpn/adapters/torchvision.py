@@ -18,7 +18,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -32,6 +36,8 @@ from revbifpn import fast, model
 from revbifpn.adapters.levels import freeze_unused
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
+from revbifpn.fused import chunk_bytes
+from revbifpn.streams import autocast_dtype
 
 
 class BackboneWithFPN(nn.Module):
@@ -45,7 +51,8 @@ class BackboneWithFPN(nn.Module):
             :class:`LastLevelMaxPool`, one map called "pool".
         fpn: False leaves out the FPN, since RevBiFPN fuses its levels itself: the body's own maps are returned. It has
             to be made with ``head_channels=[out_channels] * levels`` then.
-        recompute: recompute the FPN's lateral maps in backward instead of storing them.
+        recompute: recompute what the FPN computes on the way to its largest map in backward, in strips of rows, instead
+            of storing it; see :class:`FeaturePyramid`.
 
     Attributes:
         out_channels: as above.
@@ -87,17 +94,152 @@ class BackboneWithFPN(nn.Module):
         self.body = body
         self.returned_levels = levels
         self.out_channels = out_channels
-        self.recompute = recompute
         extra_blocks = LastLevelMaxPool() if extra_blocks is None else extra_blocks
-        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra_blocks) if fpn else _Extended(extra_blocks)
+        pyramid = FeaturePyramid if recompute else FeaturePyramidNetwork
+        self.fpn = pyramid(channels, out_channels, extra_blocks) if fpn else _Extended(extra_blocks)
         freeze_unused(body, levels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = self.body(x)
-        named = OrderedDict((str(i), maps[level]) for i, level in enumerate(self.returned_levels))
-        if self.recompute and self.training:
-            return checkpoint(self.fpn, named, use_reentrant=False)
-        return self.fpn(named)
+        return self.fpn(OrderedDict((str(i), maps[level]) for i, level in enumerate(self.returned_levels)))
+
+
+class FeaturePyramid(FeaturePyramidNetwork):
+    """torchvision's FPN, with the same parameters, of whose largest level nothing but the input is stored.
+
+    ``m_l = L_l n_l + up(m_{l+1})``, ``p_l = O_l m_l`` for 1x1 convolutions L and 3x3 convolutions O. The largest level
+    has three quarters of all pixels: its ``m_0`` exists a strip of rows at a time, in forward and in backward.
+    """
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        names, maps = list(x), list(x.values())
+        halves = len(maps) > 1 and all(2 * s == t for s, t in zip(maps[1].shape[-2:], maps[0].shape[-2:], strict=True))
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        if not halves:
+            return checkpoint(super().forward, x, use_reentrant=False)
+        merged = self.inner_blocks[-1](maps[-1])
+        found = [self.layer_blocks[-1](merged)]
+        for level in range(len(maps) - 2, 0, -1):
+            lateral = self.inner_blocks[level](maps[level])
+            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            found.insert(0, self.layer_blocks[level](merged))
+        lateral, output = self.inner_blocks[0][0], self.layer_blocks[0][0]
+        weights = lateral.weight, lateral.bias, output.weight, output.bias
+        largest, twin = _Largest.apply(maps[0], merged, *weights)
+        found.insert(0, largest)
+        if self.extra_blocks is not None:
+            found, names = self.extra_blocks(found, maps, names)
+        return Pyramid(zip(names, found, strict=True), twin=twin)
+
+
+class Pyramid(OrderedDict[str, Tensor]):
+    """The maps of a pyramid by name, from high to low resolution.
+
+    Args:
+        maps: by name.
+        twin: the largest map once more, [N, H, W, C], whose gradient may be sparse.
+    """
+
+    def __init__(self, maps: Any = (), twin: Tensor | None = None) -> None:
+        super().__init__(maps)
+        self.twin = twin
+
+    def pixels(self, name: str, image: Tensor, y: Tensor, x: Tensor) -> Tensor:  # [..., C]
+        """Some pixels of a map; of the largest without a gradient as large as the map, where it has a twin."""
+        if self.twin is not None and name == next(iter(self)):
+            return _Pixels.apply(self.twin, image, y, x)
+        return self[name].permute(0, 2, 3, 1)[image, y, x]
+
+
+def strips(height: int, row_bytes: int, device: torch.device) -> list[tuple[int, int]]:
+    """``(first, end)`` of strips of rows that take about :func:`revbifpn.fused.chunk_bytes` each."""
+    rows = max(2, chunk_bytes(device) // max(1, row_bytes))
+    return [(first, min(first + rows, height)) for first in range(0, height, rows)]
+
+
+class _Pixels(torch.autograd.Function):
+    """``p[image, y, x]`` of maps [N, H, W, C]; the gradient of p is sparse."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(image, y, x)
+        ctx.shape = p.shape
+        return p[image, y, x]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+        indices = torch.stack([index.flatten() for index in ctx.saved_tensors])
+        values = dvalues.flatten(0, -2)
+        return torch.sparse_coo_tensor(indices, values, ctx.shape, check_invariants=False), None, None, None
+
+
+class _Largest(torch.autograd.Function):
+    """``p = O (L n + up(above))`` in strips; backward computes ``m = L n + up(above)`` again, strip by strip."""
+
+    @staticmethod
+    def forward(ctx: Any, n: Tensor, above: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(n, above, *weights)
+        ctx.dtype = autocast_dtype(n.device) or n.dtype
+        lateral, bias, output, output_bias = (w.to(ctx.dtype) for w in weights)
+        height, width = n.shape[-2:]
+        p = n.new_empty(len(n), len(output), height, width, dtype=ctx.dtype)
+        for first, end in strips(height, p[:, :, 0].nbytes, p.device):
+            merged = _merged(n, above, lateral, bias, first - 1, end + 1)
+            p[:, :, first:end] = F.conv2d(merged, output, output_bias, padding=(0, 1))
+        return p, p.detach().permute(0, 2, 3, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp: Tensor | None, dtwin: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, above, *weights = ctx.saved_tensors
+        if dp is None and dtwin is None:
+            return (None,) * (2 + len(weights))
+        if dtwin is not None and not dtwin.is_sparse:
+            dense = dtwin.permute(0, 3, 1, 2)
+            dp, dtwin = dense if dp is None else dp + dense, None
+        lateral, bias, output, _ = (w.to(ctx.dtype) for w in weights)
+        dn, dabove = torch.zeros_like(n), torch.zeros_like(above)
+        dlateral, dbias, doutput, doutput_bias = sums = [torch.zeros_like(w) for w in weights]
+        height, width = n.shape[-2:]
+        row = n.new_zeros(len(n), len(output), 1, width, dtype=ctx.dtype)
+        for first, end in strips(height, row.nbytes, n.device):
+            dstrip = row.expand(-1, -1, end - first, -1) if dp is None else dp[:, :, first:end].to(ctx.dtype)
+            if dtwin is not None:
+                dstrip = _with_pixels(dstrip, dtwin.coalesce(), first)
+            merged = _merged(n, above, lateral, bias, first - 1, end + 1)
+            doutput += conv2d_weight(merged, output.shape, dstrip, padding=(0, 1))
+            doutput_bias += dstrip.sum((0, 2, 3))
+            dmerged = conv2d_input(merged.shape, output, dstrip, padding=(0, 1))
+            low, high = max(first - 1, 0), min(end + 1, height)  # the rows of it that exist
+            dmerged = dmerged[:, :, low - first + 1 : high - first + 1]
+            rows = n[:, :, low:high].to(ctx.dtype)
+            dlateral += conv2d_weight(rows, lateral.shape, dmerged)
+            dbias += dmerged.sum((0, 2, 3))
+            dn[:, :, low:high] += conv2d_input(rows.shape, lateral, dmerged)
+            whole = F.pad(dmerged, (0, 0, low % 2, high % 2))  # pixels of `above`
+            dabove[:, :, low // 2 : (high + 1) // 2] += F.avg_pool2d(whole, 2, divisor_override=1)
+        return dn, dabove, *sums
+
+
+def _with_pixels(dstrip: Tensor, dtwin: Tensor, first: int) -> Tensor:
+    """The gradient of a strip of rows, plus that of pixels in it."""
+    (image, y, x), values = dtwin.indices(), dtwin.values()
+    here = (y >= first) & (y < first + dstrip.shape[2])
+    dstrip = dstrip.clone()
+    dstrip.permute(0, 2, 3, 1)[image[here], y[here] - first, x[here]] += values[here].to(dstrip.dtype)
+    return dstrip
+
+
+def _merged(n: Tensor, above: Tensor, lateral: Tensor, bias: Tensor, first: int, end: int) -> Tensor:
+    """``m[first:end]``, with rows of zeros where there is no map: [N, C, end - first, W]."""
+    low, high = max(first, 0), min(end, n.shape[-2])
+    merged = F.conv2d(n[:, :, low:high].to(lateral.dtype), lateral, bias)
+    source = above[:, :, low // 2 : (high + 1) // 2].to(lateral.dtype)
+    merged += F.interpolate(source, scale_factor=2.0, mode="nearest")[:, :, low % 2 : low % 2 + high - low]
+    return F.pad(merged, (0, 0, low - first, end - high)) if (low, high) != (first, end) else merged
 
 
 class _Extended(nn.Module):

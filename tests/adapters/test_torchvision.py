@@ -165,7 +165,7 @@ class Values(nn.Module):
         return list(self.net(x).values())
 
 
-def test_recomputed_laterals_change_no_value_and_save_memory():
+def test_a_recomputed_pyramid_changes_no_gradient_and_saves_memory():
     x, kept, found = image(F32, height=128, width=128), {}, {}
     for recompute in (False, True):
         net = Values(backbone(recompute=recompute))
@@ -174,9 +174,9 @@ def test_recomputed_laterals_change_no_value_and_save_memory():
             maps = net(x)
         kept[recompute] = meter.live_bytes
         del maps
-    assert identical(found[False], found[True])
-    lateral = 2 * WIDTH * 32 * 32 * 4  # the largest, in bytes
-    assert kept[False] - kept[True] > lateral
+    assert difference(found[True], found[False]) < 1e-5
+    merged = 2 * WIDTH * 32 * 32 * 4  # the largest, in bytes
+    assert kept[False] - kept[True] >= merged
 
 
 def test_frozen_norms_and_layers_stay_as_they_are_in_training():

@@ -1,0 +1,85 @@
+"""Steps whose large results are allocated but not computed: the bytes of a step that would take minutes.
+
+Fake tensors have no values, and a detector's step asks for some: which anchors match, which boxes remain. Here what is
+small is computed, and what is large only takes its memory, which the system hands out on the first write, so never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+# Never computed: small results are zeros.
+PRODUCTS = (
+    *(aten.convolution, aten.convolution_backward, aten.addmm, aten.mm, aten.bmm),
+    *(aten.native_batch_norm, aten.native_batch_norm_backward, aten.native_group_norm, aten.native_group_norm_backward),
+    *(aten._native_batch_norm_legit_no_training, aten.batch_norm_backward, aten._batch_norm_with_update),
+)
+KERNELS = ("revkernels", "torchvision::roi_align", "torchvision::_roi_align_backward")
+LARGE = 2**22  # elements, from which on nothing is computed that has a floating-point result
+
+
+class WithoutArithmetic(TorchDispatchMode):
+    """Context manager: products, kernels and whatever has a large result are allocated only.
+
+    Control flow has to depend on small results alone, those of products being zero.
+    """
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in PRODUCTS or func.name().startswith(KERNELS) or _is_large(func, args):
+            return _allocated(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_large(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation computes on many floating-point numbers; views and index arithmetic do not."""
+    given = (t for t in tree_leaves(args) if isinstance(t, Tensor))
+    return (
+        func.namespace == "aten"
+        and not func.is_view
+        and any(t.numel() >= LARGE and t.is_floating_point() and t.layout == torch.strided for t in given)
+    )
+
+
+def _allocated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``func`` would return: arguments that it writes to as they are, other tensors new."""
+    shapes = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+    if not isinstance(shapes, (tuple, list)):
+        shapes = (shapes,)
+    returns, found = func._schema.returns, []
+    for declared, shape in zip(returns, shapes, strict=False):
+        alias = declared.alias_info
+        if alias is not None and alias.is_write:
+            found.append(_written(func, alias.before_set, args, kwargs))
+        else:
+            found.append(tree_map(_new, shape))
+    return None if not returns else found[0] if len(returns) == 1 else tuple(found)
+
+
+def _written(func: Any, alias: set[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.before_set == alias:
+            return args[i] if i < len(args) else kwargs[argument.name]
+    raise AssertionError(f"{func}: no argument for its result {alias}")
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
+def _new(shape: Any) -> Any:
+    if not isinstance(shape, Tensor):
+        return shape
+    made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype)
+    return made.zero_() if made.numel() < LARGE else made
