@@ -97,7 +97,7 @@ class Step:
         return math.ceil(below + (above - below) * (batch - low) / (high - low))
 
     def estimate(self, batch: int, optimizer_states: int = 0) -> MemoryEstimate:
-        """The memory of a step by part, as :func:`revbifpn.estimate_memory` has it."""
+        """The memory of a step by part, as :func:`revbifpn.estimate.estimate_memory` has it."""
         return MemoryEstimate(
             activations=self.activations(batch),
             images=self.image_bytes * batch,

@@ -44,7 +44,7 @@ class StreamFormat:
         name: ``"float32"`` (as they come: float64 stays float64), ``"fixed32"`` or ``"fixed16"``.
         fraction_bits: g of every level, from the highest resolution; the last one holds for all further levels.
             By default 12 for ``fixed32`` (values up to 4096 in steps of 2.4e-4) and 9 for ``fixed16`` (up to 64 in
-            steps of 2e-3). :func:`revbifpn.range_report` tells which range a model needs.
+            steps of 2e-3). :func:`revbifpn.monitor.range_report` tells which range a model needs.
 
     Raises:
         ValueError: an unknown name, or bits outside [-8, 24] (``fixed32``), [-8, 15] (``fixed16``).
