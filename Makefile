@@ -1,6 +1,6 @@
 CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install test test-all lint format bench kernels env sdist
+.PHONY: install test test-all lint format bench kernels env sdist docs drawings fits
 
 install:
 	pip install .
@@ -33,3 +33,12 @@ env:
 
 sdist:
 	python -m build --sdist
+
+docs:
+	python -m sphinx --fail-on-warning --keep-going -j auto -b html docs docs/_build/html
+
+drawings:
+	python docs/draw.py
+
+fits:
+	python benchmarks/fits.py

@@ -127,6 +127,7 @@ def extras() -> dict[str, list[str]]:
             *"onnx onnxscript onnxruntime".split(),
             *[torchvision_requirement(), triton],
         ],
+        "docs": ["sphinx", "myst-parser", "furo", "selenium"],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],
     }
 

@@ -1,18 +1,21 @@
 """Train a small RevBiFPN on scikit-learn's handwritten digits, upsampled to 64 x 64: minutes on two CPU cores.
 
-pip install . scikit-learn
-python examples/train_digits.py --epochs 3
+pip install . scikit-learn matplotlib
+python examples/train_digits.py --epochs 3 --plot digits.png
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from revbifpn import estimate_memory
 from revbifpn.fast import RevBiFPN
 
 
@@ -24,12 +27,28 @@ def digits(size: int) -> tuple[Tensor, Tensor]:
     return (images - images.mean()) / images.std(), torch.tensor(data.target)
 
 
+def plot(path: Path, losses: list[float], accuracies: list[float]) -> None:
+    """Loss of every step and test accuracy of every epoch, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(losses)
+    left.set(xlabel="step", ylabel="training loss")
+    right.plot(range(1, len(accuracies) + 1), accuracies, marker="o")
+    right.set(xlabel="epoch", ylabel="test accuracy, %")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--stored", action="store_true", help="store activations instead of recomputing them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw loss and accuracy")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -38,6 +57,7 @@ def main() -> None:
     train, test = order[:1437], order[1437:]
     model = RevBiFPN(channels=[48, 64, 80, 160], num_ext_layers=0, classes=10, reversible=not args.stored)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    losses, accuracies, began = [], [], time.perf_counter()
     steps = args.epochs * (len(train) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for epoch in range(args.epochs):
@@ -50,10 +70,19 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
+            losses.append(loss.item())
         model.eval()
         with torch.no_grad():
             correct = sum((model(images[b]).argmax(1) == labels[b]).sum().item() for b in test.split(args.batch))
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, test accuracy {100 * correct / len(test):.1f} %", flush=True)
+        accuracies.append(100 * correct / len(test))
+        print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}, test accuracy {accuracies[-1]:.1f} %", flush=True)
+    peak = estimate_memory(model, args.batch, 64, device="cpu").activations
+    kept = "stored" if args.stored else "recomputed"
+    seconds = time.perf_counter() - began
+    print(f"{seconds:.0f} s; with activations {kept}, a step needs {peak / 2**20:.0f} MiB besides the parameters")
+    if args.plot:
+        plot(args.plot, losses, accuracies)
+        print(f"written: {args.plot}")
 
 
 if __name__ == "__main__":

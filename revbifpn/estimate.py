@@ -125,6 +125,14 @@ class StepEstimator:
                 too_large, upper = batch, total
         return fits
 
+    def line_batches(self) -> tuple[int, ...]:
+        """The batches that are simulated before any is asked for: the smallest limit, half the limit and the limit.
+
+        :meth:`estimate` is exact at them, and beyond the last it is on the line through the last two.
+        """
+        limit = self._find_limit()
+        return tuple(sorted({SMALLEST_LIMIT, limit // 2, limit}))
+
     def _step(self, batch: int) -> StepMemory:
         if batch not in self._steps:
             with fused.chunks_of(self._chunk):  # it runs on the CPU, for another device

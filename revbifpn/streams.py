@@ -48,7 +48,7 @@ class StreamFormat:
         fraction_bits: g of every level, from the highest resolution; the last one holds for all further levels.
             By default 12 for ``fixed32`` (values up to 4096 in steps of 2.4e-4), 9 for ``fixed16`` (up to 64 in
             steps of 2e-3) and 16 for ``int32`` (up to 32768 in steps of 1.5e-5).
-            :func:`revbifpn.range_report` tells which range a model needs.
+            :func:`revbifpn.monitor.range_report` tells which range a model needs.
 
     Raises:
         ValueError: an unknown name, or bits outside [-8, 24] (``fixed32``, ``int32``), [-8, 15] (``fixed16``).

@@ -1,10 +1,12 @@
 """MMEngine: RevBiFPN in its registry of models, where MMDetection, MMSegmentation and MMPose find it.
 
-custom_imports = dict(imports=["revbifpn.adapters.mmengine"])
-model = dict(
-    backbone=dict(_delete_=True, type="RevBiFPN", arch="revbifpn_s3"),
-    neck=dict(type="HRFPN", in_channels=[128, 160, 336, 848], out_channels=256),
-)
+In a config::
+
+    custom_imports = dict(imports=["revbifpn.adapters.mmengine"])
+    model = dict(
+        backbone=dict(_delete_=True, type="RevBiFPN", arch="revbifpn_s3"),
+        neck=dict(type="HRFPN", in_channels=[128, 160, 336, 848], out_channels=256),
+    )
 """
 
 from __future__ import annotations
