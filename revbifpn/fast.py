@@ -83,13 +83,15 @@ class RevBiFPN(model.RevBiFPN):
         tensors = None if program is None else program.tensors(x)
         if program is None or tensors is None:
             return None
-        stream = torch.ops.revkernels.space_to_depth(x, self.stem.planes, self.stem.block)
-        maps = program([stream], tensors)
-        if self.head is not None:
-            return maps[-1:]
-        levels = range(self.levels) if self.neck is None else sorted(self.neck.transforms)
-        made = dict(zip(levels, maps[-len(levels) :], strict=True))
-        return [made[level] for level in self.out_levels]
+        levels = list(range(self.levels) if self.neck is None else sorted(self.neck.transforms))
+        last = len(program.channels) - 1
+        keep = [last] if self.head else [last - levels[::-1].index(level) for level in self.out_levels]
+
+        def enter(images: Tensor) -> Tensor:
+            return torch.ops.revkernels.space_to_depth(images, self.stem.planes, self.stem.block)
+
+        size = x.shape[2] // self.stem.block, x.shape[3] // self.stem.block
+        return program(x, enter, size, tensors, keep)
 
     def _pyramid(self, levels: Sequence[int], tape: Tape | Stored) -> list[Tensor]:
         neck = self.neck
@@ -138,7 +140,7 @@ def _program(network: RevBiFPN) -> Program:
         couplings.append(Coupling(Part(place), tuple(terms), creates=True))
     if not transforms:
         couplings += [Coupling(Part(level + 1), ((Part(level), merge),)) for level, merge in enumerate(merges)]
-    return Program(couplings, [network.stem.planes * network.stem.block**2])
+    return Program(couplings, network.stem.planes * network.stem.block**2)
 
 
 _programs = Programs(_program)

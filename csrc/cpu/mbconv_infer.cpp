@@ -29,8 +29,8 @@ class Weights {
     STD_TORCH_CHECK(next_ < int64_t(tensors_.size()), "weights: expected more than ",
                     tensors_.size(), " tensors for these terms");
     const Tensor& t = tensors_[size_t(next_++)];
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype_ && t.is_contiguous(), name,
-                    ": expected a contiguous CPU tensor of the maps' dtype, ",
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype_, name,
+                    ": expected a CPU tensor of the maps' dtype, ",
                     torch::headeronly::toString(dtype_), ", got ",
                     torch::headeronly::toString(t.scalar_type()), " of shape ", shape_of(t));
     const Layout layout(t);
@@ -46,7 +46,9 @@ class Weights {
       STD_TORCH_CHECK(false, name, ": expected ", text_of(wanted), ", got ", shape_of(t));
     }
     check_storage(t, name);
-    return t.data_ptr();
+    if (t.is_contiguous()) return t.data_ptr();
+    copies_.push_back(torch::stable::contiguous(t));
+    return copies_.back().data_ptr();
   }
 
   void finish() const {
@@ -56,6 +58,7 @@ class Weights {
 
  private:
   const std::vector<Tensor>& tensors_;
+  std::vector<Tensor> copies_;
   ScalarType dtype_;
   int64_t next_ = 0;
 };

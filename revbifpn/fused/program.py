@@ -9,6 +9,7 @@ compared with what it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from operator import attrgetter, getitem
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,12 +23,12 @@ from revbifpn.fused.eligible import Inspected, is_constant_norm, why_not_built_s
 from revbifpn.fused.mbconv import chunk_bytes
 from revkernels.reference_mbconv import ASSIGN, EXPANDS, SQUEEZES
 
-_run = torch.ops.revkernels.mbconv_infer_.default
+_op = torch.ops.revkernels.mbconv_infer_.default
 
 _dtype = attrgetter("dtype")
 _ORDINARY = {Tensor, nn.Parameter}
 
-CHUNKS = 4  # without sums over samples all planes of a chunk come at once
+GROUP_BYTES = 1 << 23  # of all maps of the samples that are computed together
 
 
 class Created(NamedTuple):
@@ -39,18 +40,18 @@ class Created(NamedTuple):
 
 
 class Program:
-    """Couplings whose transforms are MBConvs, upsampled or not, on maps of which the first ones are given.
+    """Couplings whose transforms are MBConvs, upsampled or not, on maps of which the first one is given.
 
     Args:
         couplings: in order; those that create a map make the next one.
-        channels: of the maps that are given.
+        channels: of the map that is given.
 
     Raises:
         NotFusedError: a coupling or transform is not of the kind.
     """
 
-    def __init__(self, couplings: Iterable[Coupling], channels: Sequence[int]) -> None:
-        self.channels, self.created = list(channels), list[Created]()
+    def __init__(self, couplings: Iterable[Coupling], channels: int) -> None:
+        self.channels, self.created = [channels], list[Created]()
         self.terms, self.norms, self.branches = list[int](), list[Any](), list[nn.Module]()
         self._places: list[tuple[dict[str, Any], str]] = []  # of weights and statistics, as the op takes them
         self._modes = set[str]()
@@ -117,16 +118,56 @@ class Program:
         """Whether all norms take running statistics and nothing is random."""
         return not any(m.training for m in self.branches) and not any(n is not None and n.training for n in self.norms)
 
-    def __call__(self, maps: Sequence[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-        """All maps at the end; those given are updated. ``tensors``: :meth:`tensors`."""
-        found = list(maps)
+    def shapes(self, h: int, w: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of all maps, for one map that is given, of ``h x w`` pixels."""
+        found = [(self.channels[0], h, w)]
         for source, stride, channels in self.created:
-            n, _, h, w = found[source].shape
-            found.append(found[0].new_empty((n, channels, -(-h // stride), -(-w // stride))))
+            _, h, w = found[source]
+            found.append((channels, -(-h // stride), -(-w // stride)))
+        return found
+
+    def __call__(
+        self,
+        images: Tensor,
+        enter: Callable[[Tensor], Tensor],
+        size: tuple[int, int],
+        tensors: list[Tensor],
+        keep: Sequence[int],
+    ) -> list[Tensor]:
+        """The maps ``keep`` at the end; of the others there are some samples at a time.
+
+        Args:
+            images: ``[N, ...]``, N > 0.
+            enter: the map that is given, from some of the images.
+            size: its height and width.
+            tensors: :meth:`tensors`.
+        """
+        shapes, n = self.shapes(*size), len(images)
+        group = max(1, GROUP_BYTES // (images.itemsize * sum(map(prod, shapes))))
+        kept = {i: images.new_empty((n, *shapes[i])) for i in keep}
+        for start in range(0, n, group):
+            rows = slice(start, start + group)
+            places = [kept[i][rows] if i in kept else None for i in range(len(shapes))]
+            self._run(places, enter(images[rows]), shapes, tensors)
+        return [kept[i] for i in keep]
+
+
+    def _run(
+        self,
+        places: Sequence[Tensor | None],
+        entered: Tensor,
+        shapes: Sequence[tuple[int, int, int]],
+        tensors: list[Tensor],
+    ) -> None:
+        """Compute the maps from the first one; those that have no place are given up."""
+        maps = [
+            entered.new_empty((len(entered), *shape)) if place is None else place
+            for place, shape in zip(places[1:], shapes[1:], strict=True)
+        ]
+        first = entered if places[0] is None else places[0].copy_(entered)
         eps = [0.0 if norm is None else norm.eps for norm in self.norms]
         mode = next(iter(self._modes), "nearest")
-        _run(found, tensors, self.terms, eps, mode, CHUNKS * chunk_bytes(found[0].device))
-        return found
+        _op([first, *maps], tensors, self.terms, eps, mode, chunk_bytes(entered.device))
 
 
 class NotFusedError(Exception):
