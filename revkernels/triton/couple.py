@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from revkernels.reference import accumulate_dtype
 from revkernels.registry import memory_check
 from revkernels.triton.plan import Guard, Plan, Planned, on_device_of, seen
 from revkernels.triton.tiles import (
+    MAX_VEC,
     PIXELS_PER_PROGRAM,
     SIZES,
     Planes,
@@ -24,8 +27,9 @@ from revkernels.triton.tiles import (
     load_vector,
     offset,
     planes_of,
+    prepare_fold,
     specialised_on_nothing,
-    split_buffers,
+    split_buffer,
     strides_in,
     strides_of,
     tile,
@@ -101,12 +105,19 @@ def _upsampled(
 
 
 @triton.jit
-def _shifts(shift, shift_row, n, c, m, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``sum_k b_k``, where the total of a tile starts from."""
+def _given(m, k: tl.constexpr, parts):
+    """m, where part k of a kernel for several is one of the ``parts`` of this launch; what is not is loaded as 0."""
+    return m if k == 0 else tl.where(m, parts, 0) > k
+
+
+@triton.jit
+def _shifts(shift, shift_row, n, c, m, parts, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``sum_k b_k`` over ``parts``, where the total of a tile starts from; with a single plane m is None."""
     b_total = tl.zeros([ROWS, COLUMNS], ACC)
     for k in tl.static_range(len(shift)):
         if shift[k] is not None:
-            b_total += load_vector(shift[k], decoded(shift_row[k]), n, c, m, ACC)
+            m_k = None if m is None else _given(m, k, parts)
+            b_total += load_vector(shift[k], decoded(shift_row[k]), n, c, m_k, ACC)
     return b_total
 
 
@@ -130,13 +141,12 @@ def _rint(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS: tl.constexpr, ACC: tl.constexpr):
+def _coupled(b_y, b_total, m, overflow, counts, sign, units, GRID: tl.constexpr, ACC: tl.constexpr):
     """``y +/- total``; on a grid ``y +/- q 2^-g`` or ``wrap16(y +/- q)``, ``q = rint(2^g total)``; counts overflows."""
-    if FRACTION_BITS is None:
+    if not GRID:
         out = b_y.to(ACC) + sign * b_total
     else:
-        STEPS: tl.constexpr = 2.0**FRACTION_BITS
-        b_q = _rint(b_total * (sign * STEPS), ACC)
+        b_q = _rint(b_total * (sign * units), ACC)
         if b_y.dtype == tl.int16:
             m_fits = tl.abs(b_q) < 2.0**31
             b_q = tl.where(m_fits, b_q, 0.0).to(tl.int32)  # saturated at 2^31, that is at 0 modulo 2^16
@@ -144,10 +154,10 @@ def _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS: tl.constexpr, ACC: 
             out = b_y + (b_q & 0xFFFF)  # its low half is stored
             m_outside = (b_q > 32767 - b_y) | (b_q < -32768 - b_y) | (m_fits == 0)
         else:
-            LIMIT: tl.constexpr = (2.0**53 if ACC == tl.float64 else 2.0**24) / STEPS
-            out = b_y + b_q * (1.0 / STEPS)
-            m_outside = (tl.abs(out) < LIMIT) == 0
-        if overflow is not None:
+            LIMIT: tl.constexpr = 2.0**53 if ACC == tl.float64 else 2.0**24
+            out = b_y + b_q * (1.0 / units)
+            m_outside = (tl.abs(out) < LIMIT / units) == 0
+        if counts:
             count = tl.sum((m_outside & m).to(tl.int32))
             tl.atomic_add(overflow, count.to(tl.int64), mask=count > 0, sem="relaxed")
     return out
@@ -155,10 +165,10 @@ def _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS: tl.constexpr, ACC: 
 
 @triton.jit(do_not_specialize=SIZES)
 def _couple_identity_kernel(
-    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, rows, C, H, W, sign,
-    FRACTION_BITS: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, rows, C, H, W, parts, counts, sign, units,
+    GRID: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """``y <- y +/- sum_k (a_k p_k + b_k)``, the total rounded to ACC, and to the grid, before it meets y.
+    """``y <- y +/- sum_k (a_k p_k + b_k)`` of ``parts``, rounded to ACC, and to the grid, before it meets y.
 
     Per element: read y, write y, read each p_k; ``1 + 2 K`` FLOPs. Bound: memory bandwidth.
     """
@@ -170,19 +180,19 @@ def _couple_identity_kernel(
     y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
-    b_total = _shifts(shift, shift_row, n, c, m_r, ACC, BLOCK_R, BLOCK_W)
+    b_total = _shifts(shift, shift_row, n, c, m_r, parts, ACC, BLOCK_R, BLOCK_W)
     for k in tl.static_range(len(p)):
         strides = strides_in(p_strides[k], VEC)
-        b_p = tl.load(p[k] + offset(n, c, h, strides, VEC) + o_x * strides[3], m, 0.0).to(ACC)
-        b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, m_r, ACC)
-    b_y = _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS, ACC)
+        b_p = tl.load(p[k] + offset(n, c, h, strides, VEC) + o_x * strides[3], _given(m, k, parts), 0.0).to(ACC)
+        b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, _given(m_r, k, parts), ACC)
+    b_y = _coupled(b_y, b_total, m, overflow, counts, sign, units, GRID, ACC)
     tl.store(p_y, b_y.to(y.dtype.element_ty), m)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _couple_upsampled_kernel(
-    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, C, H, W, sign,
-    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, FRACTION_BITS: tl.constexpr, ACC: tl.constexpr,
+    y, p, scale, shift, overflow, y_strides, p_strides, scale_row, shift_row, C, H, W, counts, sign, units,
+    FACTORS: tl.constexpr, BILINEAR: tl.constexpr, GRID: tl.constexpr, ACC: tl.constexpr,
     VEC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """``y <- y +/- sum_k (a_k up_{f_k}(p_k) + b_k)``, equal to ``up(a p + b)`` as the weights of a pixel sum to 1.
@@ -203,7 +213,7 @@ def _couple_upsampled_kernel(
     y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
-    b_total = _shifts(shift, shift_row, n, c, None, ACC, BLOCK_H, BLOCK_W)
+    b_total = _shifts(shift, shift_row, n, c, None, len(FACTORS), ACC, BLOCK_H, BLOCK_W)
     for k in tl.static_range(len(FACTORS)):
         if FACTORS[k] == 1:
             strides = strides_in(p_strides[k], VEC)
@@ -215,7 +225,7 @@ def _couple_upsampled_kernel(
                 p_k, strides, h, i_w, H // FACTORS[k], W // FACTORS[k], FACTORS[k], BILINEAR, ACC, BLOCK_W
             )  # fmt: skip
         b_total = _add_scaled(b_total, b_p, scale[k], scale_row[k], n, c, None, ACC)
-    b_y = _coupled(b_y, b_total, m, overflow, sign, FRACTION_BITS, ACC)
+    b_y = _coupled(b_y, b_total, m, overflow, counts, sign, units, GRID, ACC)
     tl.store(p_y, b_y.to(y.dtype.element_ty), m)
 
 
@@ -236,9 +246,12 @@ def couple_(
     _guard(key, tensors, y, p, scale, shift, factors, mode, subtract, fraction_bits, overflow)
     if y.numel() == 0 or not p:
         return
-    p, scale, shift = tuple(p), tuple(map(contiguous, scale)), tuple(map(contiguous, shift))
-    same = [k for k, f in enumerate(factors) if f == 1]
-    identity = len(same) == len(p)
+    parts, identity = len(p), set(factors) == {1}
+    scale, shift = map(contiguous, scale), map(contiguous, shift)
+    p, scale, shift = (_slots(values) if identity else tuple(values) for values in (p, scale, shift))
+    same = range(len(p)) if identity else [k for k, f in enumerate(factors) if f == 1]
+    counts = overflow is not None
+    overflow = overflow if counts else _nothing(y.device)
 
     def plan() -> Plan:
         n, c = y.shape[:2]
@@ -254,19 +267,19 @@ def couple_(
             C=c,
             H=walk.height,
             W=walk.width,
+            counts=int(counts),
             sign=-1.0 if subtract else 1.0,
-            FRACTION_BITS=fraction_bits,
+            units=2.0 ** (fraction_bits or 0),
+            GRID=fraction_bits is not None,
             ACC=accumulator(y),
-            VEC=_vector(walk, y),
         )
         if identity:
-            rows = n * c * walk.height
-            block_r, block_w = IDENTITY_TILE
-            block_r = block_r if constants["VEC"] > 1 else block_r // 2
-            constants |= dict(rows=rows, BLOCK_R=block_r, BLOCK_W=block_w)
-            return Plan(ceil_div(rows, block_r) * ceil_div(walk.width, block_w), constants)
+            rows, (used, other) = n * c * walk.height, _tiles(IDENTITY_TILE, walk, y, parts)
+            programs = ceil_div(rows, used["BLOCK_R"]) * ceil_div(walk.width, used["BLOCK_W"])
+            return Plan(programs, constants | dict(rows=rows, parts=parts) | used, also=other)
         block_h, block_w = UPSAMPLED_TILE
         constants |= dict(FACTORS=tuple(factors), BILINEAR=mode == "bilinear", BLOCK_H=block_h, BLOCK_W=block_w)
+        constants |= dict(VEC=_vector(walk, y, max(factors)))
         programs = n * c * ceil_div(walk.height, block_h) * ceil_div(walk.width, block_w)
         return Plan(programs, constants, num_warps=2)
 
@@ -274,10 +287,35 @@ def couple_(
         (_couple_identity if identity else _couple_upsampled)(key, plan, y, p, scale, shift, overflow)
 
 
-def _vector(walk: Planes, x: Tensor) -> int:
-    """Elements of x that make 16 bytes where every row starts and ends at a multiple of them, else 1."""
-    vec = 16 // x.element_size()
+def _slots(values: Iterable) -> tuple:
+    """One part, or a multiple of three with the last one again: kernels are compiled for no other number."""
+    values = tuple(values)
+    return values if len(values) == 1 else (*values, *values[-1:] * (-len(values) % 3))
+
+
+@lru_cache
+def _nothing(device: torch.device) -> Tensor:
+    """What stands for an ``overflow`` that is not counted."""
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _vector(walk: Planes, x: Tensor, most: int = MAX_VEC) -> int:
+    """Elements of x that make 16 bytes, at most ``most``, where every row starts and ends at a multiple, else 1."""
+    vec = min(16 // x.element_size(), most)
     return vec if walk.vec % vec == 0 else 1
+
+
+def _tiles(size: tuple[int, int], walk: Planes, x: Tensor, parts: int) -> tuple[dict[str, int], dict[str, int] | None]:
+    """The tile of rows that fits a walk over x, and the one that another size of image may need.
+
+    Several parts without upsampling meet on a pyramid's lowest levels, whose planes seldom have rows of 16 bytes.
+    """
+    vec, (block_r, block_w) = 16 // x.element_size(), size
+    wide = dict(VEC=vec, BLOCK_R=block_r, BLOCK_W=block_w)
+    narrow = dict(VEC=1, BLOCK_R=max(2, block_r // (2 if parts == 1 else 4)), BLOCK_W=block_w)
+    if parts > 1:
+        return narrow, None
+    return (wide, narrow) if _vector(walk, x) > 1 else (narrow, wide)
 
 
 _couple_identity, _couple_upsampled = Planned(_couple_identity_kernel), Planned(_couple_upsampled_kernel)
@@ -287,10 +325,10 @@ _adjoint_guard = Guard(memory_check("couple_adjoint"), written=0)
 
 @triton.jit(do_not_specialize=SIZES)
 def _couple_adjoint_identity_kernel(
-    dy, p, center, sums, dy_strides, p_strides, center_row, rows, C, H, W, steps,
+    dy, p, center, sums, dy_strides, p_strides, center_row, rows, C, H, W, steps, parts,
     ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """``sums_k[:, n, c] = (sum_hw dy, sum_hw dy (p_k - m_k))`` for the contributions that are not upsampled.
+    """``sums[k, :, n, c] = (sum_hw dy, sum_hw dy (p_k - m_k))`` for the ``parts`` that are not upsampled.
 
     Bytes per element: read dy, read each p_k. FLOPs: ``1 + 3 K``. Bound: memory bandwidth.
     """
@@ -316,27 +354,28 @@ def _couple_adjoint_identity_kernel(
         b_new = ()
         for k in tl.static_range(len(p)):
             strides = strides_in(p_strides[k], VEC)
-            b_p = tl.load(p[k] + offset(n, c, h_i, strides, VEC) + o_x * strides[3], m, 0.0).to(ACC)
+            m_k = _given(m, k, parts)
+            b_p = tl.load(p[k] + offset(n, c, h_i, strides, VEC) + o_x * strides[3], m_k, 0.0).to(ACC)
             if center[k] is not None:
                 b_p = b_p - load_vector(center[k], decoded(center_row[k]), n, c, m_r, ACC)
             b_new = b_new + (tl.fma(b_dy, b_p, b_dots[k]),)  # type: ignore[assignment]  # likewise
         b_dots = b_new
-    o_out = (i_s * 2).to(tl.int64) * rows + o_r
+    p_sums = sums + i_s.to(tl.int64) * (2 * parts * rows) + o_r
+    b_sum = tl.sum(b_sum, 1, keep_dims=True)
     for k in tl.static_range(len(p)):
-        tl.store(sums[k] + o_out, tl.sum(b_sum, 1, keep_dims=True), m_r)
-        tl.store(sums[k] + o_out + rows, tl.sum(b_dots[k], 1, keep_dims=True), m_r)
+        m_k = _given(m_r, k, parts)
+        tl.store(p_sums + 2 * k * rows, b_sum, m_k)
+        tl.store(p_sums + (2 * k + 1) * rows, tl.sum(b_dots[k], 1, keep_dims=True), m_k)
 
 
-def _adjoint_identity(dy: Tensor, p: Sequence[Tensor], center: Sequence[Tensor | None], sums: Sequence[Tensor]) -> None:
+def _adjoint_identity(dy: Tensor, p: Sequence[Tensor], center: Sequence[Tensor | None], sums: Tensor) -> None:
     n, c = dy.shape[:2]
+    parts, p, center = len(p), _slots(p), _slots(map(contiguous, center))
     walk = planes_of(dy, *p)
-    vec = _vector(walk, dy)
-    block_r, block_w = ADJOINT_IDENTITY_TILE
-    block_r = block_r if vec > 1 else block_r // 2
-    steps = PIXELS_PER_PROGRAM // block_w
-    splits = ceil_div(walk.height * ceil_div(walk.width, block_w), steps)
-    out, p, center = tuple(sums), tuple(p), tuple(map(contiguous, center))
-    partial = split_buffers(out, splits)
+    used, other = _tiles(ADJOINT_IDENTITY_TILE, walk, dy, parts)
+    steps = PIXELS_PER_PROGRAM // used["BLOCK_W"]
+    splits = ceil_div(walk.height * ceil_div(walk.width, used["BLOCK_W"]), steps)
+    partial = split_buffer(sums, splits)
 
     def plan() -> Plan:
         constants = dict(
@@ -348,40 +387,34 @@ def _adjoint_identity(dy: Tensor, p: Sequence[Tensor], center: Sequence[Tensor |
             H=walk.height,
             W=walk.width,
             steps=steps,
+            parts=parts,
             ACC=accumulator(dy),
-            VEC=vec,
-            BLOCK_R=block_r,
-            BLOCK_W=block_w,
         )
-        return Plan(ceil_div(n * c, block_r) * splits, constants)
+        prepare_fold(sums)
+        return Plan(ceil_div(n * c, used["BLOCK_R"]) * splits, constants | used, also=other)
 
-    key = (dy.get_device(), *map(seen, (dy, *p, *center, *partial)))
+    key = (dy.get_device(), parts, *map(seen, (dy, *p, *center)))
     _couple_adjoint_identity(key, plan, dy, p, center, partial)
-    fold(out, partial)
+    fold(sums, partial)
 
 
 _couple_adjoint_identity = Planned(_couple_adjoint_identity_kernel)
 
 
 @triton.jit
-def _row_weight(q, height, J: tl.constexpr, F: tl.constexpr, ACC: tl.constexpr):
-    """Weight of row ``F q - F / 2 + J`` of dy on source row q.
+def _row_weight(row, H, j, F: tl.constexpr, ACC: tl.constexpr):
+    """Weight of ``row = F q - F / 2 + j`` of dy, of H, on source row q.
 
     ``1, 3, .., 2F - 1, 2F - 1, .., 3, 1`` over ``2F``; the rows outside the first and last source row's centre have no
     second neighbour and weigh 1.
     """
-    if J < F:
-        w = tl.full([], (2 * J + 1) / (2 * F), ACC)
-        w = tl.where(q == 0, 1.0, w) if 2 * J >= F else w
-    else:
-        w = tl.full([], (4 * F - 1 - 2 * J) / (2 * F), ACC)
-        w = tl.where(q == height - 1, 1.0, w) if 2 * J < 3 * F else w
-    return w
+    w = tl.minimum(2 * j + 1, 4 * F - 1 - 2 * j).to(ACC) / (2 * F)
+    return tl.where((row < F // 2) | (row >= H - F // 2), 1.0, w)
 
 
 @triton.jit
 def _adjoint_of_one(
-    dy, du, p, center, sums, dy_strides, p_strides, center_row, plane, i_h, origin, i_s, planes, C, H, W,
+    dy, du, p, center, p_sums, dy_strides, p_strides, center_row, plane, i_h, origin, planes, C, H, W,
     halo, F: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -399,14 +432,13 @@ def _adjoint_of_one(
     b_rows = tl.zeros([ROWS, BLOCK_W], ACC)
     if BILINEAR:
         p_dy = dy + offset(n, c, F * o_q - F // 2, dy_strides, VEC) + o_w.to(tl.int64) * dy_strides[3]
-        for j in tl.static_range(2 * F):
-            m = m_q & m_w
-            if 2 * j < F:
-                m = m & (o_q > 0)
-            if 2 * j >= 3 * F:
-                m = m & (o_q < height - 1)
-            b_rows = tl.fma(tl.load(p_dy, m, 0.0).to(ACC), _row_weight(o_q, height, j, F, ACC), b_rows)
-            p_dy += row
+        AT_A_TIME: tl.constexpr = 4 if F > 4 else 2 * F
+        for i in range(0, 2 * F, AT_A_TIME):
+            for r in tl.static_range(AT_A_TIME):
+                o_r = F * o_q - F // 2 + i + r
+                m = m_q & m_w & (o_r >= 0) & (o_r < H)
+                b_rows = tl.fma(tl.load(p_dy, m, 0.0).to(ACC), _row_weight(o_r, H, i + r, F, ACC), b_rows)
+                p_dy += row
     else:
         p_dy = dy + offset(n, c, F * o_q, dy_strides, VEC) + o_w.to(tl.int64) * dy_strides[3]
         for _ in tl.static_range(F):
@@ -434,7 +466,6 @@ def _adjoint_of_one(
         if center is not None:
             b_p = b_p - load_vector(center, decoded(center_row), n, c, None, ACC)
         b_du = tl.where(m, b_du, 0.0)
-        p_sums = sums + (i_s * 2).to(tl.int64) * planes + plane
         tl.store(p_sums, tl.sum(b_du))
         tl.store(p_sums + planes, tl.sum(b_du * b_p))
 
@@ -445,7 +476,7 @@ def _couple_adjoint_upsampled_kernel(
     FACTORS: tl.constexpr, BILINEAR: tl.constexpr, ACC: tl.constexpr, VEC: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    """``du_k = up_{f_k}^T(dy)`` by gathering, and ``sums_k = (sum_hw du_k, sum_hw du_k (p_k - m_k))``, for ``f_k > 1``.
+    """``du_k = up_{f_k}^T(dy)`` by gathering, ``sums[k] = (sum_hw du_k, sum_hw du_k (p_k - m_k))``, for ``f_k > 1``.
 
     A source pixel weighs rows and columns ``f q - f / 2 .. f q + 3 f / 2`` of dy. One program takes ``BLOCK_H x
     BLOCK_W`` pixels of a plane of dy for all factors; its further reads of them, two per factor, hit the cache.
@@ -459,10 +490,11 @@ def _couple_adjoint_upsampled_kernel(
     i_s = tl.program_id(0) % splits
     origin = (i_s % blocks_w) * (BLOCK_W - 2 * halo) - halo
     dy_strides = strides_in(dy_strides, VEC)
+    p_sums = sums + i_s.to(tl.int64) * (2 * len(FACTORS) * planes) + plane
     for k in tl.static_range(len(FACTORS)):
         _adjoint_of_one(
-            dy, du[k], p[k], center[k], sums[k], dy_strides, p_strides[k], center_row[k], plane, i_s // blocks_w,
-            origin, i_s, planes, C, H, W, halo, FACTORS[k], BILINEAR, ACC, VEC, BLOCK_H, BLOCK_W,
+            dy, du[k], p[k], center[k], p_sums + 2 * k * planes, dy_strides, p_strides[k], center_row[k], plane,
+            i_s // blocks_w, origin, planes, C, H, W, halo, FACTORS[k], BILINEAR, ACC, VEC, BLOCK_H, BLOCK_W,
         )  # fmt: skip
 
 
@@ -473,17 +505,14 @@ def _adjoint_upsampled(
     factors: Sequence[int],
     mode: str,
     du: Sequence[Tensor],
-    sums: Sequence[Tensor],
+    sums: Tensor,
 ) -> None:
     n, c, h, w = dy.shape
     block_h, block_w = ADJOINT_UPSAMPLED_TILE
     overlaps = w > block_w
     splits = ceil_div(h, block_h) * ceil_div(w, block_w - 2 * overlaps * ADJOINT_HALO)
     du, p, center = tuple(du), tuple(p), tuple(map(contiguous, center))
-    out = tuple(s for s, p_k in zip(sums, p, strict=True) if p_k is not None)
-    partial = split_buffers(out, splits)
-    left = iter(partial)
-    targets = tuple(None if p_k is None else next(left) for p_k in p)
+    partial = split_buffer(sums, splits)
 
     def plan() -> Plan:
         walk = planes_of(dy, flatten=False)
@@ -499,17 +528,17 @@ def _adjoint_upsampled(
             FACTORS=tuple(factors),
             BILINEAR=mode == "bilinear",
             ACC=accumulator(dy),
-            VEC=_vector(walk, dy),
+            VEC=_vector(walk, dy, max(factors)),
             BLOCK_H=block_h,
             BLOCK_W=block_w,
             HALO=ADJOINT_HALO,
         )
+        prepare_fold(sums)
         return Plan(n * c * splits, constants, num_warps=2)
 
-    key = (dy.get_device(), tuple(map(seen, (dy, *du, *p, *center, *targets))), tuple(factors), mode)
-    _couple_adjoint_upsampled(key, plan, dy, du, p, center, targets)
-    if out:
-        fold(out, partial)
+    key = (dy.get_device(), tuple(map(seen, (dy, *p, *center))), tuple(factors), mode)
+    _couple_adjoint_upsampled(key, plan, dy, du, p, center, partial)
+    fold(sums, partial)
 
 
 _couple_adjoint_upsampled = Planned(_couple_adjoint_upsampled_kernel)
@@ -526,20 +555,23 @@ def couple_adjoint(
     tensors = (dy, *p, *center)
     _adjoint_guard(tuple(map(seen, tensors)), tensors, dy, p, center, factors, mode)
     n, c, h, w = dy.shape
-    acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    acc = accumulate_dtype(dy.dtype)
     du = [dy.new_empty(0) if f == 1 else dy.new_empty(n, c, h // f, w // f) for f in factors]
-    sums = [dy.new_empty((0,) if p_k is None else (2, n, c), dtype=acc) for p_k in p]
-    if dy.numel() == 0:
-        for s in sums:
-            s.zero_()
-        return du, sums
-    same = [(k, p_k) for k, p_k in enumerate(p) if p_k is not None and factors[k] == 1]
+    sums: list[Tensor] = [dy.new_empty(0, dtype=acc) if p_k is None else dy for p_k in p]
+    same = [k for k, p_k in enumerate(p) if p_k is not None and factors[k] == 1]
     up = [k for k, f in enumerate(factors) if f > 1]
     with on_device_of(dy):
-        if same:
-            centers, targets = [center[k] for k, _ in same], [sums[k] for k, _ in same]
-            _adjoint_identity(dy, [p_k for _, p_k in same], centers, targets)
-        if up:
-            given = [p[k] for k in up], [center[k] for k in up], [factors[k] for k in up]
-            _adjoint_upsampled(dy, *given, mode, [du[k] for k in up], [sums[k] for k in up])
+        for ks in (same, up):
+            if not ks:
+                continue
+            of_ks = dy.new_empty(len(ks), 2, n, c, dtype=acc)
+            for k, s in zip(ks, of_ks.unbind(), strict=True):
+                sums[k] = s if p[k] is not None else sums[k]
+            p_ks, centers = [p[k] for k in ks], [center[k] for k in ks]
+            if dy.numel() == 0:
+                of_ks.zero_()
+            elif ks is same:
+                _adjoint_identity(dy, p_ks, centers, of_ks)
+            else:
+                _adjoint_upsampled(dy, p_ks, centers, [factors[k] for k in ks], mode, [du[k] for k in ks], of_ks)
     return du, sums

@@ -25,11 +25,19 @@ _NOTHING = nullcontext()
 
 
 class Plan(NamedTuple):
-    """How a kernel is launched: programs, every argument after the tensors by name, warps."""
+    """How a kernel is launched: programs, every argument after the tensors by name, warps.
+
+    ``also``: other values of some of them, which another size may need; compiled at once.
+    """
 
     programs: int
     constants: dict[str, Any]
     num_warps: int = 4
+    also: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
 class Planned:
@@ -53,13 +61,19 @@ class Planned:
             launch(*tensors, *constants, stream=torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()))
 
     def _first(self, key: Hashable, plan: Plan, tensors: tuple) -> None:
-        options = {"num_warps": plan.num_warps, "enable_fp_fusion": False}
-        compiled = self.kernel[(plan.programs,)](*tensors, **plan.constants, **options)
+        compiled = self.kernel[(plan.programs,)](*tensors, **plan.constants, **plan.options)
+        if plan.also:
+            self.prepare(plan._replace(constants=plan.constants | plan.also), *tensors)
         if isinstance(compiled, CompiledKernel):
             if len(self.plans) >= LIMIT:
                 self.plans.clear()
             names = self.kernel.arg_names[len(tensors) :]
             self.plans[key] = compiled[(plan.programs, 1, 1)], tuple(plan.constants[name] for name in names)
+
+    def prepare(self, plan: Plan, *tensors: Tensor | tuple | None) -> None:
+        """Compile without a launch."""
+        if isinstance(self.kernel, JITFunction):  # else it is interpreted
+            self.kernel.warmup(*tensors, grid=(1,), **plan.constants, **plan.options)
 
 
 class Guard:

@@ -24,7 +24,7 @@ from revkernels.triton.plan import Plan, Planned
 
 MAX_VEC = 8  # elements: 16 bytes of the narrowest dtype
 # Arguments that no kernel is specialised on: another batch or image size compiles nothing.
-SIZES = ("rows", "C", "H", "W", "planes", "steps", "overlaps", "size", "splits")
+SIZES = ("rows", "C", "H", "W", "planes", "steps", "overlaps", "size", "splits", "parts", "counts")
 PIXELS_PER_PROGRAM = 16384  # of one row of tiles, beyond which a sum is split
 Strides = tuple[int, int, int, int]
 
@@ -147,43 +147,43 @@ def offset(n, c, h, strides, VEC: tl.constexpr):
 
 @triton.jit
 def load_vector(v, v_row, n, c, m, ACC: tl.constexpr):
-    """``v[c]`` or ``v[n, c]`` for each row of the tile, in the accumulation dtype; undefined where masked."""
-    return tl.load(v + n.to(tl.int64) * v_row + c, mask=m).to(ACC)
+    """``v[c]`` or ``v[n, c]`` for each row of the tile, in the accumulation dtype; 0 where masked."""
+    p_v = v + n.to(tl.int64) * v_row + c
+    return (tl.load(p_v) if m is None else tl.load(p_v, m, 0.0)).to(ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _fold_kernel(out, partial, size, splits, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out_k[i] = sum_s partial_k[s, i]``, always in the same order."""
+    """``out[i] = sum_s partial[s, i]``, always in the same order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     o_s = tl.arange(0, SPLITS)[:, None]
-    for k in tl.static_range(len(out)):
-        b_sum = tl.zeros([SPLITS, BLOCK], ACC)
-        for s in range(0, splits, SPLITS):
-            m = (s + o_s < splits) & (o < size)
-            b_sum += tl.load(partial[k] + (s + o_s).to(tl.int64) * size + o, mask=m, other=0.0)
-        tl.store(out[k] + o, tl.sum(b_sum, 0, keep_dims=True), mask=o < size)
-
-
-def split_buffers(out: tuple[Tensor, ...], splits: int) -> tuple[Tensor, ...]:
-    """Where ``splits`` programs leave their share of each sum: the outputs themselves when there is one."""
-    return out if splits == 1 else tuple(t.new_empty(splits, *t.shape) for t in out)
-
-
-def fold(out: tuple[Tensor, ...], partial: tuple[Tensor, ...]) -> None:
-    """Add up what :func:`split_buffers` gave out; all of ``out`` have one size.
-
-    A launch takes four of them, the last one again where there are fewer: one compilation for any number.
-    """
-    if partial is out:
-        return
-    size, splits, acc, block = out[0].numel(), partial[0].shape[0], accumulator(out[0]), 64
-
-    def plan() -> Plan:
-        return Plan(ceil_div(size, block), dict(size=size, splits=splits, ACC=acc, SPLITS=8, BLOCK=block))
-
-    for k in range(0, len(out), 4):
-        four = [(*tensors[k : k + 4], *tensors[-1:] * 3)[:4] for tensors in (out, partial)]
-        _fold((out[0].get_device(), size, splits, acc), plan, *four)
+    b_sum = tl.zeros([SPLITS, BLOCK], ACC)
+    for s in range(0, splits, SPLITS):
+        m = (s + o_s < splits) & (o < size)
+        b_sum += tl.load(partial + (s + o_s).to(tl.int64) * size + o, mask=m, other=0.0)
+    tl.store(out + o, tl.sum(b_sum, 0, keep_dims=True), mask=o < size)
 
 
 _fold = Planned(_fold_kernel)
+
+
+def _fold_plan(out: Tensor, splits: int) -> Plan:
+    size, block = out.numel(), 64
+    return Plan(ceil_div(size, block), dict(size=size, splits=splits, ACC=accumulator(out), SPLITS=8, BLOCK=block))
+
+
+def prepare_fold(out: Tensor) -> None:
+    """Compile :func:`fold`: a sum of this size may need no folding, and that of another image may."""
+    _fold.prepare(_fold_plan(out, 2), out, out)
+
+
+def split_buffer(out: Tensor, splits: int) -> Tensor:
+    """Where ``splits`` programs leave their share of the sums: the output itself when there is one."""
+    return out if splits == 1 else out.new_empty(splits, *out.shape)
+
+
+def fold(out: Tensor, partial: Tensor) -> None:
+    """Add up what :func:`split_buffer` gave out."""
+    if partial is not out:
+        splits = partial.shape[0]
+        _fold((out.get_device(), out.numel(), splits, out.dtype), lambda: _fold_plan(out, splits), out, partial)
