@@ -1,14 +1,16 @@
 """Memory, time and gradient error of fine-tuning pretrained networks reversibly (:mod:`revbifpn.dual_residual`).
 
     python benchmarks/dual_residual.py                                     ViT-S and ViT-B at 224, float32 and bfloat16
-    python benchmarks/dual_residual.py --models 'vit_l*,swin3d*' --dtypes float32
-    python benchmarks/dual_residual.py --rounds 0                          memory alone, on fake tensors: seconds
+    python benchmarks/dual_residual.py --models 'vit_l*,resnet*' --dtypes float32
+    python benchmarks/dual_residual.py --rounds 0                          memory alone, on fake tensors
+    python benchmarks/dual_residual.py --function                          how much of the function is kept
 
 Ways to train: ``ordinary``; ``checkpointed`` per block (timm's own); ``float``, dual-residual with float streams at
-(1/2, 1/2); ``int32 k=...`` and ``fixed16 k=...``, exact streams at (1 - 2^-k, 2^-k). `kept` is what is alive between forward
-and backward, `peak` the most that is alive in a step, both per sample, by :func:`revbifpn.memory.measure_step`. Times are CPU seconds of a
-step (``time.process_time``: other processes do not count), all ways in turn, on one thread; ratios are medians of the
-ratios within rounds. The gradient's error is that of all parameters against the same way with stored activations.
+(1/2, 1/2); ``int32 k=...`` and ``fixed16 k=...``, exact streams at (1 - 2^-k, 2^-k). `kept` is what is alive between
+forward and backward, `peak` the most that is alive in a step, both per sample, by
+:func:`revbifpn.memory.measure_step`. Times are CPU seconds of a step (``time.process_time``: other processes do not
+count), all ways in turn, on one thread; ratios are medians of the ratios within rounds. The gradient's error is that of
+all parameters against the same way with stored activations.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from benchmarks.harness.networks import DTYPES
 from benchmarks.harness.rivals import import_timm
 from benchmarks.harness.terminal import Column, print_table, track
 from benchmarks.harness.timing import alternate, paired_ratios, quantiles
-from revbifpn.dual_residual import convert, runs_of
+from revbifpn.dual_residual import DualResidualSequence, convert, runs_of
 from revbifpn.memory import MIB, measure_step
 
 BATCH = 2
@@ -118,19 +120,19 @@ UNITS = {"kept_bytes": "B", "peak_bytes": "B", "kept_ratio": "1", "peak_ratio": 
 UNITS |= {"time_ratio": "1", "gradient_error": "1"}
 
 
-def memory(network: Network, dtype: str) -> list[Row]:
-    """Kept and peak of every way, on fake tensors."""
+def memory(network: Network, dtype: str, ways: Sequence[Way]) -> list[Row]:
+    """Kept and peak of the ways, on fake tensors."""
     steps = []
-    for way in WAYS:
+    for way in ways:
         model = network.make()
         way.prepare(model)
         shape = (3, network.pixels, network.pixels)
         steps.append(measure_step(model, shape, batch=BATCH, dtype=DTYPES[dtype], fake=True))
-    base = steps[[way.name for way in WAYS].index("checkpointed")]
+    base = steps[[way.name for way in ways].index("checkpointed")]
     return [
         Row(network.name, network.pixels, dtype, way.name, BATCH, step.kept_bytes / BATCH, step.peak_bytes / BATCH,
             step.kept_bytes / base.kept_bytes, step.peak_bytes / base.peak_bytes)
-        for way, step in zip(WAYS, steps, strict=True)
+        for way, step in zip(ways, steps, strict=True)
     ]  # fmt: skip
 
 
@@ -178,6 +180,67 @@ def timed(network: Network, rows: Sequence[Row], dtype: torch.dtype, rounds: int
         by_way[way.name].time_ratio = paired_ratios(own, base)[0]
 
 
+WIDTH, TOKENS, SAMPLES, CLASSES = 64, 16, 4, 10
+POINTS = [(1.0, 2.0**-k) for k in (7, 5, 3, 1)] + [(1 - 2.0**-k, 2.0**-k) for k in (7, 5, 3, 2, 1, 0)]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+def function_kept(depth: int, alpha: float, beta: float, add_y: bool, seeds: int = 2) -> float:
+    """Cosine between the gradient at (alpha, beta) and that of the same weights at (1, 0), in float64."""
+    cosines = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        blocks = [Block() for _ in range(depth)]
+        net = DualResidualSequence(*blocks, add_y=add_y, reversible=False).double()
+        head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)).double()
+        x = torch.randn(SAMPLES, TOKENS, WIDTH, dtype=torch.float64)
+        labels = torch.randint(0, CLASSES, (SAMPLES,))
+        gradients = []
+        for point in ((alpha, beta), (1.0, 0.0)):
+            net.set(*point)
+            net.zero_grad()
+            torch.nn.functional.cross_entropy(head(net(x)).mean(1), labels).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        cosines.append(torch.cosine_similarity(*gradients, dim=0).item())
+    return sum(cosines) / seeds
+
+
+def report_function(output: Path) -> None:
+    """Print and save :func:`function_kept` at every point."""
+    rows: list[dict[str, Any]] = []
+    for depth in (12, 24):
+        for alpha, beta in POINTS:
+            both = {f"cosine_{n}": function_kept(depth, alpha, beta, add) for n, add in (("sum", True), ("x", False))}
+            rows.append({"depth": depth, "alpha": alpha, "beta": beta, **both})
+    columns = [Column(name) for name in ("depth", "alpha", "beta", "x_n + y_n", "x_n")]
+    cells = [
+        [
+            str(r["depth"]),
+            *(f"{r[c]:.4g}" for c in ("alpha", "beta")),
+            *(f"{r[f'cosine_{c}']:.3f}" for c in ("sum", "x")),
+        ]
+        for r in rows
+    ]
+    environment = results.environment(torch.device("cpu"))
+    print_table("Cosine of the gradient to the pretrained network's", columns, [cells], results.origin(environment))
+    units, keys = {"cosine_sum": "1", "cosine_x": "1"}, ("depth", "alpha", "beta")
+    print(results.save(output / "dual_residual_function", environment, {"seeds": 2}, rows, keys, units))
+
+
 COLUMNS = [
     Column("network", False),
     Column("dtype", False),
@@ -204,7 +267,8 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument(
         "--rounds", type=int, default=5, help="timed steps of every way; 0: none (default: %(default)s)"
     )
-    parser.add_argument("--ways", default="*", help="that are timed, with wildcards (default: all)")
+    parser.add_argument("--ways", default="*", help="with wildcards, checkpointed among them (default: all)")
+    parser.add_argument("--function", action="store_true", help="how much of the pretrained function is kept, instead")
     parser.add_argument("--name", default="dual_residual_cpu", help="of the results (default: %(default)s)")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
     return parser
@@ -218,10 +282,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtypes = command.some_of("--dtypes", arguments.dtypes, [d for d in DTYPES if d != "float16"])
     output = command.pick_output(arguments.output)
     torch.set_num_threads(1)
+    if arguments.function:
+        report_function(output)
+        return
     rows: list[Row] = []
     cases = [(network, dtype) for network in networks for dtype in dtypes]
     for network, dtype in track(cases, lambda case: f"{case[0].key} {case[1]}", "dual residual"):
-        rows += (found := memory(network, dtype))
+        rows += (found := memory(network, dtype, ways))
         if arguments.rounds:
             timed(network, found, DTYPES[dtype], arguments.rounds, ways)
     environment = results.environment(torch.device("cpu"))

@@ -3,11 +3,12 @@
     python benchmarks/dual_residual_digits.py                three seeds; minutes
     python benchmarks/dual_residual_digits.py --seeds 1 --epochs 2
 
-A small vision transformer (12 blocks of width 48) is pretrained on scikit-learn's handwritten digits 0 to 4 and fine-tuned
-as a whole on 5 to 9, of which every fifth image is for testing. Fine-tuning starts from the same weights and sees the same
-batches in every way: ordinary; ``float``, dual-residual at (1/2, 1/2), at (0, 1), and scheduled from (3/4, 1/4) to (1/2, 1/2)
-over the first half; ``int32 k=...``, exact streams at (1 - 2^-k, 2^-k), and scheduled from k = 7 to 1 over the first half.
-Prints test accuracies and writes the raw numbers with every epoch's loss (JSON, CSV) to benchmarks/results.
+A small vision transformer (12 blocks of width 48) is pretrained on scikit-learn's handwritten digits 0 to 4 and
+fine-tuned as a whole on 5 to 9, of which every fifth image is for testing. Fine-tuning starts from the same weights and
+sees the same batches in every way: ordinary; ``float``, dual-residual at (1/2, 1/2), at (0, 1), and scheduled from
+(3/4, 1/4) to (1/2, 1/2) over the first half; ``int32 k=...``, exact streams at (1 - 2^-k, 2^-k), and scheduled from
+k = 7 to 1 over the first half. Prints test accuracies and writes the raw numbers with every epoch's loss (JSON, CSV) to
+benchmarks/results.
 """
 
 from __future__ import annotations

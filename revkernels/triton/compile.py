@@ -187,21 +187,21 @@ def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]
             dy = _map((n, c, size, size), dtype)
             yield "couple_adjoint", name, partial(LAUNCHERS["couple_adjoint"], dy, p, vectors, factors, "bilinear")
     for p_dtype in (torch.float32, torch.bfloat16):
-        size = (n, c, 56, 56)
-        p = _map(size, p_dtype)
+        shape = (n, c, 56, 56)
+        t = _map(shape, p_dtype)
         for stream, k in ((torch.float32, 0), (torch.int32, 7), (torch.int32, 0), (torch.int16, 1)):
-            y, grid = _map(size, stream), () if stream == torch.float32 else (8,)
+            y, grid = _map(shape, stream), () if stream == torch.float32 else (8,)
             bits = (torch.empty(y.numel() // 8 * k, dtype=torch.uint8, device="meta"),) if k else (None,) * len(grid)
             for inverse in (False, True):
                 more = (*grid, *bits, overflow) if grid and not inverse else (*grid, *bits)
-                arguments = (y, y.clone(), p, -0.5, 2.0**-k, inverse, *more)
+                arguments = (y, y.clone(), t, -0.5, 2.0**-k, inverse, *more)
                 name = f"{SHORT[stream]} stream k={k} {SHORT[p_dtype]} {'inverse ' * inverse}56x56"
                 yield "dual_residual_", name, partial(LAUNCHERS["dual_residual_"], *arguments)
-        dy = _map(size, torch.float32)
+        dy = _map(shape, torch.float32)
         yield (
             "dual_residual_adjoint_",
             f"fp32 {SHORT[p_dtype]} 56x56",
-            partial(LAUNCHERS["dual_residual_adjoint_"], dy, dy.clone(), p, -0.5, 0.5),
+            partial(LAUNCHERS["dual_residual_adjoint_"], dy, dy.clone(), t, -0.5, 0.5),
         )
 
 
