@@ -240,6 +240,10 @@ def _public_ops(found: Sequence[Case]) -> Iterator[Case]:
             _, maps, _, _, factors, mode, *_ = case.arguments
             for p, f in zip(maps, factors, strict=True):
                 n, c, h, w = p.shape
+                if f == 1:  # a dual-residual step on a stream of this size
+                    y = dense(p, p.shape)
+                    yield Case(case.scale, "dual_residual_", (y, y, y, -0.5, 0.5, False, None, None, None), 0)
+                    yield Case(case.scale, "dual_residual_adjoint_", (y, y, y, -0.5, 0.5), 0)
                 if f > 1:
                     yield Case(case.scale, "upsample", (p, f, mode), 0)
                     yield Case(case.scale, "upsample_adjoint", (dense(p, (n, c, h * f, w * f)), f, mode), 0)

@@ -75,8 +75,8 @@ void dual_residual_(const Tensor& y, std::optional<Tensor> x, const Tensor& p, d
     STD_TORCH_CHECK(remainder->scalar_type() == ScalarType::Byte, "remainder: expected uint8, got ",
                     torch::headeronly::toString(remainder->scalar_type()));
     const int64_t bytes = ceil_div(args.size, 8) * args.bits;
-    args.remainder = static_cast<uint8_t*>(
-        row_of(*remainder, "remainder", DType::float16, bytes).data);
+    args.remainder =
+        static_cast<uint8_t*>(row_of(*remainder, "remainder", DType::float16, bytes).data);
   }
   STD_TORCH_CHECK(!inverse || args.bits == 0 || args.remainder || args.size == 0,
                   "remainder: expected the bits that the forward step kept, got None");

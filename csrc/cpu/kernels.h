@@ -144,13 +144,13 @@ struct GateSlopeArgs {
   bool wide = false;
 };
 
-constexpr int64_t kDequantizeBlock = 4096;   // elements of a row in a unit
+constexpr int64_t kDequantizeBlock = 4096;    // elements of a row in a unit
 constexpr int64_t kDualResidualBlock = 4096;  // elements of a unit, a multiple of 8
-constexpr int kDotRows = 4;                  // rows of a layer's weight, or of z, in a unit
-constexpr int64_t kColumnBlock = 64;         // columns of a product in a unit: whole vectors
-constexpr int64_t kDepthBlock = 128;         // terms of a product summed in registers
-constexpr int64_t kGateSegment = 1024;       // elements of gate_slopes in a unit
-constexpr int64_t kProductsPerElement = 16;  // products that cost what one element of a map does
+constexpr int kDotRows = 4;                   // rows of a layer's weight, or of z, in a unit
+constexpr int64_t kColumnBlock = 64;          // columns of a product in a unit: whole vectors
+constexpr int64_t kDepthBlock = 128;          // terms of a product summed in registers
+constexpr int64_t kGateSegment = 1024;        // elements of gate_slopes in a unit
+constexpr int64_t kProductsPerElement = 16;   // products that cost what one element of a map does
 
 // Each kernel works on the half-open range [begin, end) of its units, independently of the others.
 struct Kernels {
@@ -158,11 +158,11 @@ struct Kernels {
   void (*couple)(const CoupleArgs&, int64_t begin, int64_t end);                 // planes n C + c
   void (*couple_adjoint)(const CoupleAdjointArgs&, int64_t begin, int64_t end);  // planes n C + c
   void (*dequantize)(const DequantizeArgs&, int64_t begin, int64_t end);         // blocks of rows
-  void (*dual_residual)(const DualResidualArgs&, int64_t begin, int64_t end);          // blocks
+  void (*dual_residual)(const DualResidualArgs&, int64_t begin, int64_t end);    // blocks
   void (*dual_residual_adjoint)(const DualResidualArgs&, int64_t begin, int64_t end);  // blocks
-  void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);        // (n C + c) b + r
-  void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);        // planes n C + c
-  void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);           // planes n C + c
+  void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);  // (n C + c) b + r
+  void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);  // planes n C + c
+  void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);     // planes n C + c
   void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);  // planes c N + n
   void (*depthwise_grad_weight)(const DepthwiseArgs&, int64_t begin, int64_t end);  // group C + c
   void (*pointwise)(const PointwiseArgs&, int64_t begin, int64_t end);  // panel blocks + block

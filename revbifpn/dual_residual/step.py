@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class BlockBranch(ModuleBranch):
             again, _ = self.recompute(record, self.parameters(), inputs, [False] * len(inputs))
             if (again.p - p).abs().max() > TOLERANCE * p.abs().max():
                 raise RuntimeError(
-                    f"{self.module.label} ({type(self.module.block).__name__}) computed other values when it was called "
+                    f"{self.module.label} ({type(self.module.block).__name__}) computed other values when called "
                     "a second time, as backward will do: it has state outside of buffers, or a random generator of its "
                     "own. Leave it out of blocks=, or use reversible=False"
                 )
@@ -192,11 +192,11 @@ class DualCoupler(Coupler):
     divides = True
 
     def lower(self, coupling: Coupling, inputs: Sequence[Values]) -> Lowered:
-        return DualLowered(coupling, tuple(map(BlockBranch, coupling.transforms)))
+        return DualLowered(coupling, tuple(BlockBranch(cast(Bound, t)) for t in coupling.transforms))
 
     def stored_sum(self, coupling: Coupling, y: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
         for transform, x in zip(coupling.transforms, inputs, strict=True):
-            p = BlockBranch(transform).evaluate(x).p
+            p = BlockBranch(cast(Bound, transform)).evaluate(x).p
             y = p if y is None else y + p
         assert y is not None, "a step has a linear source"
         return y

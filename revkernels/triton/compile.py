@@ -34,9 +34,9 @@ from revkernels.triton import INTERPRETED, LAUNCHERS
 ARCHITECTURES = (80, 90)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-POINTERS |= {torch.int16: "*i16", torch.int64: "*i64"}
+POINTERS |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-SHORT |= {torch.int16: "int16"}
+SHORT |= {torch.int16: "int16", torch.int32: "int32"}
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,23 @@ def configurations(n: int = 8) -> Iterator[tuple[str, str, Callable[[], object]]
                 yield "couple_", f"{SHORT[stream]} stream {name}", call
             dy = _map((n, c, size, size), dtype)
             yield "couple_adjoint", name, partial(LAUNCHERS["couple_adjoint"], dy, p, vectors, factors, "bilinear")
+    for p_dtype in (torch.float32, torch.bfloat16):
+        shape = (n, c, 56, 56)
+        t = _map(shape, p_dtype)
+        for stream, k in ((torch.float32, 0), (torch.int32, 7), (torch.int32, 0), (torch.int16, 1)):
+            y, grid = _map(shape, stream), () if stream == torch.float32 else (8,)
+            bits = (torch.empty(y.numel() // 8 * k, dtype=torch.uint8, device="meta"),) if k else (None,) * len(grid)
+            for inverse in (False, True):
+                more = (*grid, *bits, overflow) if grid and not inverse else (*grid, *bits)
+                arguments = (y, y.clone(), t, -0.5, 2.0**-k, inverse, *more)
+                name = f"{SHORT[stream]} stream k={k} {SHORT[p_dtype]} {'inverse ' * inverse}56x56"
+                yield "dual_residual_", name, partial(LAUNCHERS["dual_residual_"], *arguments)
+        dy = _map(shape, torch.float32)
+        yield (
+            "dual_residual_adjoint_",
+            f"fp32 {SHORT[p_dtype]} 56x56",
+            partial(LAUNCHERS["dual_residual_adjoint_"], dy, dy.clone(), t, -0.5, 0.5),
+        )
 
 
 def report(

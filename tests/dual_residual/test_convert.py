@@ -273,7 +273,9 @@ class Doubling(nn.Module):
 def test_a_block_that_changes_the_shape_is_named():
     model = nn.Sequential(Doubling(), Doubling())
     convert(model, alpha=0.5, beta=0.5)
-    with pytest.raises(ValueError, match=r"^0 \(Doubling\): expected a result of its input's shape and dtype, \(2, 3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"^0 \(Doubling\): expected a result of its input's shape and dtype, \(2, 3, 4\)"
+    ):
         model(torch.randn(2, 3, 4))
 
 

@@ -11,7 +11,18 @@ from torch import nn
 import revbifpn
 from revbifpn import StreamFormat, StreamOverflowWarning, check_invertible, monitor_drift
 from revbifpn.dual_residual import DualResidualSequence, PrecisionWarning, predicted_error
-from tests.dual_residual.networks import BLOCKS, F32, F64, SHAPES, Residual, attention_blocks, loss_of, stack, step, tokens
+from tests.dual_residual.networks import (
+    BLOCKS,
+    F32,
+    F64,
+    SHAPES,
+    Residual,
+    attention_blocks,
+    loss_of,
+    stack,
+    step,
+    tokens,
+)
 from tests.marks import covering, mostly_slow
 from tests.networks import difference, identical
 
@@ -184,7 +195,9 @@ class Crossed(nn.Module):
 def test_tensors_among_the_arguments_get_their_gradient(exact, frozen):
     def run(reversible):
         torch.manual_seed(0)
-        net = DualResidualSequence(*(Crossed() for _ in range(3)), alpha=0.5, beta=0.5, exact=exact, reversible=reversible)
+        net = DualResidualSequence(
+            *(Crossed() for _ in range(3)), alpha=0.5, beta=0.5, exact=exact, reversible=reversible
+        )
         net.requires_grad_(not frozen)
         memory = tokens(seed=5).requires_grad_()
         loss_of(net(tokens(), memory * 2)).backward()
@@ -199,7 +212,9 @@ def test_an_argument_changed_in_place_before_the_backward_is_refused():
     net, memory = DualResidualSequence(Crossed(), Crossed(), alpha=0.5, beta=0.5), tokens(seed=5)
     y = net(tokens().requires_grad_(), memory)
     memory.add_(1)
-    with pytest.raises(RuntimeError, match="an argument of shape .* was changed in place between the forward and the backward"):
+    with pytest.raises(
+        RuntimeError, match="an argument of shape .* was changed in place between the forward and the backward"
+    ):
         y.sum().backward()
 
 
@@ -272,7 +287,10 @@ def test_anomaly_mode_names_the_block():
     net = stack()
     with torch.no_grad():
         net.blocks[2].mlp[2].bias.fill_(float("nan"))
-    with torch.autograd.detect_anomaly(check_nan=False), pytest.raises(RuntimeError, match="^2 computed values that are not"):
+    with (
+        torch.autograd.detect_anomaly(check_nan=False),
+        pytest.raises(RuntimeError, match="^2 computed values that are not"),
+    ):
         net(tokens())
 
 
@@ -329,7 +347,9 @@ def test_a_block_of_another_shape_or_dtype_is_named(exact, reversible, result, f
     net = DualResidualSequence(
         nn.Linear(16, 16), Widening(result), alpha=0.5, beta=0.5, exact=exact, reversible=reversible
     )
-    with pytest.raises(ValueError, match=rf"^1 \(Widening\): expected a result of its input's shape.*got {found}; leave it"):
+    with pytest.raises(
+        ValueError, match=rf"^1 \(Widening\): expected a result of its input's shape.*got {found}; leave it"
+    ):
         net(tokens())
 
 

@@ -18,6 +18,7 @@ from tests.marks import slow  # noqa: E402
 ROOT = Path(__file__).parents[2]
 PACKAGES = Path(revkernels.__file__).parents[1]  # of the package under test, installed or not
 ELEMENTWISE = {"couple_identity_kernel", "couple_upsampled_kernel"}
+DUAL_RESIDUAL = {"dual_residual_kernel", "dual_residual_integer_kernel", "dual_residual_adjoint_kernel"}
 REDUCTIONS = {"couple_adjoint_identity_kernel", "couple_adjoint_upsampled_kernel"}
 SMALL = {"fold_kernel"}
 COMPILE = """
@@ -43,7 +44,7 @@ def rows(request, pytestconfig):
 
 def test_every_op_compiles(rows):
     assert {r["op"] for r in rows} == LAUNCHERS.keys()
-    assert {r["kernel"] for r in rows} <= ELEMENTWISE | REDUCTIONS | SMALL
+    assert {r["kernel"] for r in rows} <= ELEMENTWISE | REDUCTIONS | SMALL | DUAL_RESIDUAL
 
 
 def test_couplings_compile_for_int16_streams(rows):
