@@ -1,26 +1,30 @@
-"""Training memory of detectors: Faster R-CNN on RevBiFPN, against ResNet and HRNet with the same FPN and heads.
+"""Training memory of detectors and segmenters: RevBiFPN against ResNet with FPN and HRNet with HRFPN.
 
-    python benchmarks/detection_memory.py                                     S0, S3, ResNet-50, HRNet-W18; minutes
-    python benchmarks/detection_memory.py --models 'revbifpn_s*/fast,hrnet_*' more of them
-    python benchmarks/detection_memory.py --size 416x672                      a quarter of the pixels
+    python benchmarks/detection_memory.py                                    Faster R-CNN, minutes
+    python benchmarks/detection_memory.py --detectors all --models '*'       everything
+    python benchmarks/detection_memory.py --models 'revbifpn_s3/*,hrnet_*' --norms frozen
 
-Runs a training step of torchvision's FasterRCNN (91 classes, FPN of 256 channels, 512 RoIs per image) on one random
-image and reports the most memory alive at once in it, without what existed before: parameters, buffers, the image.
-Norms are frozen, as detectors train; ResNet trains its last three stages, which is torchvision's default, all others
-train whole. The RPN's proposals are its anchors, so that random weights give every detector 512 RoIs. `kept` is what is
-alive between forward and backward. `fast` is revbifpn.fast with what revbifpn_fpn_backbone does by default;
-`checkpointed` keeps the inputs of a rival's blocks only.
+A step (forward, losses, backward) of torchvision's detectors on images of 800 x 1344 (91 classes, 256 channels, 512
+RoIs per image), or of the FPN of segmentation_models_pytorch on images of 1024 x 2048. The peak is the most memory
+alive at once, less what existed before (parameters, images) and less the parameters' gradients; those are a column of
+their own. MiB per image is the difference between steps of two images and of one. RevBiFPN trains whole, as does HRNet;
+ResNet trains its last three stages. Of norms the statistics are frozen, as in MMDetection; with --norms frozen the
+affine parameters too, as in torchvision. Segmenters train their norms.
 
-Beside the numbers stand the published ones (arXiv 2206.14098: box AP on COCO, schedule 1x, and memory per image, in
-MMDetection on GPUs). Prints a table and writes it to benchmarks/results/detection_memory_cpu.{json,csv}.
+`fast` is revbifpn.fast under what revbifpn.detection does by default, `reversible` and `stored` plain PyTorch under
+torchvision's heads. `checkpointed` recomputes a rival's blocks, HRFPN, and the same heads as `fast`.
+
+No arithmetic is done on what is large (benchmarks/harness/unarithmetic.py); --real does it all, and takes hours. The
+published AP and memory are those of arXiv 2206.14098, measured in MMDetection on GPUs. Prints tables and writes
+benchmarks/results/detection_memory_cpu.{json,csv,png} and detection_parts_cpu.png.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,144 +36,160 @@ if __package__ in (None, ""):  # run as a script: an installed revbifpn comes fi
     command.quiet_interrupts()
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import revbifpn
-from benchmarks.harness import command, results
+from benchmarks.harness import command, detectors, plots, results
 from benchmarks.harness.command import BenchmarkError, UsageError, entry
-from benchmarks.harness.rivals import Checkpointed, checkpoint_hrnet, import_timm
+from benchmarks.harness.detectors import FASTER, FROZEN, PUBLISHED, SEGMENT, SIXTEEN, SIZES, STATISTICS, Candidate
+from benchmarks.harness.networks import FAST
 from benchmarks.harness.terminal import Column, print_table, track
-from revbifpn.configs import CONFIGS
+from benchmarks.harness.unarithmetic import WithoutArithmetic
 from revbifpn.memory import MIB, PeakMemory
 
-FAST, REVERSIBLE, STORED, CHECKPOINTED = "fast", "reversible", "stored", "checkpointed"
-DEFAULT = "revbifpn_s0/fast,revbifpn_s3/fast,resnet50,hrnet_w18"
-CLASSES, WIDTH, OBJECTS, ROIS = 91, 256, 8, 512
-# Box AP on COCO and GB per image, as published for Faster R-CNN; read off the paper's figure where it prints no number.
-PUBLISHED = {
-    "revbifpn_s0": (31.4, 0.84),
-    "revbifpn_s1": (32.0, 0.89),
-    "revbifpn_s2": (36.3, 1.07),
-    "revbifpn_s3": (38.7, 1.31),
-    "revbifpn_s4": (40.3, 2.03),
-    "revbifpn_s5": (41.3, 2.75),
-    "revbifpn_s6": (42.2, 3.69),
-    "resnet50": (36.7, 1.81),
-    "resnet101": (39.2, 2.72),
-    "hrnet_w18": (36.2, 3.13),
-    "hrnet_w32": (39.6, 4.31),
-    "hrnet_w48": (41.3, 5.82),
-}
+DEFAULT = "revbifpn_s*/fast,resnet*,hrnet*"
+ROIS = 512
+BACKBONE, FPN, HEADS = "backbone", "FPN", "heads"
+PARTS = (BACKBONE, FPN, HEADS)
+GIGABYTES = (6, 8, 12, 16, 24)
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A backbone with FPN: its network, how activations are kept, and how to make it."""
+def mark_parts(model: nn.Module, meter: PeakMemory) -> list[Any]:
+    """Have the meter told in forward and backward which part runs; returns the hooks."""
+    body, fpn = detectors.parts_of(model)
 
-    name: str
-    variant: str
-    make: Callable[[], nn.Module]
+    def leaves(part: str, following: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, maps: Any) -> Any:
+            meter.begin(following)
+            tensors = [y for y in (maps.values() if isinstance(maps, dict) else maps) if y.requires_grad]
+            for y in tensors:
+                y.register_hook(lambda _: meter.begin(part))
 
-    @property
-    def key(self) -> str:
-        return f"{self.name}/{self.variant}"
+        return hook
 
+    def enters(part: str) -> Any:
+        return lambda *_: meter.begin(part)
 
-class Features(nn.Module):
-    """A network of timm that returns a list of maps, under an FPN, as :class:`BackboneWithFPN` is."""
-
-    def __init__(self, network: nn.Module) -> None:
-        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-
-        super().__init__()
-        self.network, self.out_channels = network, WIDTH
-        self.fpn = FeaturePyramidNetwork(network.feature_info.channels(), WIDTH, LastLevelMaxPool())
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return self.fpn({str(i): y for i, y in enumerate(self.network(x))})
-
-
-def _revbifpn(arch: str, variant: str) -> nn.Module:
-    from revbifpn.adapters.torchvision import BackboneWithFPN, revbifpn_fpn_backbone
-
-    if variant == FAST:
-        return revbifpn_fpn_backbone(arch, frozen_norms=True)
-    body = getattr(revbifpn, arch)(classes=None, reversible=variant == REVERSIBLE).freeze_norms()
-    return BackboneWithFPN(body, recompute=False)
-
-
-def _resnet(name: str, variant: str) -> nn.Module:
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-
-    backbone = resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=3)
-    if variant == CHECKPOINTED:
-        for stage in ("layer2", "layer3", "layer4"):
-            blocks = backbone.body[stage]
-            for i, block in enumerate(blocks):
-                blocks[i] = Checkpointed(block)
-    return backbone
-
-
-def _hrnet(name: str, variant: str) -> nn.Module:
-    timm = import_timm()
-    network = timm.create_model(name, features_only=True, feature_location="", out_indices=(1, 2, 3, 4))
-    network = timm.layers.freeze_batch_norm_2d(network)
-    if variant == CHECKPOINTED:
-        checkpoint_hrnet(network)
-    return Features(network)
-
-
-def catalogue() -> list[Backbone]:
-    """Every backbone in every variant."""
-    families: dict[Callable[[str, str], nn.Module], tuple[Sequence[str], Sequence[str]]] = {
-        _revbifpn: (tuple(CONFIGS), (FAST, REVERSIBLE, STORED)),
-        _resnet: (("resnet50", "resnet101"), (STORED, CHECKPOINTED)),
-        _hrnet: (("hrnet_w18", "hrnet_w32", "hrnet_w48"), (STORED, CHECKPOINTED)),
-    }
     return [
-        Backbone(name, variant, partial(make, name, variant))
-        for make, (names, variants) in families.items()
-        for name in names
-        for variant in variants
+        body.register_forward_pre_hook(enters(BACKBONE)),
+        body.register_forward_hook(leaves(BACKBONE, FPN)),
+        fpn.register_forward_hook(leaves(FPN, HEADS)),
     ]
 
 
-def objects(height: int, width: int) -> dict[str, Tensor]:
-    """Boxes [n, 4] of several sizes all over an image, and their labels [n]."""
-    centre = torch.rand(OBJECTS, 2) * torch.tensor([width, height])
-    extent = torch.logspace(-5, -1, OBJECTS, base=2)[:, None] * min(width, height)
-    limit = torch.tensor([width, height])
-    boxes = torch.cat([(centre - extent / 2).clamp(min=0), torch.minimum(centre + extent / 2, limit)], 1)
-    return {"boxes": boxes, "labels": torch.randint(1, CLASSES, (OBJECTS,))}
-
-
-def measure(backbone: Backbone, height: int, width: int) -> dict[str, Any]:
-    """The step's memory, in bytes, and the detector's parameters."""
-    from torchvision.models.detection import FasterRCNN
-
-    torch.manual_seed(0)
-    model = FasterRCNN(backbone.make(), CLASSES, min_size=height, max_size=width, rpn_nms_thresh=1.0).train()
-    nn.init.zeros_(model.rpn.head.bbox_pred.weight)
+def step(c: Candidate, model: nn.Module, images: int, real: bool) -> dict[str, Any]:
+    """The memory of one step, in bytes."""
+    height, width = SIZES[c.detector]
+    batch = [torch.rand(3, height, width) for _ in range(images)]
     rois: list[int] = []
-    model.roi_heads.box_head.register_forward_pre_hook(lambda head, inputs: rois.append(len(inputs[0])))
-    images, targets = [torch.rand(3, height, width)], [objects(height, width)]
-    with PeakMemory() as meter:
-        loss = sum(model(images, targets).values())
+    hooks = []
+    if c.detector == SEGMENT:
+        inputs = (torch.stack(batch),)
+        labels = torch.zeros(images, height, width, dtype=torch.long)
+    else:
+        inputs = (batch, [detectors.objects(c.detector, height, width) for _ in range(images)])
+        if hasattr(model, "roi_heads"):
+            head = model.roi_heads.box_head
+            hooks.append(head.register_forward_pre_hook(lambda _, given: rois.append(len(given[0]))))
+    autocast = torch.autocast("cpu", torch.bfloat16) if c.variant == SIXTEEN else nullcontext()
+    with nullcontext() if real else WithoutArithmetic(), PeakMemory() as meter:
+        meter.begin(HEADS)
+        hooks += mark_parts(model, meter)
+        with autocast:
+            found = model(*inputs)
+            loss = nn.functional.cross_entropy(found, labels) if c.detector == SEGMENT else sum(found.values())
+        del found
         kept = meter.live_bytes
+        meter.begin(HEADS)
         loss.backward()
-    if rois != [ROIS]:
-        raise BenchmarkError(f"{backbone.key}: expected {ROIS} RoIs, got {rois}; take a larger --size")
-    ap, gigabytes = PUBLISHED[backbone.name]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        peak, parts = meter.peak_without(gradients), meter.parts(gradients)
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    if rois and rois != [ROIS * images]:
+        raise BenchmarkError(f"{c.label}: expected {ROIS} RoIs per image, got {rois}")
+    named = {f"{part}_bytes": parts.get(part, 0) for part in PARTS}
+    return {"peak_bytes": peak, "kept_bytes": kept} | named | {"gradient_bytes": sum(g.nbytes for g in gradients)}
+
+
+def measure(c: Candidate, norms: str, real: bool) -> dict[str, Any]:
+    """Steps of one and of two images."""
+    model = detectors.make(c, norms)
+    if c.variant == SIXTEEN:
+        _unchecked(model)
+    one, two = (step(c, model, images, real) for images in (1, 2))
+    ap, gigabytes = PUBLISHED[c.detector].get(c.model, (None, None))
     return {
-        "model": backbone.name,
-        "variant": backbone.variant,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "gradient_bytes": sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None),
-        "peak_bytes": meter.peak_bytes,
-        "kept_bytes": kept,
+        **{"detector": c.detector, "model": c.model, "variant": c.variant},
+        **one,
+        "two_images_bytes": two["peak_bytes"],
+        "per_image_bytes": two["peak_bytes"] - one["peak_bytes"],
+        "parameter_bytes": sum(p.nbytes for p in model.parameters()),
         "published_ap": ap,
         "published_gb": gigabytes,
     }
+
+
+def _unchecked(model: nn.Module) -> None:
+    """Without arithmetic there are no streams whose exactness a first step could check."""
+    for module in model.modules():
+        if hasattr(module, "self_check"):
+            module.self_check = False
+
+
+def capacity(row: dict[str, Any], gigabytes: int) -> int:
+    """The largest batch that fits: activations, images, parameters, their gradients, SGD's momentum."""
+    height, width = SIZES[row["detector"]]
+    image = 3 * height * width * 4
+    fixed = row["peak_bytes"] - row["per_image_bytes"] + row["parameter_bytes"] + 2 * row["gradient_bytes"]
+    return max(0, int((gigabytes * 2**30 - fixed) // (row["per_image_bytes"] + image)))
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    for row in rows:
+        names = ("peak_bytes", "per_image_bytes", "kept_bytes", *(f"{part}_bytes" for part in PARTS))
+        mib = [f"{row[name] / MIB:.0f}" for name in (*names, "gradient_bytes", "parameter_bytes")]
+        published = ["" if row[k] is None else f"{row[k]:.{d}f}" for k, d in (("published_ap", 1), ("published_gb", 2))]
+        yield [row["model"], row["variant"], *mib, *published]
+
+
+COLUMNS = (
+    *(Column("backbone", number=False), Column("variant", number=False)),
+    *map(Column, ("peak MiB", "MiB/image", "kept", "backbone", "FPN", "heads", "gradients", "parameters")),
+    *map(Column, ("published AP", "published GB")),
+)
+
+
+def show(rows: Sequence[dict[str, Any]], norms: str, environment: dict[str, Any]) -> None:
+    caption = (
+        "peak: of one image; backbone, FPN and heads are its parts. Gradients of parameters are not in it.\n"
+        "MiB/image: what a second image adds to the peak.\n" + results.origin(environment)
+    )
+    for detector in dict.fromkeys(row["detector"] for row in rows):
+        own = [row for row in rows if row["detector"] == detector]
+        height, width = SIZES[detector]
+        frozen = "" if detector == SEGMENT else f", norms: {norms} frozen"
+        title = f"{detector}, {height} x {width}, float32{frozen}"
+        print_table(title, COLUMNS, [list(_cells(own))], caption)
+        fits = [row for row in own if row["variant"] in (FAST, SIXTEEN)] or own
+        cells = [[row["model"], row["variant"], *(str(capacity(row, g)) for g in GIGABYTES)] for row in fits]
+        print_table(
+            f"{detector}: largest batch",
+            (*COLUMNS[:2], *(Column(f"{g} GB") for g in GIGABYTES)),
+            [cells],
+            "Parameters, gradients and SGD's momentum counted; not counted: CUDA's context, what the allocator keeps.",
+        )
+
+
+def _parser() -> command.ArgumentParser:
+    parser = command.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=DEFAULT, help="comma list of wildcards, as in resnet50,revbifpn_s*/fast")
+    parser.add_argument("--detectors", default=FASTER, help=f"comma list of {', '.join(SIZES)}; or all")
+    parser.add_argument("--norms", choices=(STATISTICS, FROZEN), default=STATISTICS, help="what of them is frozen")
+    parser.add_argument("--size", metavar="HxW", help="of the images (default: each detector's, see above)")
+    parser.add_argument("--real", action="store_true", help="do the arithmetic")
+    parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
+    return parser
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -180,48 +200,36 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    for row in rows:
-        mib = (f"{row[name] / MIB:.0f}" for name in ("peak_bytes", "kept_bytes", "gradient_bytes"))
-        published = f"{row['published_ap']:.1f}", f"{row['published_gb']:.2f}"
-        yield [row["model"], row["variant"], *mib, f"{row['parameters'] / 1e6:.1f}", *published]
-
-
-COLUMNS = (
-    Column("backbone", number=False),
-    Column("variant", number=False),
-    *map(Column, ("peak MiB", "kept MiB", "gradients MiB", "parameters M", "published AP", "published GB")),
-)
-
-
-def _parser() -> command.ArgumentParser:
-    parser = command.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=DEFAULT, help="comma list of wildcards, as in resnet50,revbifpn_s*/fast")
-    parser.add_argument("--size", default="800x1344", metavar="HxW", help="of the image (default: %(default)s)")
-    parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
-    return parser
-
-
 @entry
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
-    height, width = _size(arguments.size)
-    chosen = command.select("--models", arguments.models, catalogue(), lambda b: (b.name, b.key))
+    if arguments.size:
+        SIZES.update(dict.fromkeys(SIZES, _size(arguments.size)))
+    known = tuple(SIZES)
+    names = known if arguments.detectors == "all" else command.some_of("--detectors", arguments.detectors, known)
+    chosen = command.select("--models", arguments.models, detectors.candidates(names), lambda c: (c.model, c.key))
     output = command.pick_output(arguments.output)
     command.require("torchvision")
-    rows = [measure(b, height, width) for b in track(chosen, lambda b: b.key, "detection")]
+    command.require("matplotlib")
+    rows = [measure(c, arguments.norms, arguments.real) for c in track(chosen, lambda c: c.label, "detection")]
+    save(rows, arguments, output)
 
+
+def save(rows: Sequence[dict[str, Any]], arguments: Any, output: Path) -> None:
+    """Tables, raw results and plots."""
+    names = dict.fromkeys(row["detector"] for row in rows)
     environment = results.environment(torch.device("cpu"))
-    settings = {"height": height, "width": width, "images": 1, "classes": CLASSES, "objects": OBJECTS}
-    units = {"peak_bytes": "B", "kept_bytes": "B", "gradient_bytes": "B", "parameters": "1"}
-    name = "detection_memory_cpu" + ("" if arguments.size == "800x1344" else f"_{arguments.size}")
-    print_table(
-        f"Faster R-CNN, one image of {height} x {width}, float32, norms frozen",
-        COLUMNS,
-        [list(_table(rows))],
-        results.origin(environment),
-    )
-    print(results.save(output / name, environment, settings, rows, ("model", "variant"), units))
+    settings = {"sizes": {name: list(SIZES[name]) for name in names}, "norms": arguments.norms, "real": arguments.real}
+    units = {name: "B" for name in rows[0] if name.endswith("_bytes")} | {"published_ap": "%", "published_gb": "GB"}
+    suffix = f"_{arguments.size}" * bool(arguments.size) + f"_{FROZEN}" * (arguments.norms == FROZEN)
+    keys = ("detector", "model", "variant")
+    with results.replacing(output) as new:
+        plots.memory_parts(rows, new / f"detection_parts_cpu{suffix}.png")
+    plot = partial(plots.detection, rows)
+    stem = output / f"detection_memory_cpu{suffix}"
+    written = results.save(stem, environment, settings, rows, keys, units, plot)
+    show(rows, arguments.norms, environment)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Train Faster R-CNN on RevBiFPN, on a dataset in COCO format, and evaluate it with pycocotools.
+"""Train Faster R-CNN on RevBiFPN by Lightning, on a dataset in COCO format, and evaluate it with pycocotools.
 
-pip install '.[torchvision]' pycocotools
+pip install '.[torchvision]' lightning pycocotools
 python examples/make_shapes.py shapes
 python examples/detect.py shapes --pictures shapes/found
 
 COCO itself, on a GPU of 8 GB:
 
 python examples/detect.py coco --train train2017 --val val2017 --arch revbifpn_s3 --pretrained \\
-    --pixels 800 --width 256 --rois 512 --batch 8 --lr 0.01 --device cuda
+    --pixels 800 --anchors 32,64,128,256,512 --width 256 --rois 512 --batch 8 --lr 1e-4 --precision bf16-mixed
 
 A split NAME is ``FOLDER/NAME`` with the images and ``FOLDER/annotations/instances_NAME.json``.
 """
@@ -16,25 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-import time
 from collections import defaultdict
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from revbifpn.adapters.torchvision import revbifpn_fpn_backbone
+from revbifpn.detection import fasterrcnn_revbifpn
 
 Target = dict[str, Tensor]
 
@@ -62,6 +63,8 @@ class CocoFolder(Dataset):
             raise BadDatasetError(f"cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise BadDatasetError(f"{self.file}: not in COCO format: {type(error).__name__}: {error}") from error
+        if missing := [record["id"] for record in self.records if "file_name" not in record]:
+            raise BadDatasetError(f"{self.file}: image {missing[0]}: has no file_name")
         self.labels = {category["id"]: i for i, category in enumerate(self.categories, 1)}
         known = {image["id"] for image in self.records}
         self.boxes: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
@@ -69,7 +72,11 @@ class CocoFolder(Dataset):
             where = f"{self.file}: annotation {annotation.get('id')}"
             if missing := [name for name in ("image_id", "category_id", "bbox") if name not in annotation]:
                 raise BadDatasetError(f"{where}: has no {', '.join(missing)}")
-            x, y, width, height = annotation["bbox"]
+            box = annotation["bbox"]
+            numbers = isinstance(box, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+            if not numbers or len(box) != 4:
+                raise BadDatasetError(f"{where}: expected a box of four finite numbers, got {box}")
+            x, y, width, height = box
             if annotation["image_id"] not in known:
                 raise BadDatasetError(f"{where}: there is no image {annotation['image_id']}")
             if annotation["category_id"] not in self.labels:
@@ -123,66 +130,73 @@ class Mirrored(Dataset):
         return mirrored(*sample) if torch.rand(()) < 0.5 else sample
 
 
-def make_detector(args: argparse.Namespace, categories: int) -> FasterRCNN:
-    backbone = revbifpn_fpn_backbone(
-        args.arch,
-        pretrained=args.pretrained,
-        trainable_layers=args.trainable_layers,
-        out_channels=args.width,
-        stream=args.stream,
-        reversible=not args.stored,
-        recompute=not args.stored,
-    )
-    return FasterRCNN(
-        backbone,
-        num_classes=categories + 1,
-        min_size=args.pixels,
-        max_size=args.pixels * 5 // 3,
-        box_batch_size_per_image=args.rois,
-    )
+class Detection(lightning.LightningModule):
+    """Faster R-CNN, its training step, its optimizer, and COCO's metrics."""
 
-
-def train_epoch(model: FasterRCNN, loader: DataLoader, optimizer: Any, schedule: Any, device: torch.device) -> float:
-    """The mean loss."""
-    model.train()
-    total = 0.0
-    for images, targets in loader:
-        losses = model(
-            [image.to(device) for image in images],
-            [{name: value.to(device) for name, value in target.items()} for target in targets],
+    def __init__(self, args: argparse.Namespace, train: CocoFolder, val: CocoFolder) -> None:
+        super().__init__()
+        self.args, self.val = args, val
+        sizes = tuple((int(size),) for size in args.anchors.split(","))
+        self.model = fasterrcnn_revbifpn(
+            len(train.categories) + 1,
+            scale=args.scale,
+            pretrained=args.pretrained,
+            trainable_levels=args.trainable_levels,
+            stream=args.stream,
+            width=args.width,
+            recompute=not args.stored,
+            overrides={"reversible": not args.stored},
+            min_size=args.pixels,
+            max_size=args.pixels * 5 // 3,
+            rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            box_batch_size_per_image=args.rois,
         )
-        loss = sum(losses.values())
+        self.found: list[dict[str, Any]] = []
+
+    def training_step(self, batch: tuple, batch_idx: int) -> Tensor:
+        images, targets = batch
+        loss = sum(self.model(list(images), list(targets)).values())
         if not loss.isfinite():
             ids = [int(target["image_id"]) for target in targets]
             raise BadDatasetError(f"the loss of images {ids} is {loss.item()}; lower --lr, or look at these images")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-    return total / len(loader)
+        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
 
-
-@torch.no_grad()
-def evaluate(model: FasterRCNN, dataset: CocoFolder, loader: DataLoader, device: torch.device) -> tuple[float, float]:
-    """AP and AP50, as COCO defines them, in per cent."""
-    model.eval()
-    results = []
-    for images, targets in loader:
-        for found, target in zip(model([image.to(device) for image in images]), targets, strict=True):
-            x0, y0, x1, y1 = found["boxes"].cpu().unbind(1)
+    def validation_step(self, batch: tuple, batch_idx: int) -> None:
+        images, targets = batch
+        for found, target in zip(self.model(list(images)), targets, strict=True):
+            x0, y0, x1, y1 = found["boxes"].float().cpu().unbind(1)
             boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist()
             for box, label, score in zip(boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True):
-                category = dataset.categories[label - 1]["id"]
-                results.append(
-                    {"image_id": int(target["image_id"]), "category_id": category, "bbox": box, "score": score}
-                )
-    if not results:
+                category = self.val.categories[label - 1]["id"]
+                image = int(target["image_id"])
+                self.found.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
+
+    def on_validation_epoch_end(self) -> None:
+        ap, ap50 = coco_metrics(self.val, self.found)
+        self.found = []
+        self.log_dict({"AP": ap, "AP50": ap50})
+
+    def on_train_epoch_end(self) -> None:
+        """Lightning has validated by then."""
+        about = ", ".join(f"{name} {float(value):.3f}" for name, value in self.trainer.callback_metrics.items())
+        print(f"epoch {self.current_epoch + 1}: {about}", flush=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.args.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def coco_metrics(dataset: CocoFolder, found: list[dict[str, Any]]) -> tuple[float, float]:
+    """AP and AP50 of detections, as COCO defines them, in per cent."""
+    if not found:
         return 0.0, 0.0
     with redirect_stdout(StringIO()):
         truth = COCO(str(dataset.file))
-        scores = COCOeval(truth, truth.loadRes(results), "bbox")
+        scores = COCOeval(truth, truth.loadRes(found), "bbox")
         scores.evaluate()
         scores.accumulate()
         scores.summarize()
@@ -190,17 +204,17 @@ def evaluate(model: FasterRCNN, dataset: CocoFolder, loader: DataLoader, device:
 
 
 @torch.no_grad()
-def draw(model: FasterRCNN, dataset: CocoFolder, folder: Path, device: torch.device, pictures: int = 8) -> None:
+def draw(model: torch.nn.Module, dataset: CocoFolder, folder: Path, pictures: int = 8) -> None:
     """What is found on the first images, with scores."""
     model.eval()
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(min(pictures, len(dataset))):
         image, _ = dataset[i]
-        (found,) = model([image.to(device)])
+        (found,) = model([image])
         sure = found["scores"] > 0.5
         names = [dataset.categories[label - 1]["name"] for label in found["labels"][sure].tolist()]
         words = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"][sure].tolist(), strict=True)]
-        picture = draw_bounding_boxes(image, found["boxes"][sure].cpu(), words, colors="red") if words else image
+        picture = draw_bounding_boxes(image, found["boxes"][sure], words, colors="red") if words else image
         to_pil_image(picture).save(folder / f"{i:03}.png")
 
 
@@ -209,19 +223,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", default="train", help="split to train on")
     parser.add_argument("--val", default="val", help="split to evaluate on")
-    parser.add_argument("--arch", default="revbifpn_s0")
+    parser.add_argument("--scale", default="s0", help="s0 to s6")
     parser.add_argument("--pretrained", action="store_true", help="published ImageNet weights, norms frozen")
-    parser.add_argument("--trainable-layers", type=int, help="of the backbone, from the last (default: all)")
+    parser.add_argument("--trainable-levels", type=int, help="layers of the backbone, from the last (default: all)")
     parser.add_argument("--stream", help="fixed32 or fixed16 (default: float32)")
     parser.add_argument("--stored", action="store_true", help="store activations instead of recomputing them")
-    parser.add_argument("--pixels", type=int, default=128, help="of an image's shorter side")
+    parser.add_argument("--pixels", type=int, default=64, help="of an image's shorter side")
+    parser.add_argument("--anchors", default="16,32,64,128,256", help="pixels, one per level of stride 4 to 64")
     parser.add_argument("--width", type=int, default=64, help="channels of FPN and heads")
-    parser.add_argument("--rois", type=int, default=64, help="per image that the box head trains on")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--rois", type=int, default=32, help="per image that the box head trains on")
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--accelerator", default="auto", help="Lightning's: cpu, gpu, ...")
+    parser.add_argument("--precision", default="32-true", help="Lightning's: 32-true, bf16-mixed, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="a folder for pictures with boxes")
     parser.add_argument("--save", type=Path, help="a file for the detector's state dict")
@@ -231,31 +247,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> float:
     """AP50 of the last epoch."""
     args = parse(arguments)
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
+    lightning.seed_everything(args.seed, verbose=False)
     train, val = CocoFolder(args.folder, args.train), CocoFolder(args.folder, args.val)
-    model = make_detector(args, len(train.categories)).to(device)
     options: dict[str, Any] = {
         "num_workers": args.workers,
         "collate_fn": lambda samples: tuple(zip(*samples, strict=True)),
     }
     loader = DataLoader(Mirrored(train), args.batch, shuffle=True, drop_last=len(train) > args.batch, **options)
-    val_loader = DataLoader(val, args.batch, **options)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * len(loader))
-    ap50 = 0.0
-    for epoch in range(args.epochs):
-        began = time.perf_counter()
-        loss = train_epoch(model, loader, optimizer, schedule, device)
-        seconds = time.perf_counter() - began
-        ap, ap50 = evaluate(model, val, val_loader, device)
-        print(f"epoch {epoch + 1}: loss {loss:.3f}, AP {ap:.1f}, AP50 {ap50:.1f}, {seconds:.0f} s", flush=True)
+    detection = Detection(args, train, val)
+    trainer = lightning.Trainer(
+        max_epochs=args.epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        precision=args.precision,
+        gradient_clip_val=10.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(detection, loader, DataLoader(val, args.batch, **options))
+    model = detection.model.cpu()
     if args.pictures:
-        draw(model, val, args.pictures, device)
+        draw(model, val, args.pictures)
     if args.save:
         torch.save(model.state_dict(), args.save)
-    return ap50
+    return float(trainer.callback_metrics["AP50"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A dataset in COCO format, generated: discs, squares and triangles on noise, to try a detector with.
 
 pip install . numpy pillow
-python examples/make_shapes.py shapes --images 400
+python examples/make_shapes.py shapes
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def draw(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image
     picture, found = Image.fromarray(noise), []
     pen = ImageDraw.Draw(picture)
     for _ in range(rng.integers(0, 5)):
-        kind, r = int(rng.integers(len(SHAPES))), rng.uniform(0.08, 0.2) * min(width, height)
+        kind, r = int(rng.integers(len(SHAPES))), rng.uniform(0.14, 0.28) * min(width, height)
         x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
         points = corners(SHAPES[kind], x, y, r, rng.uniform(0, 2 * math.pi))
         colour = tuple(int(c) for c in rng.choice([20, 235], 3))
@@ -51,7 +51,7 @@ def write(folder: Path, name: str, images: int, seed: int) -> None:
         "categories": [{"id": i + 1, "name": shape} for i, shape in enumerate(SHAPES)],
     }
     for i in range(1, images + 1):
-        width, height = (int(v) for v in rng.choice([96, 128], 2))
+        width, height = (int(v) for v in rng.choice([64, 80], 2))
         picture, found = draw(rng, width, height)
         file = f"{i:06}.png"
         picture.save(folder / name / file)
@@ -73,7 +73,7 @@ def write(folder: Path, name: str, images: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=320, help="to train on; a quarter as many to evaluate on")
+    parser.add_argument("--images", type=int, default=480, help="to train on; a quarter as many to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.folder, "train", args.images, args.seed)

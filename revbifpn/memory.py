@@ -48,6 +48,8 @@ class _StorageLog(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []
+        self.parts: list[str] = []  # by serial: what ran when the storage was made
+        self.part = ""
         self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: serial, reference
         self._bytes: list[int] = []  # by serial
 
@@ -72,6 +74,7 @@ class _StorageLog(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage) -> None:
         serial, address = len(self._bytes), storage._cdata
         self._bytes.append(0)
+        self.parts.append(self.part)
 
         def freed(_: weakref.ref) -> None:
             self._resize(serial, 0)
@@ -189,6 +192,29 @@ class PeakMemory:
     @property
     def reserved_bytes(self) -> int | None:
         return self._read()[2]
+
+    def begin(self, part: str) -> None:
+        """What is made from now on belongs to this part of a network; for :meth:`parts`."""
+        if self._log is not None:
+            self._log.part = part
+
+    def parts(self, without: Iterable[Tensor] = ()) -> dict[str, int]:
+        """The bytes at the peak by the part that they belong to, had ``without`` never been allocated.
+
+        Only inside the block, and off CUDA, as :meth:`peak_without`.
+        """
+        without = list(without)
+        peak = self.peak_without(without)
+        assert self._log is not None
+        left_out, events = self._log.serials(without), self._log.events
+        live, alive = 0, dict.fromkeys(self._log.parts, 0)
+        for serial, change in events:
+            if serial not in left_out:
+                live += change
+                alive[self._log.parts[serial]] += change
+                if live == peak:
+                    break
+        return alive
 
     def peak_without(self, tensors: Iterable[Tensor]) -> int:
         """The peak so far, had the storages of ``tensors`` (parameter gradients, say) never been allocated.

@@ -176,3 +176,62 @@ def shares(rows: Sequence[dict[str, Any]], kinds: Sequence[str], title: str, pat
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def detection(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Published AP over the memory of an image (logarithmic), a panel per detector that has a published AP."""
+    shown = {
+        row["detector"]: [r for r in rows if r["detector"] == row["detector"] and r["published_ap"]] for row in rows
+    }
+    shown = {detector: own for detector, own in shown.items() if own}
+    with panels(path, list(shown) or ["no published AP"], 5.6) as axes:
+        for axis, own in zip(axes, shown.values(), strict=False):
+            groups = dict.fromkeys((row["model"].rstrip("0123456789"), row["variant"]) for row in own)
+            for i, (family, variant) in enumerate(groups):
+                series = [r for r in own if (r["model"].rstrip("0123456789"), r["variant"]) == (family, variant)]
+                name = family.rstrip("_sw")
+                colour = KINDS.get(kind_of(variant), "#777777") if name == "revbifpn" else plain_colour(name)
+                axis.plot(
+                    [r["per_image_bytes"] / MIB for r in series],
+                    [r["published_ap"] for r in series],
+                    color=colour,
+                    marker=MARKERS[i % len(MARKERS)],
+                    linestyle="--" if variant == CHECKPOINTED or "bf16" in variant else "-",
+                    label=f"{name}, {variant}",
+                )
+                for r in series:
+                    point = (r["per_image_bytes"] / MIB, r["published_ap"])
+                    label = r["model"].removeprefix("revbifpn_").removeprefix("hrnet_").removeprefix("resnet")
+                    axis.annotate(label, point, xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+            axis.set_xscale("log")
+            _plain_numbers(axis.xaxis)
+            axis.set_xlabel("memory of an image in training, MiB")
+            axis.set_ylabel("published box AP on COCO")
+
+
+def plain_colour(name: str) -> str:
+    return {"hrnet": "#D55E00", "resnet": "#009E73"}.get(name, "#777777")
+
+
+def memory_parts(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A stacked bar per row: what of a step's memory, of one image, belongs to which part."""
+    colours = {
+        "backbone": "#0072B2",
+        "FPN": "#56B4E9",
+        "heads": "#009E73",
+        "parameters": "#999999",
+        "gradients": "#BBBBBB",
+        "optimizer": "#DDDDDD",
+    }
+    groups = list(dict.fromkeys(row["detector"] for row in rows))
+    with panels(path, groups, 1.8 + 0.28 * max(sum(r["detector"] == g for r in rows) for g in groups)) as axes:
+        for axis, group in zip(axes, groups, strict=True):
+            own = [row for row in rows if row["detector"] == group][::-1]
+            left = [0.0] * len(own)
+            for part, colour in colours.items():
+                key = {"parameters": "parameter_bytes", "gradients": "gradient_bytes", "optimizer": "gradient_bytes"}
+                widths = [row[key.get(part, f"{part}_bytes")] / MIB for row in own]
+                axis.barh(range(len(own)), widths, left=left, color=colour, label=part)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            axis.set_yticks(range(len(own)), [f"{r['model']}, {r['variant']}" for r in own], fontsize=8)
+            axis.set_xlabel("MiB at the peak of a step of one image; optimizer: SGD with momentum")

@@ -109,7 +109,7 @@ class SampledRPN(RegionProposalNetwork):
             pixel, cell = (anchor[here] - first) // cells, (anchor[here] - first) % cells
             outputs = self._at_pixels(pyramid, name, image[here], pixel // width, pixel % width)
             rows = torch.arange(len(here), device=p.device)
-            found.append(torch.cat([y.view(len(here), cells, -1)[rows, cell] for y in outputs], 1))  # [s, 1 + 4]
+            found.append(torch.cat([y.unflatten(1, (cells, -1))[rows, cell] for y in outputs], 1))  # [s, 1 + 4]
             places.append(here)
             first = end
         chosen = torch.cat(found)[torch.cat(places).argsort()]

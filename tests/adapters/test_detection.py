@@ -95,6 +95,10 @@ def test_a_step_has_the_losses_and_gradients_of_the_stored_one(name):
     assert_same(name)
 
 
+def test_so_it_has_where_no_anchor_of_some_levels_is_sampled():
+    assert_same("fasterrcnn", rpn_batch_size_per_image=2)
+
+
 @pytest.mark.parametrize("name", slow(["fasterrcnn", "maskrcnn", "retinanet", "fcos"]))
 def test_so_it_has_where_an_image_has_no_boxes_and_layers_and_norms_are_frozen(name):
     assert_same(name, empty=(0,), trainable_levels=1, frozen_norms=True)
