@@ -48,7 +48,7 @@ from revbifpn.fits import CLASSIFICATION, Step
 SEGMENTATION, SEGMENTATION_CLASSES = "segmentation", 19
 SIZES = {CLASSIFICATION: ("224x224", "800x1344", "512x512", "288x288"), SEGMENTATION: ("1024x2048", "512x1024")}
 SETTINGS = (("float32", "float32"), ("bfloat16", "fixed16"), ("bfloat16", "fixed32"))
-SEGMENTATION_SETTINGS = SETTINGS[:2]
+COMPARED = SETTINGS[:2]  # one for each precision: rivals have no streams
 CLASSIFIERS = ("hrnet_w18", "hrnet_w32", "hrnet_w48", "tf_efficientnet_b0", "tf_efficientnet_b4", "tf_efficientnet_b7")
 ENCODERS = {"resnet50": "ResNet-50", "resnet101": "ResNet-101"} | {
     name: rival.label for name, rival in RIVALS.items() if rival.family == "HRNet"
@@ -109,20 +109,21 @@ def _classification(size: tuple[int, int]) -> Iterator[Job]:
         for arch in CONFIGS:
             run = partial(fits.simulate_revbifpn, arch, size, precision, stream)
             yield Job(CLASSIFICATION, arch, fits.RECOMPUTED, size, precision, stream, run)
-    for precision in fits.PRECISIONS:
-        for arch in CONFIGS:
-            run = partial(fits.simulate_revbifpn, arch, size, precision, "", STORED)
-            yield Job(CLASSIFICATION, arch, STORED, size, precision, "", run)
+        if (precision, stream) not in COMPARED:
+            continue
         for name in CLASSIFIERS:
             for variant in (STORED, CHECKPOINTED):
                 make = partial(RIVALS[name].build, checkpointed=variant == CHECKPOINTED)
                 about = {"network": name, "label": RIVALS[name].label, "variant": variant, "score": RIVALS[name].top1}
                 run = partial(fits.simulate, make, size, precision, **about)
                 yield Job(CLASSIFICATION, name, variant, size, precision, "", run)
+        for arch in CONFIGS:
+            run = partial(fits.simulate_revbifpn, arch, size, precision, "", STORED)
+            yield Job(CLASSIFICATION, arch, STORED, size, precision, "", run)
 
 
 def _segmentation(size: tuple[int, int]) -> Iterator[Job]:
-    for precision, stream in SEGMENTATION_SETTINGS:
+    for precision, stream in COMPARED:
         for arch in CONFIGS:
             make = partial(Segmenter, arch, stream=stream)
             about = {"network": arch, "label": LABELS[arch], "variant": fits.RECOMPUTED, "stream": stream}
