@@ -25,7 +25,7 @@ from revbifpn.fused.eligible import has_hooks
 from revbifpn.fused.program import NotFusedError, Program, Programs
 from revbifpn.fused.segment import Segment
 from revbifpn.model import ByArch, factory
-from revbifpn.reversible import PerLevel, ReversibleSequence, RevBlock, RevSilo
+from revbifpn.reversible import PerLevel, RevBlock, ReversibleSequence, RevSilo
 from revbifpn.streams import autocast_dtype, resolve
 
 

@@ -118,7 +118,9 @@ def mbconv_recompute(
 
 
 @_counts
-def mbconv_infer_(maps: Sequence[Shape], weights: Sequence[Shape], terms: Sequence[int], *_: object, **__: object) -> int:
+def mbconv_infer_(
+    maps: Sequence[Shape], weights: Sequence[Shape], terms: Sequence[int], *_: object, **__: object
+) -> int:
     """What the forward of every term computes."""
     given, total = iter(weights), 0
 
@@ -130,8 +132,8 @@ def mbconv_infer_(maps: Sequence[Shape], weights: Sequence[Shape], terms: Sequen
         expand = convolution() if flags & EXPANDS else None
         depthwise = convolution()
         squeeze = [next(given) for _ in range(4)][0] if flags & SQUEEZES else None
-        n, _, h, w = maps[source]
-        x = (n, depthwise[0] if expand is None else expand[1], h, w)
+        n, *size = maps[source]
+        x = (n, depthwise[0] if expand is None else expand[1], *size[1:])
         total += sum(_Products.of(x, expand, depthwise, squeeze, convolution(), stride))
     return total
 

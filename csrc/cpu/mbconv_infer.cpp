@@ -34,14 +34,15 @@ class Weights {
                     torch::headeronly::toString(dtype_), ", got ",
                     torch::headeronly::toString(t.scalar_type()), " of shape ", shape_of(t));
     const Layout layout(t);
-    bool fits = layout.dim == int64_t(sizes.size());
-    std::vector<int64_t> wanted;
-    for (int64_t d = 0; fits && d < layout.dim; ++d) {
-      int64_t& size = **(sizes.begin() + d);
+    const int64_t dim = int64_t(sizes.size());
+    bool fits = layout.dim == dim;
+    for (int64_t d = 0; d < std::min(dim, layout.dim); ++d) {
+      int64_t& size = *sizes.begin()[d];
       if (size < 0) size = layout.sizes[d];
-      fits = size == layout.sizes[d];
+      fits = fits && size == layout.sizes[d];
     }
     if (!fits) {
+      std::vector<int64_t> wanted;
       for (const int64_t* size : sizes) wanted.push_back(*size);
       STD_TORCH_CHECK(false, name, ": expected ", text_of(wanted), ", got ", shape_of(t));
     }
@@ -98,8 +99,9 @@ Step step_of(const std::vector<Map>& maps, const int64_t* numbers, const double*
   }
   m.depthwise.data = weights.take({&e, &one, &k, &k});
   m.depthwise.channels = e, m.depthwise.size = k, m.depthwise.stride = numbers[4];
-  STD_TORCH_CHECK(k % 2 == 1 && numbers[4] >= 1, "terms: expected an odd kernel and a stride of at ",
-                  "least 1, got ", k, " and ", numbers[4]);
+  STD_TORCH_CHECK(k % 2 == 1 && numbers[4] >= 1,
+                  "terms: expected an odd kernel and a stride of at ", "least 1, got ", k, " and ",
+                  numbers[4]);
   if (c < 0) c = e;
   norm(1, e);
   if (flags & kSqueezes) {
@@ -112,8 +114,8 @@ Step step_of(const std::vector<Map>& maps, const int64_t* numbers, const double*
   norm(2, out);
   m.x = channels_of(maps[size_t(source)], numbers[3], c, {"maps", source});
   step.y = channels_of(maps[size_t(target)], numbers[1], out, {"maps", target});
-  const bool apart = source != target || numbers[1] + out <= numbers[3] ||
-                     numbers[3] + c <= numbers[1];
+  const bool apart =
+      source != target || numbers[1] + out <= numbers[3] || numbers[3] + c <= numbers[1];
   STD_TORCH_CHECK(apart, "terms: expected a source beside its target, got channels of maps[",
                   target, "] that overlap");
   STD_TORCH_CHECK(step.y.h == m.height() * step.factor && step.y.w == m.width() * step.factor,

@@ -111,7 +111,7 @@ class Program:
 
     def tensors(self, x: Tensor) -> list[Tensor] | None:
         """All weights and statistics; None where they are not ordinary tensors of the dtype of x."""
-        found = list(map(getitem, *self._columns))
+        found: list[Any] = list(map(getitem, *self._columns))
         return found if set(map(type, found)) <= _ORDINARY and set(map(_dtype, found)) == {x.dtype} else None
 
     def is_evaluated(self) -> bool:
@@ -150,7 +150,6 @@ class Program:
             places = [kept[i][rows] if i in kept else None for i in range(len(shapes))]
             self._run(places, enter(images[rows]), shapes, tensors)
         return [kept[i] for i in keep]
-
 
     def _run(
         self,

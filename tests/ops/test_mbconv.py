@@ -14,6 +14,7 @@ from revkernels import reference_mbconv as reference
 from revkernels import workspace
 from revkernels.reference import accumulate_dtype
 from tests.marks import covering
+from tests.ops import test_mbconv_infer
 
 pytestmark = covering
 
@@ -167,7 +168,7 @@ def backward(
 
 
 def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
-    """Arguments of the three ops that give every tensor."""
+    """Arguments of the ops that give every tensor."""
     torch.manual_seed(0)
     case = Case(dtype=dtype, expanded=8, keep=True)
     found: dict[str, tuple] = {}
@@ -188,6 +189,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     dz = case.plane(case.e, case.out_size)
     keep = torch.ones(case.n, dtype=case.acc)
     backward(case, note("mbconv_backward"), x, weights, norms, du, keep, dx, dz=dz, **kept)
+    found["mbconv_infer_"] = tuple(test_mbconv_infer.network(dtype, n=1, h=8, w=8).values())
     return found
 
 
