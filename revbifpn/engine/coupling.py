@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -82,12 +83,12 @@ class Coupling:
         if self.creates and (self.scale != 1 or not self.terms):
             raise ValueError("creates: a new level starts from zero: it has terms, and nothing to scale")
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Part, ...]:
         """What the transforms read."""
         return tuple(source for source, _ in self.terms)
 
-    @property
+    @cached_property
     def transforms(self) -> tuple[nn.Module, ...]:
         return tuple(transform for _, transform in self.terms)
 
