@@ -112,7 +112,7 @@ def draw(outcome: Outcome, pictures: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    model, samples = outcome.task.evaluated.cpu().eval(), outcome.data.samples_of(False)
+    model, samples = outcome.model, outcome.data.samples_of(False)
     count = min(pictures, len(samples))
     figure, axes = pyplot.subplots(count, 3, figsize=(6, 2 * count), squeeze=False, layout="constrained")
     for row, i in zip(axes, range(count), strict=True):

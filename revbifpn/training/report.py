@@ -131,7 +131,6 @@ def plot_confusion(matrix: Tensor, classes: list[str], output: Path) -> None:
 
 def export(model: nn.Module, options: Options) -> list[Path]:
     """``model.safetensors``, ``model.onnx``: what was asked for."""
-    model = model.eval().cpu()
     written = []
     if "safetensors" in options.export:
         written.append(options.output / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -37,11 +38,12 @@ LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixe
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run: the task with its model, and where everything is."""
+    """Of a run: the task, the model of its best epoch, and where everything is."""
 
     task: Task
     data: Data
     output: Path
+    model: nn.Module
 
 
 def backbone(options: Options, classes: int | None) -> RevBiFPN:
@@ -183,8 +185,8 @@ def train(
         step = found["global_step"]
         del found
     task = Task(model, work(data.classes), o, data.classes, data.updates)
-    metrics = MetricsFile(o.output / "metrics.csv")
-    metrics.begin(step)
+    metrics = MetricsFile(o.output / "metrics.csv", after=step)
+    plainest = copy.deepcopy(model) if o.strategy == "fsdp" else None  # what sharded modules cannot be turned back to
     memory = report.Memory(steps=o.max_memory is not None)
     saving = Saving(o.output, about, every=o.save_every, agree=o.log_every, monitor=lambda: task.score)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until there is something to save
@@ -210,9 +212,23 @@ def train(
         default_root_dir=o.output,
     )
     trainer.fit(task, data, ckpt_path=last, weights_only=True)
+    outcome = Outcome(task, data, o.output, best(task, o.output, plainest))
     if trainer.is_global_zero:
-        _finish(Outcome(task, data, o.output), expected, memory.measured)
-    return Outcome(task, data, o.output)
+        _finish(outcome, expected, memory.measured)
+    return outcome
+
+
+def best(task: Task, output: Path, plainest: nn.Module | None) -> nn.Module:
+    """The model with the weights of the best epoch (their average, where there is one), on the CPU."""
+    path = output / BEST
+    state = read(path)["state_dict"] if path.exists() else None
+    if plainest is None:
+        if state is not None:
+            task.cpu().load_state_dict(state)
+        return task.evaluated.cpu().eval()
+    if state is not None:
+        plainest.load_state_dict({n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")})
+    return plainest.cpu().eval()
 
 
 def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
@@ -222,19 +238,11 @@ def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
         print(f"measured {report.gigabytes(measured)} of memory for a step{compared}")
     if names := skipped_names(outcome.data.skipped):
         print(f"{len(names)} images were skipped, the first is {names[0]}; all are in {outcome.data.skipped}")
-    restore_best(task, output)
     report.plot_curves(output / "metrics.csv", output / "curves.png", expected, measured)
     if hasattr(task, "matrix"):
         report.plot_confusion(task.matrix, task.classes, output / "confusion.png")
-    for path in report.export(task.evaluated, task.options):
+    for path in report.export(outcome.model, task.options):
         print(f"wrote {path}")
-
-
-def restore_best(task: Task, output: Path) -> None:
-    """The weights of the best epoch, on the CPU."""
-    best = output / BEST
-    if best.exists() and task.options.strategy != "fsdp":
-        task.cpu().load_state_dict(read(best)["state_dict"])
 
 
 def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None], int]:
