@@ -3,9 +3,10 @@
     python benchmarks/training_kills.py              fifty kills
     python benchmarks/training_kills.py --kills 3    that it runs
 
-Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a checkpoint
-is being written. After each the checkpoint in place is read, and the run started again with ``--resume``. Every second
-step is saved. When a run comes to its end, losses and every bit of the weights are compared, and another one begins.
+Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a
+checkpoint is being written. After each the checkpoint in place is read, and the run started again with ``--resume``.
+Every second step is saved. When a run comes to its end, losses and every bit of the weights are compared, and another
+one begins.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ from revbifpn.training.logs import read_curves  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 96
-NETWORK = ("channels=[48,16,16,16]", "head_channels=[16,16,16,16]", "fc_features=32", "num_ext_layers=0", "inv_blk_rep=1")
+NETWORK = (
+    "channels=[48,16,16,16]",
+    "head_channels=[16,16,16,16]",
+    "fc_features=32",
+    "num_ext_layers=0",
+    "inv_blk_rep=1",
+)
 STEPS_PER_EPOCH = 24
 
 
@@ -67,7 +74,20 @@ class Run:
 
     def __init__(self, folder: Path, data: Path, epochs: int) -> None:
         self.folder = folder
-        options = ["--data", data, "--output", folder, "--epochs", epochs, "--resolution", 32, "--batch", 4, "--lr", 1e-3]
+        options = [
+            "--data",
+            data,
+            "--output",
+            folder,
+            "--epochs",
+            epochs,
+            "--resolution",
+            32,
+            "--batch",
+            4,
+            "--lr",
+            1e-3,
+        ]
         options += ["--log-every", 1, "--save-every", 2, "--ema", 0.99, "--mixup", 0.2, "--workers", 0, "--no-progress"]
         self.options = [*options, "--resume", "--device", "cpu", "--model-kwargs", *NETWORK]
 
@@ -122,7 +142,9 @@ def kill(run: Run, number: int, chance: random.Random, usual: float) -> Row | No
 
 def compare(one: Path, other: Path) -> dict[str, bool]:
     a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    metrics = [[line for line in (f / "metrics.csv").read_text().splitlines() if "memory" not in line] for f in (one, other)]
+    metrics = [
+        [line for line in (f / "metrics.csv").read_text().splitlines() if "memory" not in line] for f in (one, other)
+    ]
     return {
         "same_metrics": metrics[0] == metrics[1],
         "same_weights": a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a),
@@ -165,9 +187,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     environment = results.environment(torch.device("cpu"))
     steps = arguments.epochs * STEPS_PER_EPOCH
     settings: dict[str, Any] = {"kills": len(rows), "runs": runs, "steps_of_each": steps, **all_same}
-    written = results.save(output / "training_kills_cpu", environment, settings, [asdict(r) for r in rows], ROW_KEYS, UNITS)
-    columns = (Column("kill"), Column("when", number=False), Column("s"), Column("logged"), Column("saved"), Column("partial"))
-    lines = [[str(r.kill), r.when, f"{r.seconds:.1f}", str(r.step_logged), str(r.step_saved), str(r.left_partial)] for r in rows]
+    written = results.save(
+        output / "training_kills_cpu", environment, settings, [asdict(r) for r in rows], ROW_KEYS, UNITS
+    )
+    columns = (
+        Column("kill"),
+        Column("when", number=False),
+        Column("s"),
+        Column("logged"),
+        Column("saved"),
+        Column("partial"),
+    )
+    lines = [
+        [str(r.kill), r.when, f"{r.seconds:.1f}", str(r.step_logged), str(r.step_saved), str(r.left_partial)]
+        for r in rows
+    ]
     print_table("Kill -9", columns, [lines], f"{runs} runs of {steps} steps: {all_same}\n{results.origin(environment)}")
     print(written)
     if not all(all_same.values()):

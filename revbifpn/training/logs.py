@@ -19,7 +19,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 class MetricsFile(Logger):
-    """Appends lines ``step,name,value``; with its first line it takes back those beyond the step that a run begins after."""
+    """Appends lines ``step,name,value``; the first one takes back those beyond the step that a run begins after."""
 
     def __init__(self, path: Path, after: int = 0) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class MetricsFile(Logger):
             with self.path.open("ab") as file:
                 os.write(file.fileno(), lines.encode())
         except OSError as error:
-            raise SaveError(f"{self.path}: cannot be written: {error.strerror}; make room, then start with --resume") from error
+            raise SaveError(f"{self.path}: cannot be written: {error.strerror}; make room, and add --resume") from error
 
 
 def read_curves(path: Path) -> Curves:
-    """Points ``(step, value)`` by name; a line that a kill has cut is left out, and the later of two at one step holds."""
+    """Points ``(step, value)`` by name; a line cut by a kill is left out, and the later of two at one step holds."""
     curves: dict[str, dict[int, float]] = {}
     for line in path.read_text().splitlines(keepends=True)[1:] if path.exists() else []:
         fields = line.rstrip("\n").split(",")

@@ -63,7 +63,7 @@ def backbone(options: Options, classes: int | None) -> RevBiFPN:
 
 
 def load_weights(model: RevBiFPN, path: Path) -> None:
-    """Everything in the file, save a classifier of another number of classes and a head that the model does not have."""
+    """Everything in the file, save a classifier of other classes and a head that the model does not have."""
     try:
         load_checkpoint(model, path)
     except CheckpointError as error:
@@ -99,9 +99,13 @@ def choose_batch(options: Options, model: nn.Module, samples: int) -> int | None
     if not largest or (o.batch or 0) > largest:
         total = estimator.estimate(o.batch or 1).total + average
         raise OptionError(
-            f"--batch {o.batch or 1} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, given "
-            f"are {report.gigabytes(o.max_memory)}; "
-            + (f"--batch {largest} fits (--accumulate makes up for it)" if largest else "lower --resolution or take a smaller --arch")
+            f"--batch {o.batch or 1} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, "
+            f"given are {report.gigabytes(o.max_memory)}; "
+            + (
+                f"--batch {largest} fits (--accumulate makes up for it)"
+                if largest
+                else "lower --resolution or take a smaller --arch"
+            )
         )
     if o.batch is None:
         group = processes(o)[2] * o.accumulate
@@ -116,7 +120,12 @@ def choose_batch(options: Options, model: nn.Module, samples: int) -> int | None
 def quiet() -> None:
     """Leave out advertisements, and remarks about what is meant to be so."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in ("'set_vital' is deprecated", ".*isinstance.treespec, LeafSpec", ".*does not have many workers", ".*in eval mode at the start of training"):
+    for text in (
+        "'set_vital' is deprecated",
+        ".*isinstance.treespec, LeafSpec",
+        ".*does not have many workers",
+        ".*in eval mode at the start of training",
+    ):
         warnings.filterwarnings("ignore", text)
 
 
@@ -156,7 +165,9 @@ def prepare(options: Options) -> Path | None:
     if not last.exists():
         return None
     if not (options.resume or restarted):
-        raise OptionError(f"--output {folder}: has a run already, {last}; add --resume to go on with it, or give another")
+        raise OptionError(
+            f"--output {folder}: has a run already, {last}; add --resume to go on with it, or give another"
+        )
     return last
 
 
@@ -173,7 +184,10 @@ def train(
     last = prepare(o)
     expected = choose_batch(o, model, data.samples)
     about = plain(
-        {name: getattr(o, name) for name in ("arch", "model_kwargs", "batch", "accumulate", "epochs", "opt", "seed", "ema")}
+        {
+            name: getattr(o, name)
+            for name in ("arch", "model_kwargs", "batch", "accumulate", "epochs", "opt", "seed", "ema")
+        }
         | {"precision": o.precision, "stream": o.stream, "resolution": o.resolution, "samples": data.samples}
         | {"classes": data.classes}
     )
@@ -259,8 +273,8 @@ def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None
             text = str(error)
             if found := re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)", text):
                 return _report(
-                    f"the data worker {found[1]} died (killed, or out of memory): {first_line(error)}; what was saved is "
-                    "whole: start again with --resume, and with fewer --workers if it comes again",
+                    f"the data worker {found[1]} died (killed, or out of memory): {first_line(error)}; what was saved "
+                    "is whole: start again with --resume, and with fewer --workers if it comes again",
                     1,
                 )
             if "onnection" in text and ("peer" in text or "reset" in text or "closed" in text):
