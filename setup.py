@@ -113,6 +113,7 @@ def torchvision_requirement() -> str:
 
 def extras() -> dict[str, list[str]]:
     """What frameworks' adapters, benchmarks, tests and development need beyond the package itself."""
+    training = "lightning>=2.6 torchmetrics torchdata>=0.11 webdataset tensorboard matplotlib pillow numpy".split()
     triton = "triton; sys_platform == 'linux' and platform_machine == 'x86_64'"
     return {
         "timm": ["timm", torchvision_requirement()],
@@ -120,12 +121,13 @@ def extras() -> dict[str, list[str]]:
         "torchvision": [torchvision_requirement()],
         "mmengine": ["mmengine"],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "train": [*training, "timm", torchvision_requirement()],
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": [
             *"pytest pytest-benchmark pytest-xdist hypothesis numpy setuptools>=77 ninja pybind11".split(),
             *"timm segmentation-models-pytorch huggingface_hub mmengine pycocotools".split(),
             *"onnx onnxscript onnxruntime".split(),
-            *[torchvision_requirement(), triton],
+            *[*training, torchvision_requirement(), triton],
         ],
         "docs": ["sphinx", "myst-parser", "furo", "selenium"],
         "dev": ["ruff", "clang-format", "mypy", "pre-commit"],

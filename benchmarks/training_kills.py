@@ -1,11 +1,12 @@
-"""Kill -9 a training run again and again, and compare what comes of it with a run that nobody killed.
+"""Kill -9 training runs again and again, and compare what comes of them with a run that nobody killed.
 
     python benchmarks/training_kills.py              fifty kills
     python benchmarks/training_kills.py --kills 3    that it runs
 
-Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a checkpoint
-is being written. After each the checkpoint in place is read, and the run started again with ``--resume``. Every second
-step is saved. At the end the losses and every bit of the weights are compared.
+Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a
+checkpoint is being written. After each the checkpoint in place is read, and the run started again with ``--resume``.
+Every second step is saved. When a run comes to its end, losses and every bit of the weights are compared, and another
+one begins.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from safetensors.torch import load_file
 from benchmarks.harness import command, results, rivals
 from benchmarks.harness.command import BenchmarkError, entry
 from benchmarks.harness.scripts import Life
-from benchmarks.harness.terminal import Column, print_table, track
+from benchmarks.harness.terminal import Column, print_table
 
 rivals.import_timm()  # before anything imports torchvision
 
@@ -42,7 +43,13 @@ from revbifpn.training.logs import read_curves  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 96
-NETWORK = ("channels=[48,16,16,16]", "head_channels=[16,16,16,16]", "fc_features=32", "num_ext_layers=0", "inv_blk_rep=1")
+NETWORK = (
+    "channels=[48,16,16,16]",
+    "head_channels=[16,16,16,16]",
+    "fc_features=32",
+    "num_ext_layers=0",
+    "inv_blk_rep=1",
+)
 STEPS_PER_EPOCH = 24
 
 
@@ -67,7 +74,20 @@ class Run:
 
     def __init__(self, folder: Path, data: Path, epochs: int) -> None:
         self.folder = folder
-        options = ["--data", data, "--output", folder, "--epochs", epochs, "--resolution", 32, "--batch", 4, "--lr", 1e-3]
+        options = [
+            "--data",
+            data,
+            "--output",
+            folder,
+            "--epochs",
+            epochs,
+            "--resolution",
+            32,
+            "--batch",
+            4,
+            "--lr",
+            1e-3,
+        ]
         options += ["--log-every", 1, "--save-every", 2, "--ema", 0.99, "--mixup", 0.2, "--workers", 0, "--no-progress"]
         self.options = [*options, "--resume", "--device", "cpu", "--model-kwargs", *NETWORK]
 
@@ -122,7 +142,9 @@ def kill(run: Run, number: int, chance: random.Random, usual: float) -> Row | No
 
 def compare(one: Path, other: Path) -> dict[str, bool]:
     a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    metrics = [[line for line in (f / "metrics.csv").read_text().splitlines() if "memory" not in line] for f in (one, other)]
+    metrics = [
+        [line for line in (f / "metrics.csv").read_text().splitlines() if "memory" not in line] for f in (one, other)
+    ]
     return {
         "same_metrics": metrics[0] == metrics[1],
         "same_weights": a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a),
@@ -133,38 +155,57 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--epochs", type=int, help="default: a dozen steps for each kill")
+    parser.add_argument("--epochs", type=int, default=3, help="of each run (default 3)")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no further kill after them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
     arguments = parser.parse_args(argv)
     output = command.pick_output(arguments.output)
-    epochs = arguments.epochs or max(2, arguments.kills * 12 // STEPS_PER_EPOCH)
     chance, rows = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make = ROOT / "examples" / "make_patterns.py"
         subprocess.run([sys.executable, make, "classes", folder / "data", "--images", str(IMAGES)], check=True)
-        whole, killed = Run(folder / "whole", folder / "data", epochs), Run(folder / "killed", folder / "data", epochs)
+        whole = Run(folder / "whole", folder / "data", arguments.epochs)
         whole.finish()  # the modules are imported now
         begun = time.perf_counter()
         Run(folder / "once", folder / "data", 1).finish()
         usual = (time.perf_counter() - begun) / 2
-        for number in track(range(1, arguments.kills + 1), lambda n: f"kill {n}", "kills"):
-            row = kill(killed, number, chance, usual)
-            if row is None:
-                raise BenchmarkError(f"the run ended before kill {number}: give more --epochs")
-            rows.append(row)
+        killed, runs, same = Run(folder / "killed0", folder / "data", arguments.epochs), 1, []
+        until = time.perf_counter() + 60 * arguments.minutes
+        while len(rows) < arguments.kills and time.perf_counter() < until:
+            row = kill(killed, len(rows) + 1, chance, usual)
+            if row is not None:
+                rows.append(row)
+                print(f"kill {row.kill} {row.when}, {row.step_logged} steps", file=sys.stderr, flush=True)
+                continue
+            same.append(compare(whole.folder, killed.folder))  # it came to its end: another one
+            killed, runs = Run(folder / f"killed{runs}", folder / "data", arguments.epochs), runs + 1
         killed.finish()
-        same = compare(whole.folder, killed.folder)
+        same.append(compare(whole.folder, killed.folder))
+    all_same = {name: all(one[name] for one in same) for name in same[0]}
     environment = results.environment(torch.device("cpu"))
-    settings: dict[str, Any] = {"kills": arguments.kills, "epochs": epochs, "steps": epochs * STEPS_PER_EPOCH, **same}
-    written = results.save(output / "training_kills_cpu", environment, settings, [asdict(r) for r in rows], ROW_KEYS, UNITS)
-    columns = (Column("kill"), Column("when", number=False), Column("s"), Column("logged"), Column("saved"), Column("partial"))
-    lines = [[str(r.kill), r.when, f"{r.seconds:.1f}", str(r.step_logged), str(r.step_saved), str(r.left_partial)] for r in rows]
-    print_table("Kill -9", columns, [lines], f"{same}\n{results.origin(environment)}")
+    steps = arguments.epochs * STEPS_PER_EPOCH
+    settings: dict[str, Any] = {"kills": len(rows), "runs": runs, "steps_of_each": steps, **all_same}
+    written = results.save(
+        output / "training_kills_cpu", environment, settings, [asdict(r) for r in rows], ROW_KEYS, UNITS
+    )
+    columns = (
+        Column("kill"),
+        Column("when", number=False),
+        Column("s"),
+        Column("logged"),
+        Column("saved"),
+        Column("partial"),
+    )
+    lines = [
+        [str(r.kill), r.when, f"{r.seconds:.1f}", str(r.step_logged), str(r.step_saved), str(r.left_partial)]
+        for r in rows
+    ]
+    print_table("Kill -9", columns, [lines], f"{runs} runs of {steps} steps: {all_same}\n{results.origin(environment)}")
     print(written)
-    if not all(same.values()):
-        raise BenchmarkError(f"the killed run differs from the whole one: {same}")
+    if not all(all_same.values()):
+        raise BenchmarkError(f"a killed run differs from the whole one: {all_same}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 pip install '.[train]'
 python examples/train_classification.py --data FOLDER --output runs/first --max-memory 12GB --precision bfloat16
 
-FOLDER has ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``. The same command continues with ``--resume``; with eight GPUs it
-begins with ``torchrun --nproc-per-node 8 --max-restarts 3``. Fine-tuning:
+FOLDER has ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``. The same command continues with ``--resume``; with eight
+GPUs it begins with ``torchrun --nproc-per-node 8 --max-restarts 3``. Fine-tuning:
 
 python examples/train_classification.py --data FOLDER --output runs/tuned --arch revbifpn_s3 --pretrained \\
     --layer-decay 0.75 --ema 0.999 --mixup 0.2 --epochs 30

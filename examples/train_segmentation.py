@@ -4,11 +4,12 @@ pip install '.[train]'
 python examples/make_patterns.py masks FOLDER
 python examples/train_segmentation.py --data FOLDER --classes 3 --output runs/shapes --resolution 64 --epochs 20
 
-FOLDER has ``images/train/NAME.jpg`` and ``masks/train/NAME.png``, likewise with ``val``; a mask is grey or has a palette, and its
-values are class numbers, 255 for pixels that count nowhere. For data sets that torchvision knows:
+FOLDER has ``images/train/NAME.jpg`` and ``masks/train/NAME.png``, likewise with ``val``; a mask is grey or has a
+palette, and its values are class numbers, 255 for pixels that count nowhere. For data sets that torchvision knows:
 
-python examples/train_segmentation.py --dataset torchvision/VOCSegmentation --data FOLDER --classes 21 --output runs/voc \\
-    --arch revbifpn_s3 --pretrained --freeze-norms --resolution 512 --max-memory 12GB --precision bfloat16 --stream fixed16
+python examples/train_segmentation.py --dataset torchvision/VOCSegmentation --data FOLDER --classes 21 \\
+    --output runs/voc --arch revbifpn_s3 --pretrained --freeze-norms --resolution 512 --max-memory 12GB \\
+    --precision bfloat16 --stream fixed16
 
 docs/training.md has the options, file formats and exit codes.
 """
@@ -94,9 +95,9 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     classes = torch.from_numpy(np.array(mask)).long()
     pixels, target = geometry(tv.to_image(image), Mask(classes.masked_fill(classes == 255, IGNORED)))
-    return tv.normalize(tv.to_dtype(pixels, torch.float32, scale=True), mean, std).as_subclass(Tensor), target.as_subclass(
+    return tv.normalize(tv.to_dtype(pixels, torch.float32, scale=True), mean, std).as_subclass(
         Tensor
-    )
+    ), target.as_subclass(Tensor)
 
 
 def metrics(classes: int) -> MetricCollection:
@@ -112,7 +113,7 @@ def draw(outcome: Outcome, pictures: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    model, samples = outcome.task.evaluated.cpu().eval(), outcome.data.samples_of(False)
+    model, samples = outcome.model, outcome.data.samples_of(False)
     count = min(pictures, len(samples))
     figure, axes = pyplot.subplots(count, 3, figsize=(6, 2 * count), squeeze=False, layout="constrained")
     for row, i in zip(axes, range(count), strict=True):

@@ -1,4 +1,4 @@
-"""Runs of ``examples/train_*.py``, each a process of its own that a server forks off: what they import is imported once."""
+"""Runs of ``examples/train_*.py``, each a process that a server forks off: what they import is imported once."""
 
 from __future__ import annotations
 
@@ -92,7 +92,14 @@ class Life:
 
 
 def group(
-    name: str, argv: Sequence[object], folder: Path, *, port: int, world: int = 2, restart: int = 0, before: Callable | None = None
+    name: str,
+    argv: Sequence[object],
+    folder: Path,
+    *,
+    port: int,
+    world: int = 2,
+    restart: int = 0,
+    before: Callable | None = None,
 ) -> list[Life]:
     """``world`` processes of one group, as torchrun starts them."""
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}

@@ -4,7 +4,7 @@ Lightning runs the loop, timm has transforms, optimizers, schedules, mixup and t
 metrics, torchdata the loader that knows its position. Here is what is between them:
 
 - ``options``: the command line;
-- ``data``, ``shards``, ``loaders``: images and targets, from disk to batches, the same ones however often a run is interrupted;
+- ``data``, ``shards``, ``loaders``: images and targets, from disk to batches, the same however often a run is stopped;
 - ``task``: one step;
 - ``checkpoints``, ``logs``: files that survive a kill;
 - ``report``: memory, plots, export;

@@ -54,8 +54,8 @@ def write_whole(path: Path, write: Callable[[Any], None]) -> None:
         before = "what was there before is whole" if path.exists() else "there was none before"
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise SaveError(
-            f"{path}: cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}: make room or correct the "
-            "permissions, and start again with --resume"
+            f"{path}: cannot be written: {getattr(cause, 'strerror', None) or cause}; {before}: make room or correct "
+            "the permissions, and start again with --resume"
         ) from error
 
 
@@ -68,12 +68,16 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything
-        raise OptionError(f"{path}: no checkpoint can be read: {str(error).partition('. ')[0]}; delete it to start anew") from error
+        raise OptionError(
+            f"{path}: no checkpoint can be read: {str(error).partition('. ')[0]}; delete it to start anew"
+        ) from error
     about = content.get(KEY) if isinstance(content, dict) else None
     if about is None:
         raise OptionError(f"{path}: not a checkpoint of these scripts; for weights alone use --weights")
     if about["format"] > FORMAT:
-        raise OptionError(f"{path}: written by a newer version (format {about['format']}, this one reads {FORMAT}): update")
+        raise OptionError(
+            f"{path}: written by a newer version (format {about['format']}, this one reads {FORMAT}): update"
+        )
     return content
 
 
@@ -123,7 +127,9 @@ class Saving(Callback):
         monitor: ``monitor() -> value``, higher is better, after an epoch.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, every: int, agree: int, monitor: Callable[[], float]) -> None:
+    def __init__(
+        self, folder: Path, about: dict[str, Any], *, every: int, agree: int, monitor: Callable[[], float]
+    ) -> None:
         self.folder, self.about, self.every, self.agree, self.monitor = folder, about, every, agree, monitor
         self.best = float("-inf")
         self.terminated = False

@@ -183,7 +183,14 @@ class Batches(Sampler[list[Key]]):
     def __init__(
         self, samples: int, batch: int, *, rank: int = 0, world: int = 1, group: int = 1, seed: int = 0, train: bool
     ) -> None:
-        self.samples, self.batch, self.rank, self.world, self.seed, self.train = samples, batch, rank, world, seed, train
+        self.samples, self.batch, self.rank, self.world, self.seed, self.train = (
+            samples,
+            batch,
+            rank,
+            world,
+            seed,
+            train,
+        )
         whole = samples // (batch * world * group) * group
         self.batches = whole if train else math.ceil(samples / (batch * world))
         if not self.batches:
@@ -209,7 +216,9 @@ class Batches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         if self.position >= self.batches:
             self.epoch, self.position = self.epoch + 1, 0
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        )
         order = torch.randperm(self.samples, generator=generator).tolist() if self.train else range(self.samples)
         while self.position < self.batches:
             start = (self.position * self.world + self.rank) * self.batch
@@ -274,7 +283,9 @@ def subfolders(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error.strerror}; expected a folder with one for each class") from None
+        raise DataError(
+            f"{folder}: cannot be listed: {error.strerror}; expected a folder with one for each class"
+        ) from None
 
 
 class MaskFolder:
@@ -334,7 +345,11 @@ class Named:
         names = getattr(self.dataset, "classes", None)
         if classes is None and names is None:
             raise OptionError(f"--dataset {name}: it does not say how many classes it has; give --classes")
-        self.classes = [str(n) for n in names] if names and classes in (None, len(names)) else [str(i) for i in range(classes or 0)]
+        self.classes = (
+            [str(n) for n in names]
+            if names and classes in (None, len(names))
+            else [str(i) for i in range(classes or 0)]
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -355,8 +370,10 @@ class Named:
 
 def as_image(image: Image.Image, name: str, in_chans: int) -> Image.Image:
     """As :func:`open_image`, of what is open already."""
-    return open_image(_png(image), name, in_chans=in_chans) if image.mode.startswith(("I", "F")) else image.convert(
-        "L" if in_chans == 1 else "RGB"
+    return (
+        open_image(_png(image), name, in_chans=in_chans)
+        if image.mode.startswith(("I", "F"))
+        else image.convert("L" if in_chans == 1 else "RGB")
     )
 
 
@@ -405,4 +422,3 @@ def _torchvision(name: str, root: Path, train: bool) -> Any:
         except (RuntimeError, OSError, ValueError) as error:
             failed = failed or error
     raise OptionError(f"--dataset {name}: cannot be opened in {root}: {failed or 'it has no splits'}") from failed
-

@@ -88,8 +88,10 @@ class Data(LightningDataModule):
             "generator": Generator().manual_seed(o.seed),  # that of the step is left alone
         }
         if self.sources:
-            batches = self.batches(rank) if train else Batches(
-                len(self.sources[False]), self.batch, rank=rank, world=world, train=False
+            batches = (
+                self.batches(rank)
+                if train
+                else Batches(len(self.sources[False]), self.batch, rank=rank, world=world, train=False)
             )
             return StatefulDataLoader(self.samples_of(train), batch_sampler=batches, **arguments)
         samples = ShardSamples(

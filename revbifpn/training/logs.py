@@ -12,17 +12,19 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
 from revbifpn.training.checkpoints import write_whole
+from revbifpn.training.errors import SaveError
 
 COLUMNS = ("step", "name", "value")
 Curves = dict[str, list[tuple[int, float]]]
 
 
 class MetricsFile(Logger):
-    """Appends lines ``step,name,value``; a run that resumes at a step takes back what lies beyond it."""
+    """Appends lines ``step,name,value``; the first one takes back those beyond the step that a run begins after."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int = 0) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.after = path, after
+        self._begun = False
 
     @property
     def name(self) -> str:
@@ -32,10 +34,10 @@ class MetricsFile(Logger):
     def version(self) -> int:
         return 0
 
-    @rank_zero_only
-    def begin(self, step: int) -> None:
-        """Keep what was written up to a step."""
-        kept = [(at, name, value) for name, points in read_curves(self.path).items() for at, value in points if at <= step]
+    def _begin(self) -> None:
+        """Keep what was written before."""
+        curves = read_curves(self.path)
+        kept = [(at, name, value) for name, points in curves.items() for at, value in points if at <= self.after]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *sorted(kept)])
         write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
@@ -46,13 +48,19 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if not self._begun:
+            self._begin()
+            self._begun = True
         lines = "".join(f"{step},{name},{value!r}\n" for name, value in metrics.items())
-        with self.path.open("ab") as file:
-            os.write(file.fileno(), lines.encode())
+        try:
+            with self.path.open("ab") as file:
+                os.write(file.fileno(), lines.encode())
+        except OSError as error:
+            raise SaveError(f"{self.path}: cannot be written: {error.strerror}; make room, and add --resume") from error
 
 
 def read_curves(path: Path) -> Curves:
-    """Points ``(step, value)`` by name; a line that a kill has cut is left out, and the later of two at one step holds."""
+    """Points ``(step, value)`` by name; a line cut by a kill is left out, and the later of two at one step holds."""
     curves: dict[str, dict[int, float]] = {}
     for line in path.read_text().splitlines(keepends=True)[1:] if path.exists() else []:
         fields = line.rstrip("\n").split(",")

@@ -48,8 +48,12 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     g.add_argument("--val-shards", help="tar files to evaluate on")
     g.add_argument("--samples", type=int, help="in the shards to train on, per epoch")
     g.add_argument("--classes", type=int, help="how many, where the data does not say")
-    g.add_argument("--workers", type=int, default=4, help="processes that read images, for each that trains (default 4)")
-    g.add_argument("--on-corrupt", choices=("raise", "skip"), default="raise", help="what to do with an unreadable image")
+    g.add_argument(
+        "--workers", type=int, default=4, help="processes that read images, for each that trains (default 4)"
+    )
+    g.add_argument(
+        "--on-corrupt", choices=("raise", "skip"), default="raise", help="what to do with an unreadable image"
+    )
 
     g = p.add_argument_group("model")
     g.add_argument("--arch", default="revbifpn_s0", choices=sorted(CONFIGS))
@@ -153,24 +157,35 @@ def check(o: Options) -> None:
         raise OptionError("--pretrained and --weights: give one of them")
     several = processes(o)[2] > 1
     fsdp = o.strategy == "fsdp"
-    refused = [
-        (o.optimizer_in_backward and o.accumulate > 1, "--optimizer-in-backward", "--accumulate", "gradients are gone"),
-        (o.optimizer_in_backward and o.precision == "float16", "--optimizer-in-backward", "--precision float16", "a GradScaler may have to skip the step; use bfloat16"),
-        (o.optimizer_in_backward and o.clip_norm, "--optimizer-in-backward", "--clip-norm", "the norm is known after the last gradient"),
-        (o.optimizer_in_backward and (several or fsdp), "--optimizer-in-backward", "several processes", "gradients are summed after they arrive"),
-        (o.optimizer_in_backward and o.compile, "--optimizer-in-backward", "--compile", "all gradients arrive at the end there"),
-        (o.optimizer_in_backward and o.graphed, "--optimizer-in-backward", "--graphed", "a graph holds the whole update"),
-        (o.graphed and (several or fsdp), "--graphed", "several processes", "see docs/recipes.md for GraphedStep with NCCL"),
-        (o.graphed and o.compile, "--graphed", "--compile", "a reversible pass is compiled as an op that no graph holds"),
-        (fsdp and o.ema, "--strategy fsdp", "--ema", "sharded modules cannot be copied; use ddp"),
-        (fsdp and o.compress, "--strategy fsdp", "--compress", "use ddp; --precision bfloat16 sends 16 bits"),
-        (fsdp and o.precision == "float16", "--strategy fsdp", "--precision float16", "use bfloat16"),
-        (fsdp and o.compile, "--strategy fsdp", "--compile", "use ddp"),
-        (o.freeze_norms and o.sync_norms, "--freeze-norms", "--sync-norms", "frozen norms have no statistics to share"),
-    ]  # fmt: skip
-    for wrong, one, other, why in refused:
-        if wrong:
-            raise OptionError(f"{one} and {other} do not go together: {why}")
+    in_backward = o.optimizer_in_backward and [
+        (o.accumulate > 1, "--accumulate", "gradients are gone"),
+        (o.precision == "float16", "--precision float16", "a GradScaler may have to skip the step; use bfloat16"),
+        (o.clip_norm, "--clip-norm", "the norm is known after the last gradient"),
+        (several or fsdp, "several processes", "gradients are summed after they arrive"),
+        (o.compile, "--compile", "all gradients arrive at the end there"),
+        (o.graphed, "--graphed", "a graph holds the whole update"),
+    ]
+    graphed = o.graphed and [
+        (several or fsdp, "several processes", "see docs/recipes.md for GraphedStep with NCCL"),
+        (o.compile, "--compile", "a reversible pass is compiled as an op that no graph holds"),
+    ]
+    sharded = fsdp and [
+        (o.ema, "--ema", "sharded modules cannot be copied; use ddp"),
+        (o.compress, "--compress", "use ddp; --precision bfloat16 sends 16 bits"),
+        (o.precision == "float16", "--precision float16", "use bfloat16"),
+        (o.compile, "--compile", "use ddp"),
+    ]
+    frozen = o.freeze_norms and [(o.sync_norms, "--sync-norms", "frozen norms have no statistics to share")]
+    refused = {
+        "--optimizer-in-backward": in_backward,
+        "--graphed": graphed,
+        "--strategy fsdp": sharded,
+        "--freeze-norms": frozen,
+    }
+    for one, others in refused.items():
+        for wrong, other, why in others or ():
+            if wrong:
+                raise OptionError(f"{one} and {other} do not go together: {why}")
     cuda = device(o) == "cuda"
     if o.precision == "float16" and not cuda:
         raise OptionError("--precision float16: needs CUDA; use bfloat16")

@@ -74,7 +74,9 @@ def gigabytes(count: float) -> str:
 
 def expectation(batch: int, estimate: MemoryEstimate, average: int) -> str:
     """A line for the terminal."""
-    parts = {name: getattr(estimate, name) for name in ("activations", "images", "parameters", "gradients", "optimizer")}
+    parts = {
+        name: getattr(estimate, name) for name in ("activations", "images", "parameters", "gradients", "optimizer")
+    }
     listed = ", ".join(f"{name} {gigabytes(count)}" for name, count in (parts | {"average": average}).items() if count)
     return f"batch {batch}: expects {gigabytes(estimate.total + average)} of memory for a step ({listed})"
 
@@ -131,7 +133,6 @@ def plot_confusion(matrix: Tensor, classes: list[str], output: Path) -> None:
 
 def export(model: nn.Module, options: Options) -> list[Path]:
     """``model.safetensors``, ``model.onnx``: what was asked for."""
-    model = model.eval().cpu()
     written = []
     if "safetensors" in options.export:
         written.append(options.output / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -37,11 +38,12 @@ LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixe
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run: the task with its model, and where everything is."""
+    """Of a run: the task, the model of its best epoch, and where everything is."""
 
     task: Task
     data: Data
     output: Path
+    model: nn.Module
 
 
 def backbone(options: Options, classes: int | None) -> RevBiFPN:
@@ -61,7 +63,7 @@ def backbone(options: Options, classes: int | None) -> RevBiFPN:
 
 
 def load_weights(model: RevBiFPN, path: Path) -> None:
-    """Everything in the file, save a classifier of another number of classes and a head that the model does not have."""
+    """Everything in the file, save a classifier of other classes and a head that the model does not have."""
     try:
         load_checkpoint(model, path)
     except CheckpointError as error:
@@ -97,9 +99,13 @@ def choose_batch(options: Options, model: nn.Module, samples: int) -> int | None
     if not largest or (o.batch or 0) > largest:
         total = estimator.estimate(o.batch or 1).total + average
         raise OptionError(
-            f"--batch {o.batch or 1} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, given "
-            f"are {report.gigabytes(o.max_memory)}; "
-            + (f"--batch {largest} fits (--accumulate makes up for it)" if largest else "lower --resolution or take a smaller --arch")
+            f"--batch {o.batch or 1} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, "
+            f"given are {report.gigabytes(o.max_memory)}; "
+            + (
+                f"--batch {largest} fits (--accumulate makes up for it)"
+                if largest
+                else "lower --resolution or take a smaller --arch"
+            )
         )
     if o.batch is None:
         group = processes(o)[2] * o.accumulate
@@ -114,7 +120,12 @@ def choose_batch(options: Options, model: nn.Module, samples: int) -> int | None
 def quiet() -> None:
     """Leave out advertisements, and remarks about what is meant to be so."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in ("'set_vital' is deprecated", ".*isinstance.treespec, LeafSpec", ".*does not have many workers", ".*in eval mode at the start of training"):
+    for text in (
+        "'set_vital' is deprecated",
+        ".*isinstance.treespec, LeafSpec",
+        ".*does not have many workers",
+        ".*in eval mode at the start of training",
+    ):
         warnings.filterwarnings("ignore", text)
 
 
@@ -154,7 +165,9 @@ def prepare(options: Options) -> Path | None:
     if not last.exists():
         return None
     if not (options.resume or restarted):
-        raise OptionError(f"--output {folder}: has a run already, {last}; add --resume to go on with it, or give another")
+        raise OptionError(
+            f"--output {folder}: has a run already, {last}; add --resume to go on with it, or give another"
+        )
     return last
 
 
@@ -171,7 +184,10 @@ def train(
     last = prepare(o)
     expected = choose_batch(o, model, data.samples)
     about = plain(
-        {name: getattr(o, name) for name in ("arch", "model_kwargs", "batch", "accumulate", "epochs", "opt", "seed", "ema")}
+        {
+            name: getattr(o, name)
+            for name in ("arch", "model_kwargs", "batch", "accumulate", "epochs", "opt", "seed", "ema")
+        }
         | {"precision": o.precision, "stream": o.stream, "resolution": o.resolution, "samples": data.samples}
         | {"classes": data.classes}
     )
@@ -183,8 +199,8 @@ def train(
         step = found["global_step"]
         del found
     task = Task(model, work(data.classes), o, data.classes, data.updates)
-    metrics = MetricsFile(o.output / "metrics.csv")
-    metrics.begin(step)
+    metrics = MetricsFile(o.output / "metrics.csv", after=step)
+    plainest = copy.deepcopy(model) if o.strategy == "fsdp" else None  # what sharded modules cannot be turned back to
     memory = report.Memory(steps=o.max_memory is not None)
     saving = Saving(o.output, about, every=o.save_every, agree=o.log_every, monitor=lambda: task.score)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until there is something to save
@@ -210,9 +226,23 @@ def train(
         default_root_dir=o.output,
     )
     trainer.fit(task, data, ckpt_path=last, weights_only=True)
+    outcome = Outcome(task, data, o.output, best(task, o.output, plainest))
     if trainer.is_global_zero:
-        _finish(Outcome(task, data, o.output), expected, memory.measured)
-    return Outcome(task, data, o.output)
+        _finish(outcome, expected, memory.measured)
+    return outcome
+
+
+def best(task: Task, output: Path, plainest: nn.Module | None) -> nn.Module:
+    """The model with the weights of the best epoch (their average, where there is one), on the CPU."""
+    path = output / BEST
+    state = read(path)["state_dict"] if path.exists() else None
+    if plainest is None:
+        if state is not None:
+            task.cpu().load_state_dict(state)
+        return task.evaluated.cpu().eval()
+    if state is not None:
+        plainest.load_state_dict({n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")})
+    return plainest.cpu().eval()
 
 
 def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
@@ -222,19 +252,11 @@ def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
         print(f"measured {report.gigabytes(measured)} of memory for a step{compared}")
     if names := skipped_names(outcome.data.skipped):
         print(f"{len(names)} images were skipped, the first is {names[0]}; all are in {outcome.data.skipped}")
-    restore_best(task, output)
     report.plot_curves(output / "metrics.csv", output / "curves.png", expected, measured)
     if hasattr(task, "matrix"):
         report.plot_confusion(task.matrix, task.classes, output / "confusion.png")
-    for path in report.export(task.evaluated, task.options):
+    for path in report.export(outcome.model, task.options):
         print(f"wrote {path}")
-
-
-def restore_best(task: Task, output: Path) -> None:
-    """The weights of the best epoch, on the CPU."""
-    best = output / BEST
-    if best.exists() and task.options.strategy != "fsdp":
-        task.cpu().load_state_dict(read(best)["state_dict"])
 
 
 def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None], int]:
@@ -251,8 +273,8 @@ def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None
             text = str(error)
             if found := re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)", text):
                 return _report(
-                    f"the data worker {found[1]} died (killed, or out of memory): {first_line(error)}; what was saved is "
-                    "whole: start again with --resume, and with fewer --workers if it comes again",
+                    f"the data worker {found[1]} died (killed, or out of memory): {first_line(error)}; what was saved "
+                    "is whole: start again with --resume, and with fewer --workers if it comes again",
                     1,
                 )
             if "onnection" in text and ("peer" in text or "reset" in text or "closed" in text):

@@ -1,7 +1,8 @@
 """Tar files of samples, as WebDataset writes them: data larger than a disk, read from front to back.
 
 A sample is the files of one name: ``00012.jpg`` and ``00012.cls`` (a number in text), or ``00012.jpg`` and
-``00012.png``, a mask. A URL may be a path with braces, ``train-{0000..0146}.tar``, or a command, ``pipe:curl -s https:...``.
+``00012.png``, a mask. A URL may be a path with braces, ``train-{0000..0146}.tar``, or a command,
+``pipe:curl -s https:...``.
 
 Streams have no length, and samples no number. In training each process and data worker reads shards of its own, in an
 order that ``--seed`` and the epoch give, and begins anew when it is through before the epoch is; samples are shuffled
@@ -18,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -39,7 +39,9 @@ def expand(pattern: str) -> list[str]:
 
     urls = list(expand_urls(pattern))
     if missing := [url for url in urls if ":" not in url and not Path(url).is_file()]:
-        raise DataError(f"{missing[0]}: there is no such file; --shards {pattern} names {len(urls)}, {len(missing)} are missing")
+        raise DataError(
+            f"{missing[0]}: there is no such file; --shards {pattern} names {len(urls)}, {len(missing)} are missing"
+        )
     return urls
 
 

@@ -177,7 +177,9 @@ class Task(LightningModule):
         if self._step is None:
             optimizer.zero_grad()
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Callable[[], Any] | None = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, closure: Callable[[], Any] | None = None
+    ) -> None:
         if self._step is not None or self.options.optimizer_in_backward:
             if closure is not None:  # forward and backward, and the update with them
                 closure()

@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 from benchmarks.harness import scripts
 from revbifpn.training.logs import read_curves
 
-NETWORK = ["channels=[48,16,16,16]", "head_channels=[16,16,16,16]", "fc_features=32", "num_ext_layers=0", "inv_blk_rep=1"]
+NETWORK = [
+    "channels=[48,16,16,16]",
+    "head_channels=[16,16,16,16]",
+    "fc_features=32",
+    "num_ext_layers=0",
+    "inv_blk_rep=1",
+]
 CLASSIFICATION, SEGMENTATION = "train_classification", "train_segmentation"
 _ports = itertools.count(20000 + os.getpid() % 20000)
 
