@@ -29,7 +29,7 @@ _MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 class WithoutArithmetic(TorchDispatchMode):
-    """Context manager: products, kernels and floating-point operations on maps give zeros, or leave what they write to."""
+    """Context manager: products, kernels and operations on maps give zeros, or leave what they write to as it is."""
 
     def __enter__(self) -> WithoutArithmetic:
         with suppress(OSError, AttributeError):  # another libc: the same bytes, in pages that are touched
