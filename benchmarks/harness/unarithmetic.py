@@ -1,52 +1,56 @@
-"""Steps whose large results are allocated but not computed: the bytes of a step that would take minutes.
+"""Steps whose maps are allocated but not computed: the bytes of a step that would take minutes.
 
-Fake tensors have no values, and a detector's step asks for some: which anchors match, which boxes remain. Here what is
-small is computed, and what is large only takes its memory, which the system hands out on the first write, so never.
+Fake tensors have no values, and a detector's step asks for some: which anchors match, which boxes remain. Here boxes
+and the like are computed, and maps are zeros in memory that nobody touches, which costs neither time nor pages.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-# Never computed: small results are zeros.
+# Never computed.
 PRODUCTS = (
     *(aten.convolution, aten.convolution_backward, aten.addmm, aten.mm, aten.bmm),
     *(aten.native_batch_norm, aten.native_batch_norm_backward, aten.native_group_norm, aten.native_group_norm_backward),
-    *(aten._native_batch_norm_legit_no_training, aten.batch_norm_backward, aten._batch_norm_with_update),
 )
 KERNELS = ("revkernels", "torchvision::roi_align", "torchvision::_roi_align_backward")
-LARGE = 2**22  # elements, from which on nothing is computed that has a floating-point result
+MAP = 2**14  # elements, from which on a tensor [N, C, H, W] is a map
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 class WithoutArithmetic(TorchDispatchMode):
-    """Context manager: products, kernels and whatever has a large result are allocated only.
+    """Context manager: products, kernels and operations on maps give zeros, or leave what they write to as it is."""
 
-    Control flow has to depend on small results alone, those of products being zero.
-    """
+    def __enter__(self) -> WithoutArithmetic:
+        with suppress(OSError, AttributeError):  # another libc: the same bytes, in pages that are touched
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)  # larger zeros are fresh pages of the system
+        return super().__enter__()
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket in PRODUCTS or func.name().startswith(KERNELS) or _is_large(func, args):
+        if func.overloadpacket in PRODUCTS or func.name().startswith(KERNELS) or _is_of_maps(func, args):
             return _allocated(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _is_large(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operation computes on many floating-point numbers; views and index arithmetic do not."""
+def _is_of_maps(func: Any, args: tuple[Any, ...]) -> bool:
     given = (t for t in tree_leaves(args) if isinstance(t, Tensor))
     return (
         func.namespace == "aten"
         and not func.is_view
-        and any(t.numel() >= LARGE and t.is_floating_point() and t.layout == torch.strided for t in given)
+        and any(t.dim() == 4 and t.numel() >= MAP and t.is_floating_point() and not t.is_sparse for t in given)
     )
 
 
@@ -83,5 +87,7 @@ def _to_meta(value: Any) -> Any:
 def _new(shape: Any) -> Any:
     if not isinstance(shape, Tensor):
         return shape
-    made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype)
-    return made.zero_() if made.numel() < LARGE else made
+    if not shape.numel():
+        return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype)
+    buffer = torch.from_numpy(numpy.zeros(shape.untyped_storage().nbytes(), numpy.uint8))
+    return buffer.view(shape.dtype).as_strided(shape.shape, shape.stride())
