@@ -177,10 +177,11 @@ def detectors(folder: Path = results.RESULTS) -> Iterator[Step]:
 
 
 def environment() -> dict[str, Any]:
-    """What a number needs to be read later."""
+    """What a number needs to be read later; ``measured``: the tasks whose rows are measured steps, on a CPU."""
     packages = ("timm", "segmentation-models-pytorch")
     record = results.environment(torch.device("cpu"))
     about = {name: record[name] for name in ("date", "commit", "torch", "python")} | {"version": revkernels.__version__}
+    about["measured"] = sorted({row.task for row in detectors()})
     return about | {name: importlib.metadata.version(name) for name in packages}
 
 

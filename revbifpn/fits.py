@@ -291,14 +291,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --models: {unknown[0]!r} is unknown; choose from {known}")
 
     found = [] if arguments.simulate else choose(steps, task, (height, width), precision, stream, models)
-    source = "the table of {date}, revbifpn-fast {version}, torch {torch}".format(**environment)
+    how = "measured on a CPU, extrapolated" if task in environment["measured"] else "predicted"
+    source = "{how}: the table of {date}, revbifpn-fast {version}, torch {torch}".format(how=how, **environment)
     if not any(not step.is_rival for step in found):
         if task != CLASSIFICATION:
             sizes = sorted({step.size for step in steps if step.task == task})
             have = ", ".join(f"{h}x{w}" for h, w in sizes)
             parser.error(f"argument --size: {task} is in the table at {have} only, in some precisions and streams")
         chosen = [arch for arch in CONFIGS if not models or arch in models]
-        source = f"simulated now, torch {torch.__version__}; rivals are in the table at other sizes only"
+        source = f"predicted: simulated now, torch {torch.__version__}; rivals are in the table at other sizes only"
         for arch in chosen:
             print(f"simulating {arch}", file=sys.stderr, flush=True)
             found.append(simulate_revbifpn(arch, (height, width), precision, stream))
@@ -306,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Training, {task}, {height} x {width}, {precision}, {arguments.optimizer}, "
         f"{memory / 2**30:g} GB: largest batch, and GB by part",
         *lines(found, memory, states),
-        f"Predicted ({source}); nothing was measured on a GPU. 1 GB = 2^30 bytes.",
+        f"{source[0].upper() + source[1:]}; nothing was measured on a GPU. 1 GB = 2^30 bytes.",
         "Not counted: CUDA's context, workspaces, what the allocator rounds up and keeps (--reserve).",
         sep="\n",
     )

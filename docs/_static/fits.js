@@ -131,11 +131,12 @@
       row.precision === chosen.precision &&
       sizeOf(row) === sizeOf(chosen);
     showRivals([...offered, ...rows.filter(same)], chosen, bytes, states);
-    const measured = rows.some((row) => row.task === chosen.task && row.peaks.length > 2);
+    const how = environment.measured.includes(chosen.task)
+      ? "Measured on a CPU at small batches, extrapolated"
+      : "Simulated";
     document.getElementById("fits-origin").textContent =
-      (measured || chosen.peaks.length > 1 ? "Simulated" : "Proportional to one measured image") +
-      `, table of ${environment.date.slice(0, 10)}, revbifpn-fast ${environment.version} (${environment.commit}), ` +
-      `torch ${environment.torch}, timm ${environment.timm}. Nothing was measured on a GPU.`;
+      `${how}: table of ${environment.date.slice(0, 10)}, revbifpn-fast ${environment.version} ` +
+      `(${environment.commit}), torch ${environment.torch}, timm ${environment.timm}. Nothing was measured on a GPU.`;
     const state = new URLSearchParams(SETTINGS.map((name) => [name, field(name).value]));
     history.replaceState(null, "", `#${state}`);
   };

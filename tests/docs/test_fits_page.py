@@ -147,6 +147,17 @@ def test_page_and_command_say_the_same_of_every_setting(page, optimizer):
     assert compared > 50
 
 
+def test_where_and_when_the_numbers_were_made_is_shown(page):
+    environment, steps = fits.load()
+    for task in dict.fromkeys(step.task for step in steps):
+        page.choose(task=task)
+        text = page.browser.find_element("id", "fits-origin").text
+        assert text.startswith("Measured on a CPU" if task in environment["measured"] else "Simulated")
+        for value in (environment["date"][:10], environment["version"], environment["torch"], environment["commit"]):
+            assert value in text
+        assert "Nothing was measured on a GPU" in text
+
+
 def test_a_card_too_small_for_one_image_is_said_so(page):
     page.choose(card="1", reserve="0.99")
     assert page.batch == 0

@@ -1,4 +1,4 @@
-"""What the page Start shows: examples/train_digits.py."""
+"""The first training that the page Start shows."""
 
 import importlib.util
 from pathlib import Path

@@ -1,0 +1,270 @@
+"""Tile2Vec (Jean et al., arXiv 1805.02855) with a RevBiFPN encoder: representations of map tiles without labels.
+
+pip install . scikit-learn matplotlib
+python examples/tile2vec.py --output tile2vec
+
+Tiles that lie close together are alike more often than tiles that lie far apart. An encoder f is trained on triplets of
+an anchor a, a neighbour n within ``--near`` pixels of it and a distant tile d, with the loss of the paper,
+
+    L = max(0, ||f(a) - f(n)|| - ||f(a) - f(d)|| + margin) + l2 (||f(a)|| + ||f(n)|| + ||f(d)||).
+
+The raster [C, H, W] lies in a file and is read in windows (numpy.memmap). The default one is generated: classes of land
+cover in patches, each with its spectrum and its texture, under light that varies over the map. ``--raster`` takes an
+.npy file of your own; without ``--classes`` nothing is evaluated.
+
+A linear probe on the embeddings of labelled tiles is compared with the same probe on the tiles' mean spectra and raw
+pixels, on their principal components, and on the untrained encoder. Results are written as JSON and as a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from revbifpn.fast import RevBiFPN
+
+CLASSES, CHANNELS, SIDE = 5, 6, 1536
+TILE, MARGIN, NORM = 32, 10.0, 0.01
+
+
+def smooth(rng: np.random.Generator, side: int, scale: int) -> np.ndarray:
+    """A random field [side, side] of unit variance that varies over ``scale`` pixels."""
+    coarse = torch.from_numpy(rng.normal(size=(1, 1, side // scale + 3, side // scale + 3)))
+    field = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)[0, 0].numpy()
+    return (field / field.std()).astype(np.float32)
+
+
+def landscape(path: Path, seed: int = 0, side: int = SIDE) -> np.ndarray:
+    """Write a raster [CHANNELS, side, side] to ``path``; returns its classes [side, side].
+
+    The class of a pixel is the largest of several smooth fields. Classes 0 and 1 have one spectrum and differ in
+    texture alone, as do 2 and 3. Noise is as large as the differences of spectra.
+    """
+    rng = np.random.default_rng(seed)
+    classes = np.argmax([smooth(rng, side, 96) for _ in range(CLASSES)], 0)
+    spectra = rng.normal(size=(CLASSES, CHANNELS)).astype(np.float32)
+    spectra[1], spectra[3] = spectra[0], spectra[2]
+    rows, columns = np.mgrid[:side, :side].astype(np.float32)
+    textures = [np.sin(rows / 1.5), np.sin(columns / 1.5), np.sin((rows + columns) / 3), smooth(rng, side, 4), 0 * rows]
+    light = 0.3 * smooth(rng, side, 256)
+    raster = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(CHANNELS, side, side))
+    for c in range(CHANNELS):
+        texture = np.choose(classes, [t.astype(np.float32) for t in textures])
+        raster[c] = spectra[classes, c] + 0.7 * texture + light + 0.7 * rng.normal(size=(side, side))
+    raster.flush()
+    return classes.astype(np.int64)
+
+
+class Tiles:
+    """Windows of a raster on disk, normalised by channel; only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.raster = np.load(path, mmap_mode="r")
+        if self.raster.ndim != 3 or min(self.raster.shape[1:]) < 4 * TILE:
+            raise SystemExit(f"{path}: needs an array [C, H, W] of at least {4 * TILE} pixels, got {self.raster.shape}")
+        sample = self.raster[:, ::7, ::7].reshape(len(self.raster), -1)
+        self.mean, self.std = sample.mean(1)[:, None, None], sample.std(1)[:, None, None] + 1e-6
+
+    def at(self, corners: np.ndarray) -> Tensor:
+        """Tiles ``[n, C, TILE, TILE]`` by their upper left corners [n, 2]."""
+        windows = [self.raster[:, y : y + TILE, x : x + TILE] for y, x in corners]
+        return torch.from_numpy(np.stack([(w - self.mean) / self.std for w in windows]).astype(np.float32))
+
+    def corners(self, rng: np.random.Generator, n: int, rows: tuple[float, float] = (0, 1)) -> np.ndarray:
+        """Random corners [n, 2] within a share of the rows."""
+        height, width = self.raster.shape[1:]
+        low, high = int(rows[0] * height), int(rows[1] * height) - TILE
+        return np.stack([rng.integers(low, high, n), rng.integers(0, width - TILE, n)], 1)
+
+    def triplets(self, rng: np.random.Generator, n: int, near: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Corners of anchors, of neighbours within ``near`` pixels, and of tiles anywhere further away than that."""
+        anchors, distant = self.corners(rng, n), self.corners(rng, n)
+        limit = np.array(self.raster.shape[1:]) - TILE
+        neighbours = np.clip(anchors + rng.integers(-near, near + 1, (n, 2)), 0, limit - 1)
+        while (close := np.abs(anchors - distant).max(1) <= near).any():
+            distant[close] = self.corners(rng, int(close.sum()))
+        return anchors, neighbours, distant
+
+
+class Encoder(nn.Module):
+    """A RevBiFPN whose classifier is the embedding."""
+
+    def __init__(self, channels: int, features: int) -> None:
+        super().__init__()
+        streams = [16 * max(3, channels), 32, 48, 64]  # the stem repeats the raster's channels in the first stream
+        heads = {"head_channels": [32, 32, 48, 64], "fc_features": 64}
+        self.network = RevBiFPN(
+            channels=streams, num_ext_layers=0, in_chans=channels, classes=features, head_dropout=0.0, **heads
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def triplet_loss(anchor: Tensor, neighbour: Tensor, distant: Tensor) -> Tensor:
+    """The loss of the paper, over embeddings [n, features]."""
+    near, far = (anchor - neighbour).norm(dim=1), (anchor - distant).norm(dim=1)
+    norms = anchor.norm(dim=1) + neighbour.norm(dim=1) + distant.norm(dim=1)
+    return (F.relu(near - far + MARGIN) + NORM * norms).mean()
+
+
+@torch.no_grad()
+def embed(encoder: nn.Module, tiles: Tensor) -> np.ndarray:
+    """Embeddings [n, features] in eval mode."""
+    encoder.eval()
+    return torch.cat([encoder(batch) for batch in tiles.split(128)]).numpy()
+
+
+def train(tiles: Tiles, seed: int, steps: int, batch: int, near: int, features: int) -> tuple[Encoder, Encoder, list]:
+    """The encoder before and after, and the loss of every step."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    encoder, untrained = (Encoder(len(tiles.raster), features) for _ in range(2))
+    untrained.load_state_dict(encoder.state_dict())
+    with torch.no_grad():  # running statistics, which are no training
+        for _ in range(20):
+            untrained.train()(tiles.at(tiles.corners(rng, batch)))
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        encoder.train()
+        images = tiles.at(np.concatenate(tiles.triplets(rng, batch, near)))
+        loss = triplet_loss(*encoder(images).chunk(3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return untrained, encoder, losses
+
+
+def probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:
+    """Accuracy in per cent of logistic regression on standardised features."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+    return 100 * float(model.fit(train_x, train_y).score(test_x, test_y))
+
+
+def labelled(tiles: Tiles, classes: np.ndarray, rng: np.random.Generator, n: int, rows: tuple[float, float]):
+    """Tiles whose pixels are of one class for nine tenths, corners and that class."""
+    found, labels = [], []
+    while len(found) < n:
+        for y, x in tiles.corners(rng, n, rows):
+            counts = np.bincount(classes[y : y + TILE, x : x + TILE].ravel(), minlength=CLASSES)
+            if counts.max() >= 0.9 * TILE * TILE and len(found) < n:
+                found.append((y, x))
+                labels.append(counts.argmax())
+    return tiles.at(np.array(found)), np.array(labels)
+
+
+def evaluate(tiles: Tiles, classes: np.ndarray, seed: int, untrained: nn.Module, encoder: nn.Module, n: int) -> dict:
+    """Accuracy of the probe by features; test tiles lie in the lower third of the map, training tiles above it."""
+    from sklearn.decomposition import PCA
+
+    rng = np.random.default_rng(1000 + seed)
+    train_x, train_y = labelled(tiles, classes, rng, n, (0, 0.63))
+    test_x, test_y = labelled(tiles, classes, rng, 2 * n, (0.67, 1))
+    flat = [x.flatten(1).numpy() for x in (train_x, test_x)]
+    features = len(embed(encoder, train_x[:1])[0])
+    pca = PCA(min(features, n), random_state=seed).fit(flat[0])
+    pairs = {
+        "mean spectrum": [x.mean((2, 3)).numpy() for x in (train_x, test_x)],
+        "raw pixels": flat,
+        "PCA": [pca.transform(x) for x in flat],
+        "untrained encoder": [embed(untrained, x) for x in (train_x, test_x)],
+        "Tile2Vec": [embed(encoder, x) for x in (train_x, test_x)],
+    }
+    return {name: probe(a, train_y, b, test_y) for name, (a, b) in pairs.items()}
+
+
+def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Module) -> None:
+    """The map, its classes and its embedding in colours; below, tiles with their nearest neighbours by embedding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from sklearn.decomposition import PCA
+
+    height, width = tiles.raster.shape[1:]
+    rows, columns = range(0, height - TILE, TILE), range(0, width - TILE, TILE)
+    grid = np.array([(y, x) for y in rows for x in columns])
+    images = tiles.at(grid)
+    vectors = embed(encoder, images)
+    colours = PCA(3, random_state=0).fit_transform(vectors)
+    low, high = np.percentile(colours, [2, 98], 0)
+    colours = np.clip((colours - low) / (high - low), 0, 1).reshape(len(rows), len(columns), 3)
+
+    figure = plt.figure(figsize=(12, 10), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[4, 5])
+    overview = top.subplots(1, 3)
+    step = max(1, height // 512)
+    seen = tiles.raster[:3, ::step, ::step]
+    seen = np.clip((seen - tiles.mean[:3]) / tiles.std[:3] / 4 + 0.5, 0, 1).transpose(1, 2, 0)
+    overview[0].imshow(seen)
+    overview[0].set_title("raster, three channels")
+    if classes is not None:
+        overview[1].imshow(classes[::step, ::step], cmap="Set2", interpolation="nearest")
+    overview[1].set_title("classes, which training never sees")
+    overview[2].imshow(colours)
+    overview[2].set_title("embedding of every tile, three components")
+    chosen = np.random.default_rng(0).choice(len(grid), 4, replace=False)
+    below = bottom.subplots(4, 6)
+    for line, i in zip(below, chosen, strict=True):
+        nearest = np.argsort(((vectors - vectors[i]) ** 2).sum(1))[:6]
+        for axis, j in zip(line, nearest, strict=True):
+            axis.imshow(np.clip(images[j, :3].numpy().transpose(1, 2, 0) / 4 + 0.5, 0, 1))
+            y, x = grid[j] + TILE // 2
+            axis.set_title("" if classes is None else f"class {classes[y, x]}", fontsize=9)
+    bottom.suptitle("a tile, and its five nearest of the whole map")
+    for axis in (*overview, *below.ravel()):
+        axis.set_axis_off()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raster", type=Path, help="an .npy file [C, H, W] (default: a generated landscape)")
+    parser.add_argument("--classes", type=Path, help="its classes, an .npy file [H, W] of integers, to evaluate with")
+    parser.add_argument("--output", type=Path, default=Path("tile2vec"), metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=24, help="triplets in a step")
+    parser.add_argument("--near", type=int, default=40, help="pixels between an anchor and its neighbour, at most")
+    parser.add_argument("--features", type=int, default=32)
+    parser.add_argument("--labels", type=int, default=200, help="labelled tiles that the probe is trained on")
+    args = parser.parse_args()
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    raster = args.raster or args.output / "landscape.npy"
+    classes = landscape(raster) if args.raster is None else args.classes and np.load(args.classes)
+    tiles, rows = Tiles(raster), []
+    for seed in range(args.seeds):
+        began = time.perf_counter()
+        untrained, encoder, losses = train(tiles, seed, args.steps, args.batch, args.near, args.features)
+        row = {"seed": seed, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
+        if classes is not None:
+            row |= evaluate(tiles, classes, seed, untrained, encoder, args.labels)
+        rows.append(row | {"seconds": time.perf_counter() - began})
+        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, int)}
+    content = {"torch": torch.__version__, "settings": settings, "rows": rows}
+    (args.output / "tile2vec.json").write_text(json.dumps(content, indent=1) + "\n")
+    torch.save(encoder.state_dict(), args.output / "encoder.pt")
+    picture(args.output / "tile2vec.png", tiles, classes, encoder)
+    print(f"written: {args.output}/tile2vec.json, tile2vec.png, encoder.pt")
+
+
+if __name__ == "__main__":
+    main()
