@@ -145,7 +145,9 @@ def results_of(rank, everything):
         if everything == "default":
             results[module, "accumulation"] = run_accumulation(module, rank)
             results[module, "meta"] = run_from_meta(module, rank, sys.argv[2])
-            results[module, "two backwards"] = run_two_backwards(module, "MBConvs" if module == "fast" else "blocks", rank)
+            results[module, "two backwards"] = run_two_backwards(
+                module, "MBConvs" if module == "fast" else "blocks", rank
+            )
             results[module, "mixed"] = run_mixed(module, "blocks" if module == "plain" else "stack", rank)
         else:
             for units in MIXED:
