@@ -41,11 +41,12 @@ SHORT |= {torch.int16: "int16", torch.int32: "int32"}
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel by a launcher."""
+    """One call of a kernel by a launcher; ``prepared``: it is compiled for other sizes, and not launched."""
 
     kernel: JITFunction
     args: tuple
     kwargs: dict[str, Any]
+    prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: tuple, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch(self, args, kwargs))
+        launches.append(Launch(self, args, kwargs, warmup))
 
     with mock.patch.object(JITFunction, "run", run):
         yield launches
@@ -217,7 +218,7 @@ def report(
         with recorded() as launches:
             call()
         for launch in launches:
-            for architecture in architectures:
+            for architecture in architectures if not launch.prepared else ():
                 yield resources(op, configuration, launch, architecture)
 
 
