@@ -20,6 +20,7 @@ from revbifpn.dual_residual import (
     runs_of,
     set_coefficients,
 )
+from tests.adapters.frameworks import on_torchvision
 from tests.dual_residual.networks import Attention, Encoder, step, tokens
 from tests.marks import covering, slow
 from tests.networks import difference, identical
@@ -28,17 +29,17 @@ INPUT = (2, 5, 8)
 
 
 def timm_model(name, **options):
-    timm = pytest.importorskip("timm")
+    timm = on_torchvision("timm")
     return timm.create_model(name, num_classes=4, **options)
 
 
 def swin3d():
-    video = pytest.importorskip("torchvision").models.video
+    video = on_torchvision("torchvision").models.video
     return video.SwinTransformer3d([2, 4, 4], 12, [2, 2, 4, 2], [1, 2, 4, 8], [8, 7, 7], num_classes=4)
 
 
 def mvit():
-    mvit = pytest.importorskip("torchvision").models.video.mvit
+    mvit = on_torchvision("torchvision").models.video.mvit
     kernels, strides = [3, 3, 3], [1, 1, 1]
     settings = [mvit.MSBlockConfig(1, 16, 16, kernels, kernels, strides, [1, 1, 1]) for _ in range(3)]
     settings += [mvit.MSBlockConfig(2, 16, 32, kernels, kernels, [1, 2, 2], [1, 1, 1])]
@@ -47,7 +48,7 @@ def mvit():
 
 
 def r3d():
-    return pytest.importorskip("torchvision").models.video.r3d_18(num_classes=4)
+    return on_torchvision("torchvision").models.video.r3d_18(num_classes=4)
 
 
 def encoder():
