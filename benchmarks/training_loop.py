@@ -2,8 +2,8 @@
 
     python benchmarks/training_loop.py --steps 30
 
-Both sides take turns in one process, on the same batch, each with a network of its own. Time is the processor's, not
-the clock's, so that other programs on the machine do not count; images are in memory. The loop is Lightning's, with all
+Both sides take turns in one process, on the same batch, each with its own network. Time is the processor's, not the
+clock's, so that other programs on the machine do not count; images are in memory. The loop is Lightning's, with all
 callbacks and logs of the scripts, a number logged at every tenth step, as is their default.
 """
 

@@ -96,11 +96,15 @@ class WholeFiles(CheckpointIO):
 
 def generators(device: torch.device) -> dict[str, Any]:
     """The state of every random generator that a step draws from, in plain containers."""
-    kind, words, *rest = np.random.get_state()
+    words: dict[str, Any] = np.random.get_state(legacy=False)
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": [str(kind), torch.tensor(words.astype(np.int64)), *map(float, rest)],
+        "numpy": {
+            "bit_generator": str(words["bit_generator"]),
+            "key": torch.from_numpy(words["state"]["key"].astype(np.int64)),
+            "numbers": [int(words["state"]["pos"]), int(words["has_gauss"]), float(words["gauss"])],
+        },
         "python": [version, list(internal), gauss],
     }
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
@@ -108,8 +112,10 @@ def generators(device: torch.device) -> dict[str, Any]:
 
 def set_generators(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    kind, words, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    words = state["numpy"]
+    position, has_gauss, gauss = words["numbers"]
+    key = words["key"].numpy().astype(np.uint32)
+    np.random.set_state((words["bit_generator"], key, position, has_gauss, gauss))
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal), next_gauss))
     if device.type == "cuda" and "cuda" in state:

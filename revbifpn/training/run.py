@@ -20,10 +20,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 
+from revbifpn import fast
 from revbifpn.checkpoints import CheckpointError, load_checkpoint, published_file
 from revbifpn.configs import get_config
 from revbifpn.estimate import StepEstimator
-from revbifpn.fast import RevBiFPN
+from revbifpn.model import RevBiFPN
 from revbifpn.training import report
 from revbifpn.training.checkpoints import BEST, KEY, LAST, Saving, WholeFiles, check_same, plain, read
 from revbifpn.training.data import skipped_names
@@ -55,7 +56,7 @@ def backbone(options: Options, classes: int | None) -> RevBiFPN:
     o = options
     arguments = get_config(o.arch).arguments() | o.model_kwargs
     torch.manual_seed(o.seed)
-    model = RevBiFPN(**arguments, classes=classes, in_chans=o.in_chans, stream=o.stream, reversible=not o.stored)
+    model = fast.RevBiFPN(**arguments, classes=classes, in_chans=o.in_chans, stream=o.stream, reversible=not o.stored)
     path = published_file(get_config(o.arch), progress=True) if o.pretrained else o.weights
     if path is not None:
         load_weights(model, path)

@@ -77,7 +77,7 @@ class Task(LightningModule):
     def __init__(self, model: nn.Module, work: Work, options: Options, classes: list[str], updates: int) -> None:
         super().__init__()
         self.model, self.work, self.options, self.classes, self.updates = model, work, options, classes, updates
-        self.ema = ModelEmaV3(model, options.ema) if options.ema else None
+        self.ema = ModelEmaV3(model, options.ema).requires_grad_(False) if options.ema else None
         self.metrics = work.metrics(len(classes))
         self.confusion = ConfusionMatrix(task="multiclass", num_classes=len(classes), ignore_index=IGNORED)
         self.validation_loss = MeanMetric()
