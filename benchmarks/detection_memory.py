@@ -177,6 +177,7 @@ def show(rows: Sequence[dict[str, Any]], norms: str, environment: dict[str, Any]
             f"{detector}: largest batch",
             (*COLUMNS[:2], *(Column(f"{g} GB") for g in GIGABYTES)),
             [cells],
+            "Extrapolated from one and two images: too high where larger batches peak at another moment.\n"
             "Parameters, gradients and SGD's momentum counted; not counted: CUDA's context, what the allocator keeps.",
         )
 

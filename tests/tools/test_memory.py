@@ -120,6 +120,17 @@ class TestMeter:
         with pytest.raises(RuntimeError, match="inside the `with` block"):
             meter.peak_without([x.grad])
 
+    def test_parts_are_told_apart_at_the_peak_and_add_up_to_it(self):
+        with PeakMemory() as meter:
+            meter.begin("first")
+            x = torch.ones(1000)
+            meter.begin("second")
+            y = x + 1
+            z = y * 2
+            del y, z
+            assert meter.parts() == {"first": 4000, "second": 8000} and meter.peak_bytes == 12000
+            assert meter.parts([x]) == {"first": 0, "second": 8000}
+
     def test_fake_tensors_give_the_same_bytes(self):
         peaks = []
         for mode in (torch.enable_grad(), FakeTensorMode()):
