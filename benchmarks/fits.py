@@ -192,14 +192,18 @@ def write(path: Path, rows: Sequence[Step]) -> None:
     results.write_text(path, "{\n" + text + "\n}\n")
 
 
-@entry
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="*", help="comma list of wildcards, as in revbifpn_s3,hrnet_*")
     parser.add_argument("--sizes", default="*", help="comma list of wildcards, as in 224x224")
     parser.add_argument("--missing", action="store_true", help="only what the table has not")
     parser.add_argument("--output", type=Path, default=fits.TABLE, help="(default: %(default)s)")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
     import_timm()
     import revbifpn.adapters.timm  # noqa: F401
 

@@ -53,6 +53,8 @@
 
   const fill = (name, values) => {
     const select = field(name);
+    const there = [...select.options].map((option) => option.value);
+    if (there.join("|") === values.join("|")) return; // a list that is open in front of the reader stays
     const chosen = select.value;
     select.replaceChildren(...values.map((value) => new Option(value, value)));
     if (values.includes(chosen)) select.value = chosen;
