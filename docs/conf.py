@@ -28,7 +28,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"revbifpn\.(engine|fused|mbconv|parts|build|adapters\.levels)\b.*|revkernels\..*"),  # no page
     (
         "py:.*",
-        r".*\.(T|M|ByArch|Encoded)|ExtraFPNBlock|LastLevelMaxPool|Stem|Module|RevBiFPN|StreamFormat|Reversible.stream",
+        r".*\.(T|M|ByArch|Encoded|Pass)|check_coefficients|ExtraFPNBlock|LastLevelMaxPool|Stem|Module|RevBiFPN|StreamFormat|Reversible.stream",
     ),
     ("py:class", r".* .*|[a-z_]+"),  # the first words of what an attribute or a result is
 ]
