@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import cast
 
 import torch
 import triton
@@ -247,23 +248,23 @@ def couple_(
     if y.numel() == 0 or not p:
         return
     parts, identity = len(p), set(factors) == {1}
-    scale, shift = map(contiguous, scale), map(contiguous, shift)
-    p, scale, shift = (_slots(values) if identity else tuple(values) for values in (p, scale, shift))
-    same = range(len(p)) if identity else [k for k, f in enumerate(factors) if f == 1]
+    given = (p, map(contiguous, scale), map(contiguous, shift))
+    ps, scales, shifts = (_slots(values) if identity else tuple(values) for values in given)
+    same = range(len(ps)) if identity else [k for k, f in enumerate(factors) if f == 1]
     counts = overflow is not None
     overflow = overflow if counts else _nothing(y.device)
 
     def plan() -> Plan:
         n, c = y.shape[:2]
-        walk = planes_of(y, *(p[k] for k in same), flatten=identity)
-        p_strides = [strides_of(p_k) for p_k in p]
+        walk = planes_of(y, *(ps[k] for k in same), flatten=identity)
+        p_strides = [strides_of(p_k) for p_k in ps]
         for k, strides in zip(same, walk.strides[1:], strict=True):
             p_strides[k] = strides
         constants = dict(
             y_strides=specialised_on_nothing(walk.strides[0]),
             p_strides=tuple(map(specialised_on_nothing, p_strides)),
-            scale_row=specialised_on_nothing(map(vector_row, scale)),
-            shift_row=specialised_on_nothing(map(vector_row, shift)),
+            scale_row=specialised_on_nothing(map(vector_row, scales)),
+            shift_row=specialised_on_nothing(map(vector_row, shifts)),
             C=c,
             H=walk.height,
             W=walk.width,
@@ -284,7 +285,7 @@ def couple_(
         return Plan(programs, constants, num_warps=2)
 
     with on_device_of(y):
-        (_couple_identity if identity else _couple_upsampled)(key, plan, y, p, scale, shift, overflow)
+        (_couple_identity if identity else _couple_upsampled)(key, plan, y, ps, scales, shifts, overflow)
 
 
 def _slots(values: Iterable) -> tuple:
@@ -571,7 +572,7 @@ def couple_adjoint(
             if dy.numel() == 0:
                 of_ks.zero_()
             elif ks is same:
-                _adjoint_identity(dy, p_ks, centers, of_ks)
+                _adjoint_identity(dy, cast("list[Tensor]", p_ks), centers, of_ks)
             else:
                 _adjoint_upsampled(dy, p_ks, centers, [factors[k] for k in ks], mode, [du[k] for k in ks], of_ks)
     return du, sums
