@@ -108,19 +108,3 @@ def full_disk() -> None:
 def killed_in_step_3_of_rank_1() -> None:
     if os.environ["RANK"] == "1":
         _at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def dying_data_worker() -> None:
-    """A process that reads images kills itself at the sixth."""
-    from torch.utils.data import get_worker_info
-
-    from revbifpn.training.data import Samples
-
-    ordinary, read = Samples.__getitem__, itertools.count(1)
-
-    def item(self: Samples, key: Any) -> Any:
-        if get_worker_info() is not None and next(read) == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return ordinary(self, key)
-
-    Samples.__getitem__ = item  # type: ignore[method-assign]

@@ -165,13 +165,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(images, tmp_p
     assert not (tmp_path / "out" / "last.ckpt.partial").exists()
 
 
-def test_a_data_worker_that_dies_is_named(images, tmp_path):
-    argv = small.options(images, tmp_path / "out")
-    argv[argv.index("--workers") + 1] = 1
-    code, text = small.run(CLASSIFICATION, argv, tmp_path, before=small.dying_data_worker)
-    assert code == 1 and "data worker" in text and "died" in text and "--resume" in text, text
-
-
 # Without a run ----------------------------------------------------------------------------------
 
 
