@@ -248,7 +248,7 @@ def couple_(
     if y.numel() == 0 or not p:
         return
     parts, identity = len(p), set(factors) == {1}
-    given = (p, map(contiguous, scale), map(contiguous, shift))
+    given: tuple[Iterable, ...] = (p, map(contiguous, scale), map(contiguous, shift))
     ps, scales, shifts = (_slots(values) if identity else tuple(values) for values in given)
     same = range(len(ps)) if identity else [k for k, f in enumerate(factors) if f == 1]
     counts = overflow is not None
