@@ -38,7 +38,7 @@ myst_enable_extensions = ["colon_fence"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["timm", "torchvision", "huggingface_hub", "mmengine"]  # nothing is called, only read
+autodoc_mock_imports = ["timm", "torchvision", "huggingface_hub", "mmengine", "detectron2"]  # read, not called
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -51,17 +51,12 @@ html_copy_source = html_show_sourcelink = False
 
 
 def front_page(app: Sphinx, name: str, source: list[str]) -> None:
-    """The site begins with README, whose links to other files than pages are dropped here.
-
-    ``page?`` in the navigation is a page that need not be there yet.
-    """
+    """The site begins with README, whose links to other files than pages are dropped here."""
     if name != "index":
         return
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
     readme = re.sub(r"\[([^\]]+)\]\(([A-Z]+\.\w+)\)", r"`\2`", readme)
-    pages = {path.stem for path in DOCS.glob("*.md")}
-    navigation = re.sub(r"(?m)^(\w+)\?\n", lambda m: f"{m[1]}\n" if m[1] in pages else "", source[0])
-    source[0] = f"{readme}\n{navigation}"
+    source[0] = f"{readme}\n{source[0]}"
 
 
 def write_table(app: Sphinx, exception: Exception | None) -> None:

@@ -119,7 +119,7 @@ class Body:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def backbone(self, **options: Any) -> BackboneWithFPN:
-        """Body and FPN; ``options`` of :func:`revbifpn_fpn_backbone`."""
+        """Body and FPN; ``options`` of :func:`revbifpn.adapters.torchvision.revbifpn_fpn_backbone`."""
         return revbifpn_fpn_backbone(
             f"revbifpn_{self.scale.removeprefix('revbifpn_')}",
             self.pretrained,

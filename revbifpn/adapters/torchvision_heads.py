@@ -45,7 +45,7 @@ class SampledRPN(RegionProposalNetwork):
 
     Proposals carry no gradient, and the losses read ``batch_size_per_image`` of some hundred thousand anchors. So the
     head runs over the maps without a graph, in strips of rows, and once more, with one, on the 3 x 3 pixels around each
-    sampled anchor. Values and gradients are those of :class:`RegionProposalNetwork`.
+    sampled anchor. Values and gradients are those of torchvision's ``RegionProposalNetwork``.
     """
 
     def forward(
