@@ -18,7 +18,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -38,12 +37,14 @@ from torch import Tensor, nn
 import revkernels
 from benchmarks.harness import command, results
 from benchmarks.harness.command import BenchmarkError, entry
+from benchmarks.harness.detectors import FASTER, MASK, RETINA
 from benchmarks.harness.networks import CHECKPOINTED, STORED
 from benchmarks.harness.rivals import RIVALS, Checkpointed, checkpoint_hrnet, import_timm
 from benchmarks.harness.terminal import track
 from revbifpn import fits
 from revbifpn.configs import CONFIGS
 from revbifpn.fits import CLASSIFICATION, Step
+from revbifpn.streams import FIXED16
 
 SEGMENTATION, SEGMENTATION_CLASSES = "segmentation", 19
 SIZES = {CLASSIFICATION: ("224x224", "800x1344", "512x512", "288x288"), SEGMENTATION: ("1024x2048", "512x1024")}
@@ -53,7 +54,8 @@ CLASSIFIERS = ("hrnet_w18", "hrnet_w32", "hrnet_w48", "tf_efficientnet_b0", "tf_
 ENCODERS = {"resnet50": "ResNet-50", "resnet101": "ResNet-101"} | {
     name: rival.label for name, rival in RIVALS.items() if rival.family == "HRNet"
 }
-DETECTORS = "detection_memory_*.json"
+DETECTION = "detection_memory_*.json"
+DETECTORS = {FASTER: "Faster R-CNN", MASK: "Mask R-CNN", RETINA: "RetinaNet"}
 LABELS = ENCODERS | {arch: f"RevBiFPN-{arch.rsplit('_', 1)[1].upper()}" for arch in CONFIGS}
 
 
@@ -144,35 +146,32 @@ def jobs() -> list[Job]:
 
 
 def detectors(folder: Path = results.RESULTS) -> Iterator[Step]:
-    """The measured steps of detectors, one row per network, whatever batches the files have of it."""
-    for path in sorted(folder.glob(DETECTORS)):
+    """The measured steps of detectors, of one image and of two."""
+    for path in sorted(folder.glob(DETECTION)):
         content = json.loads(path.read_text())
-        settings, found = content["settings"], defaultdict(list)
         for row in content["rows"]:
-            row = settings | row
-            names = (row.get("task", "Faster R-CNN"), row["model"], row["variant"], row["height"], row["width"])
-            found[(*names, row.get("dtype", "float32"), row.get("stream", ""))].append(row)
-        for (task, model, variant, height, width, dtype, stream), rows in found.items():
-            points = sorted({(row["images"], row["peak_bytes"]) for row in rows})
-            (last, peak) = points[-1]
-            (before, less) = points[-2] if len(points) > 1 else (0, 0)
-            if variant == fits.RECOMPUTED and not stream:
-                stream = fits.DEFAULT_STREAMS[dtype]
+            if row["detector"] not in DETECTORS:
+                continue
+            variant, *sixteen = row["variant"].split()
+            precision = "bfloat16" if sixteen else "float32"
+            recomputed = variant == fits.RECOMPUTED
+            height, width = content["settings"]["sizes"][row["detector"]]
+            one, two = row["peak_bytes"], row["two_images_bytes"]
             yield Step(
-                task=task,
-                network=model,
-                label=LABELS.get(model, model),
+                task=DETECTORS[row["detector"]],
+                network=row["model"],
+                label=LABELS.get(row["model"], row["model"]),
                 variant=variant,
                 size=(height, width),
-                precision=dtype,
-                stream=stream if variant == fits.RECOMPUTED else "",
-                score=rows[0].get("published_ap"),
+                precision=precision,
+                stream=(FIXED16 if sixteen else fits.DEFAULT_STREAMS[precision]) if recomputed else "",
+                score=row["published_ap"],
                 image_bytes=3 * height * width * 4,
-                parameter_bytes=4 * rows[0]["parameters"],
-                gradient_bytes=rows[0]["gradient_bytes"],
-                state_bytes=rows[0]["gradient_bytes"],
-                peaks=tuple(points),
-                slope=(peak - less) / (last - before),
+                parameter_bytes=row["parameter_bytes"],
+                gradient_bytes=row["gradient_bytes"],
+                state_bytes=row["gradient_bytes"],
+                peaks=((1, one), (2, two)),
+                slope=two - one,
             )
 
 

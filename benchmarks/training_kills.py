@@ -151,15 +151,19 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
     }
 
 
-@entry
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=3, help="of each run (default 3)")
     parser.add_argument("--minutes", type=float, default=60, help="begin no further kill after them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
     output = command.pick_output(arguments.output)
     chance, rows = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as name:

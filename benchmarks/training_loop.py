@@ -114,15 +114,19 @@ def measure(arch: str, resolution: int, batch: int, steps: int, folder: Path) ->
     return Row(arch, resolution, batch, round(values[0], 4), round(values[1], 4), round(values[2] - 1, 4))
 
 
-@entry
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--arch", default="revbifpn_s0")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
     output = command.pick_output(arguments.output)
     with tempfile.TemporaryDirectory() as folder:
         row = measure(arguments.arch, arguments.resolution, arguments.batch, arguments.steps + WARM_UP, Path(folder))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -83,12 +82,12 @@ class Coupling:
         if self.creates and (self.scale != 1 or not self.terms):
             raise ValueError("creates: a new level starts from zero: it has terms, and nothing to scale")
 
-    @cached_property
+    @property
     def sources(self) -> tuple[Part, ...]:
         """What the transforms read."""
         return tuple(source for source, _ in self.terms)
 
-    @cached_property
+    @property
     def transforms(self) -> tuple[nn.Module, ...]:
         return tuple(transform for _, transform in self.terms)
 

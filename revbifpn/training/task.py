@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +47,11 @@ class OptimizerInBackward:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        accepted = inspect.signature(type(optimizer)).parameters  # a class may have more defaults than arguments
+        options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
         for group in optimizer.param_groups:
             for p in group["params"]:
-                own = type(optimizer)([p], **{k: v for k, v in optimizer.defaults.items()})
+                own = type(optimizer)([p], **options)
                 p.register_post_accumulate_grad_hook(self._hook(own, group))
 
     def _hook(self, own: Optimizer, group: dict[str, Any]) -> Callable[[Tensor], None]:

@@ -85,7 +85,7 @@ def surroundings(request, monkeypatch, tmp_path):
         pytest.skip("needs a GPU")
     if package := missing_package(block.code):
         pytest.skip(f"{package} is not installed")
-    if "torchvision.models" in block.code:
+    if "torchvision.models" in block.code or "revbifpn.detection" in block.code:
         frameworks.torchvision("torchvision.models")
     elif "torchvision" in block.code or "timm" in block.code or "segmentation" in block.code:
         frameworks.on_torchvision("torchvision")
@@ -96,7 +96,7 @@ def surroundings(request, monkeypatch, tmp_path):
         monkeypatch.setattr(checkpoints, "_verify", lambda *_: None)
         folder = tmp_path / "hub" / "checkpoints"
         folder.mkdir(parents=True)
-        for arch in set(re.findall(r"revbifpn_s\d", block.code)):
+        for arch in {f"revbifpn_{scale}" for scale in re.findall(r"[\"_](s\d)\b", block.code)}:
             file = folder / CONFIGS[arch].url.rsplit("/", 1)[1]
             revbifpn.save_checkpoint(getattr(revbifpn, arch)(), file)
     if "torchrun" in block.needs:

@@ -80,10 +80,11 @@ def network(module, **options):
 
 
 def after_a_call(model):
-    """The model, with what it makes at its first call; its statistics are as before."""
+    """The model, with what it makes at its first calls, with gradients and without; its statistics are as before."""
     training = model.training
-    with torch.no_grad():
-        model.eval()(image())
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            model.eval()(image())
     return model.train(training)
 
 

@@ -170,33 +170,17 @@ def test_the_table_has_every_scale_and_rivals_at_its_settings():
 
 
 def test_detectors_are_read_from_what_was_measured(tmp_path):
-    rows = [
-        {"model": "resnet50", "variant": "stored", "parameters": 10, "gradient_bytes": 32, "peak_bytes": 600},
-        {
-            "model": "resnet50",
-            "variant": "stored",
-            "parameters": 10,
-            "gradient_bytes": 32,
-            "peak_bytes": 1000,
-            "images": 2,
-        },
-        {
-            "model": "new",
-            "variant": "fast",
-            "parameters": 5,
-            "gradient_bytes": 20,
-            "peak_bytes": 70,
-            "task": "RetinaNet",
-        },
-    ]
-    settings = {"height": 800, "width": 1344, "images": 1}
-    content = {"environment": {}, "settings": settings, "rows": rows}
+    bytes_of = {"peak_bytes": 600, "two_images_bytes": 1000, "parameter_bytes": 40, "gradient_bytes": 32}
+    row = {"detector": "fasterrcnn", "model": "resnet50", "variant": "stored", "published_ap": 37.4} | bytes_of
+    sixteen = row | {"detector": "retinanet", "model": "new", "variant": "fast bf16 fixed16", "published_ap": None}
+    settings = {"sizes": {"fasterrcnn": [800, 1344], "retinanet": [64, 96]}}
+    content = {"settings": settings, "rows": [row, sixteen, row | {"detector": "segmentation"}]}
     (tmp_path / "detection_memory_cpu.json").write_text(json.dumps(content))
     resnet, new = table_maker.detectors(tmp_path)
     assert (resnet.task, resnet.label, resnet.size, resnet.stream) == ("Faster R-CNN", "ResNet-50", (800, 1344), "")
     assert [resnet.activations(n) for n in (1, 2, 3)] == [600, 1000, 1400]
-    assert (new.task, new.network, new.stream, new.is_rival) == ("RetinaNet", "new", "float32", False)
-    assert [new.activations(n) for n in (1, 10)] == [70, 700]
+    assert (new.task, new.size, new.is_rival) == ("RetinaNet", (64, 96), False)
+    assert (new.network, new.precision, new.stream) == ("new", "bfloat16", "fixed16")
 
 
 def test_the_table_is_written_and_read_as_it_was(tmp_path):
