@@ -151,6 +151,8 @@ def test_a_converted_model_trains_as_with_stored_activations(name, exact, autoca
     model, x, _ = made(name)
     convert(model, alpha=0.5, beta=0.5, exact=exact)
     model.train()
+    if not (exact or autocast):  # norms over few values multiply errors by thousands
+        model, x = model.double(), x.double()
     twin = stored(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found, wanted = step(model, x), step(twin, x)
@@ -158,7 +160,7 @@ def test_a_converted_model_trains_as_with_stored_activations(name, exact, autoca
         assert identical(found, wanted)
         assert identical(model.buffers(), twin.buffers())
     elif not autocast:
-        assert difference(found[:1], wanted[:1]) < 1e-4 and difference(found, wanted) < 0.05
+        assert difference(found, wanted) < 1e-6
 
 
 def test_the_report_says_what_was_left_and_why():

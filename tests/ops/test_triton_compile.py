@@ -49,7 +49,8 @@ def test_every_op_compiles(rows):
 
 def test_couplings_compile_for_int16_streams(rows):
     kernels = {"couple_identity_kernel", "couple_upsampled_kernel"}
-    assert {r["kernel"] for r in rows if r["configuration"].startswith("int16 stream")} == kernels
+    int16 = {r["kernel"] for r in rows if r["configuration"].startswith("int16 stream")}
+    assert {kernel for kernel in int16 if kernel.startswith("couple")} == kernels
 
 
 def test_nothing_spills(rows):
