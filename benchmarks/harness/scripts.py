@@ -25,7 +25,11 @@ def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(key, ROOT / "examples" / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = sys.modules[key] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
     return sys.modules[key]
 
 

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 SIZES = [64, 96, (64, 96), 128, (160, 32), (192, 64), (32, 224), (96, 32), (32, 256), (32, 352)]
 FORMATS = {"float32": ("float32", None, 16), "bfloat16-fixed16": ("bfloat16", "fixed16", 20)}
 STEPS = """
+import sys
+sys.path.append(sys.path.pop(0))  # an installed revbifpn comes first, the working directory after it
 import json, torch
 from revbifpn import fast
 
