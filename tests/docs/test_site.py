@@ -1,7 +1,6 @@
 """The documentation builds without a warning and without network, and every link in it leads somewhere."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -45,8 +44,7 @@ def site(tmp_path_factory):
     closed = "import socket; socket.socket.connect = socket.create_connection = None\n"
     command = ["--fail-on-warning", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
     code = f"{closed}from sphinx.cmd.build import main; raise SystemExit(main({command!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder
 
