@@ -20,16 +20,17 @@ Source: Chiley et al., RevBiFPN, arXiv 2206.14098 (RevSilo); Gomez et al., RevNe
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from revbifpn.engine.anomaly import names_of
-from revbifpn.engine.coupling import Coupling, Part, Upsampled
+from revbifpn.engine.coupling import Coupling, Levels, Part, Upsampled
 from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.record import is_recomputing
 from revbifpn.engine.region import Region, run_as_region, wants_gradients
@@ -165,6 +166,16 @@ def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     return streams[0] if len(streams) == 1 else streams
 
 
+Terms = tuple[tuple[Part, nn.Module], ...]  # of a coupling: what its transforms read, and they
+
+
+@lru_cache
+def _into(target: int, levels: int, up: bool) -> tuple[tuple[Part, str], ...]:
+    """The sources that may add to ``target``, and the names of their transforms, in the order of these."""
+    sources, count = (range(levels - 1, target, -1), levels - 1) if up else (range(target), 0)
+    return tuple((Part(i), f"xform_{abs(count - i)}_{abs(count - target)}") for i in sources)
+
+
 class HalfSilo(nn.Module):
     """The transforms ``xform_{i}_{j}`` of one direction, from stream i to stream j > i, counted in that direction.
 
@@ -190,21 +201,28 @@ class HalfSilo(nn.Module):
     def _count(self, *levels: int) -> tuple[int, ...]:
         return tuple(self.levels - 1 - level for level in levels) if self.up else levels
 
-    def into(self, target: int) -> tuple[tuple[Part, nn.Module], ...]:
+    def into(self, target: int) -> Terms:
         """The (source, transform) pairs that add to ``target``, in the order of their names."""
-        pairs = []
-        for source in range(self.levels - 1, target, -1) if self.up else range(target):
-            i, j = self._count(source, target)
-            transform = self._modules.get(f"xform_{i}_{j}")
-            if transform is not None:
-                pairs.append((Part(source), transform))
-        return tuple(pairs)
+        terms = [(part, self._modules.get(name)) for part, name in _into(target, self.levels, self.up)]
+        return tuple([(part, transform) for part, transform in terms if transform is not None])
 
     def leave_out(self, target: int) -> None:
         """Have no transforms into ``target`` any more."""
         _, j = self._count(0, target)
         for name in [name for name in self._modules if name.endswith(f"_{j}")]:
             delattr(self, name)
+
+
+_couplings: WeakKeyDictionary[HalfSilo, dict[Part, Coupling]] = WeakKeyDictionary()
+
+
+def _coupling(silo: HalfSilo, target: Part, terms: Terms, creates: bool = False) -> Coupling:
+    """One of a half silo's couplings, by target: the same in every pass, as making and checking one takes its time."""
+    known = _couplings.setdefault(silo, {})
+    coupling = known.get(target)
+    if coupling is None or coupling.terms != terms or coupling.creates != creates:
+        coupling = known[target] = Coupling(target, terms, creates)
+    return coupling
 
 
 class RevBlock(Reversible):
@@ -225,8 +243,8 @@ class RevBlock(Reversible):
     def couplings(self) -> Iterator[Coupling]:
         x0, x1 = Part(0, half=0), Part(0, half=1)
         ((_, f),), ((_, g),) = self.f.into(1), self.g.into(0)
-        yield Coupling(x1, ((x0, f),))
-        yield Coupling(x0, ((x1, g),))
+        yield _coupling(self.f, x1, ((x0, f),))
+        yield _coupling(self.g, x0, ((x1, g),))
 
 
 class RevSilo(Reversible):
@@ -270,12 +288,12 @@ class RevSilo(Reversible):
     def couplings(self) -> Iterator[Coupling]:
         entering = self.levels - self.created
         for j in range(entering, self.levels):
-            yield Coupling(Part(j), self._from_inputs(j, entering), creates=True)
-        downward = (Coupling(Part(j), self.f.into(j)) for j in range(entering - 1, 0, -1))
-        upward = (Coupling(Part(j), self.g.into(j)) for j in range(self.levels - 1))
-        yield from (coupling for coupling in itertools.chain(downward, upward) if coupling.terms)
+            yield _coupling(self.f, Part(j), self._from_inputs(j, entering), creates=True)
+        for silo, targets in (self.f, range(entering - 1, 0, -1)), (self.g, range(self.levels - 1)):
+            couplings = [_coupling(silo, Part(j), silo.into(j)) for j in targets]
+            yield from (coupling for coupling in couplings if coupling.terms)
 
-    def _from_inputs(self, target: int, entering: int) -> tuple[tuple[Part, nn.Module], ...]:
+    def _from_inputs(self, target: int, entering: int) -> Terms:
         """A created stream reads the silo's inputs: other created streams are zero there and have no transform."""
         terms = self.f.into(target)
         if any(source.level >= entering for source, _ in terms):
@@ -363,7 +381,7 @@ def check_invertible(module: Reversible, *streams: Tensor, rtol: float | None = 
     entered = [y.clone() for y in state.streams]
     state.round_trip(module.couplings())
     errors = []
-    inputs, state.streams = state.decoded(), entered
+    inputs, state.streams = state.decoded(), Levels(entered)
     for i, (inverted, x) in enumerate(zip(inputs, state.decoded(), strict=True)):
         limit = rtol if rtol is not None else {torch.float32: 1e-3, torch.float64: 1e-10}.get(x.dtype, 0.1)
         error = 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from revbifpn.dual_residual.precision import warn_if_useless
 from revbifpn.dual_residual.step import Bound, DualCoupler
 from revbifpn.engine.anomaly import names_of
-from revbifpn.engine.coupling import Coupling, Part
+from revbifpn.engine.coupling import Coupling, Levels, Part
 from revbifpn.engine.lowered import Coupler
 from revbifpn.engine.state import State
 from revbifpn.engine.tape import Stored, Tape, TapeAt, open_tape
@@ -239,7 +239,8 @@ class DualResidualSequence(Reversible):
         if len(streams) == 1 and isinstance(streams[0], DualStreams):
             end = streams[0]
             state = State(self.coupler, self, end._state.format)
-            state.streams, state.position = [y.clone() for y in end._state.streams], end._state.position
+            state.streams = Levels([y.clone() for y in end._state.streams])
+            state.position = end._state.position
             steps = list(zip(end._couplings, end.remainders, strict=True))
         else:
             if self._format.exact or len(streams) != 2:

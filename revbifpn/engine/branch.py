@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ from revbifpn.streams import HALVES, Values, autocast_dtype, values
 _M = TypeVar("_M", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Contribution:
+class Contribution(NamedTuple):
     """What a branch adds to a stream: ``scale * p + shift`` (``[C]`` or ``[N, C]`` each), upsampled by the coupling.
 
     ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs.

@@ -15,37 +15,54 @@ coefficients s and c are those of dual-residual networks (``x_i = B(x_{i-1}) + (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A stream, or one channel half of it: the first half has the odd channel."""
 
     level: int
     half: int | None = None
-
-    def of(self, streams: Sequence[Tensor]) -> Tensor:
-        """Its values in ``streams``, a view."""
-        return self.within(streams[self.level])
-
-    def within(self, x: Tensor) -> Tensor:
-        """Its values in x, its own stream."""
-        if self.half is None:
-            return x
-        channels = x.shape[1]
-        first = channels - channels // 2
-        return x.narrow(1, 0, first) if self.half == 0 else x.narrow(1, first, channels - first)
 
     def overlaps(self, other: Part) -> bool:
         return self.level == other.level and (self.half == other.half or None in (self.half, other.half))
 
     def at(self, level: int) -> Part:
         """The same part among the streams from ``level`` on."""
-        return replace(self, level=self.level + level)
+        return Part(self.level + level, self.half)
+
+
+class Levels(list):  # of tensors or None
+    """One tensor per level. The views of its channel halves are made once, as every coupling of a RevBlock asks."""
+
+    def __init__(self, tensors: Iterable[Tensor | None] = ()) -> None:
+        super().__init__(tensors)
+        self._halves: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __setitem__(self, level, x) -> None:  # type: ignore[no-untyped-def]  # of one level, or of slices
+        self._halves.clear()
+        super().__setitem__(level, x)
+
+    def pop(self, level=-1):  # type: ignore[no-untyped-def]
+        self._halves.clear()
+        return super().pop(level)
+
+    def part(self, part: Part) -> Tensor:
+        """The values of a part, a view."""
+        x: Tensor = self[part.level]
+        if part.half is None:
+            return x
+        halves = self._halves.get(part.level)
+        if halves is None:
+            first = x.shape[1] - x.shape[1] // 2
+            halves = x.narrow(1, 0, first), x.narrow(1, first, x.shape[1] - first)
+            self._halves[part.level] = halves
+        return halves[part.half]
 
 
 @dataclass(frozen=True)
@@ -82,22 +99,30 @@ class Coupling:
         if self.creates and (self.scale != 1 or not self.terms):
             raise ValueError("creates: a new level starts from zero: it has terms, and nothing to scale")
 
-    @property
+    @cached_property
     def sources(self) -> tuple[Part, ...]:
         """What the transforms read."""
         return tuple(source for source, _ in self.terms)
 
-    @property
+    @cached_property
     def transforms(self) -> tuple[nn.Module, ...]:
         return tuple(transform for _, transform in self.terms)
+
+    @cached_property
+    def _moved(self) -> dict[int, Coupling]:
+        return {}
 
     def at(self, level: int) -> Coupling:
         """The same coupling among the streams from ``level`` on."""
         if level == 0:
             return self
-        terms = tuple((source.at(level), transform) for source, transform in self.terms)
-        linear = tuple((source.at(level), coefficient) for source, coefficient in self.linear)
-        return replace(self, target=self.target.at(level), terms=terms, linear=linear)
+        moved = self._moved.get(level)
+        if moved is None:
+            terms = tuple((source.at(level), transform) for source, transform in self.terms)
+            linear = tuple((source.at(level), coefficient) for source, coefficient in self.linear)
+            moved = replace(self, target=self.target.at(level), terms=terms, linear=linear)
+            self._moved[level] = moved
+        return moved
 
 
 class Upsampled(nn.Sequential):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revbifpn.engine.anomaly import label
 from revbifpn.engine.branch import Branch, Contribution, Gradient, Pullback
-from revbifpn.engine.coupling import Coupling, Part
+from revbifpn.engine.coupling import Coupling, Levels, Part
 from revbifpn.engine.lowered import Coupler, Grid, Lowered
 from revbifpn.engine.record import Backends
 from revbifpn.streams import (
@@ -84,8 +84,8 @@ class State:
     stored: bool = False
     retain: bool = False
     gradient_dtype: torch.dtype | None = None
-    streams: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor | None] = field(default_factory=list)
+    streams: Levels = field(default_factory=Levels)
+    grads: Levels = field(default_factory=Levels)
     position: int = 0  # couplings applied and not yet undone
     task: int = -1  # autograd's number of the backward call that the gradients belong to
     final: list[Tensor] = field(default_factory=list)  # with ``retain``, the streams at the end of the forward
@@ -105,20 +105,20 @@ class State:
             self.format.check(x)
             self.checks = self.checks and not is_capturing(x.device)  # values to compare come with the replay
         if owned and not self.format.exact:
-            self.streams = [x.data for x in inputs]
+            self.streams = Levels([x.data for x in inputs])
         else:
-            self.streams = [
-                self.format.encode(x, level, self.overflow.of(level, x.device)) for level, x in enumerate(inputs)
-            ]
+            self.streams = Levels(
+                [self.format.encode(x, level, self.overflow.of(level, x.device)) for level, x in enumerate(inputs)]
+            )
 
     def decoded(self) -> tuple[Tensor, ...]:
         """The streams as ordinary tensors; the state keeps them no longer."""
-        streams, self.streams = self.streams, []
+        streams, self.streams = self.streams, Levels()
         return tuple(values(self.format.decode(y, level)) for level, y in enumerate(streams))
 
     def read(self, part: Part) -> Values:
         """The values of a part, as branches take them."""
-        return self.format.decode(part.of(self.streams), part.level)
+        return self.format.decode(self.streams.part(part), part.level)
 
     def copy_of(self, level: int) -> Tensor:
         """A stream's values, in memory of their own."""
@@ -136,13 +136,13 @@ class State:
         if self.retain and not self.final:
             self.final = [stream.clone() for stream in self.streams]
         elif self.retain:
-            self.streams, self.position = [stream.clone() for stream in self.final], position
+            self.streams, self.position = Levels([stream.clone() for stream in self.final]), position
         self.expect(position)
         self.task, self.backends_changed = torch._C._current_graph_task_id(), Backends.current() != self.backends
         # The caller may still hold the tensor, and autograd may share the gradient: the pass works on copies.
         bits, own = self.format.bits(level), self.streams[level].is_floating_point()
         self.streams[level] = y.clone() if own or bits is None else integers_of(y, rest, bits)
-        self.grads = [None] * len(self.streams)
+        self.grads = Levels([None] * len(self.streams))
         self.grads[level] = None if dy is None else self._own_gradient(dy)
 
     def _grid(self, level: int, *, counted: bool) -> Grid | None:
@@ -213,7 +213,7 @@ class State:
         if self.observer is not None:
             self.observer.before(self, lowered)
         grid = self._grid(target.level, counted=True)
-        y = target.of(self.streams)
+        y = self.streams.part(target)
         remainder = lowered.advance_(y, contributions, self._linear(lowered), grid, undone=undone)
         if self.observer is not None:
             self.observer.after(self, lowered)
@@ -227,7 +227,7 @@ class State:
     ) -> None:
         """``y_t <- (y_t - sum_k contribution_k - sum_j c_j y_j) / s``."""
         grid = self._grid(lowered.target.level, counted=False)
-        lowered.retreat_(lowered.target.of(self.streams), contributions, self._linear(lowered), grid, remainder)
+        lowered.retreat_(self.streams.part(lowered.target), contributions, self._linear(lowered), grid, remainder)
 
     def undo(self, lowered: Lowered, remainder: Tensor | None = None) -> None:
         """Undo a coupling with its branches as they are now, for ``inverse()``."""
@@ -340,20 +340,20 @@ class State:
             if self.retain and not self.final:
                 self.final = [y.clone() for y in self.streams]
             elif self.retain and self.position != position:
-                self.streams, self.position = [y.clone() for y in self.final], position
-            self.grads = [None] * len(self.streams)
+                self.streams, self.position = Levels([y.clone() for y in self.final]), position
+            self.grads = Levels([None] * len(self.streams))
         self.expect(position)
 
     def reenter(self, position: int, streams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Backward begins at ``position``, with streams that had left, and their gradients."""
         if self.retain:
-            self.streams, self.position = [], position
+            self.streams, self.position = Levels(), position
         self.expect(position)
         if self.streams:
             raise RuntimeError(_AGAIN)
         self.backends_changed = Backends.current() != self.backends
         self.enter(streams)
-        self.grads = [None if g is None else self._own_gradient(g) for g in grads]
+        self.grads = Levels([None if g is None else self._own_gradient(g) for g in grads])
 
     def expect(self, position: int) -> None:
         """Refuse to go on where the streams are not what this node left behind."""
@@ -366,7 +366,7 @@ class State:
 
     def release(self) -> None:
         """Let go of the streams: nothing before this point of the backward wants a gradient."""
-        self.streams, self.grads, self.position = [], [], -1
+        self.streams, self.grads, self.position = Levels(), Levels(), -1
         if self.checks:
             self.root.self_check = False  # a whole step went well
 
@@ -383,7 +383,7 @@ class State:
             else:
                 yield
         except BaseException:
-            self.streams, self.grads, self.final, self.position = [], [], [], -1
+            self.streams, self.grads, self.final, self.position = Levels(), Levels(), [], -1
             raise
 
     def round_trip(self, couplings: Iterable[Coupling]) -> None:
@@ -392,7 +392,7 @@ class State:
         for coupling in couplings:
             lowered = self.lower(coupling)
             done.append((lowered, self.advance(lowered, lowered.parameters())))
-        self.grads = [None] * len(self.streams)
+        self.grads = Levels([None] * len(self.streams))
         for lowered, advanced in reversed(done):
             self.retreat(lowered, advanced, lowered.parameters(), needs_input=True)
 
@@ -411,11 +411,11 @@ class PartGradient(Gradient):
         self.dtype = state.gradient_dtype or state.streams[part.level].dtype
 
     def tensor(self) -> Tensor:
-        dy = self.state.grads[self.part.level]
-        if dy is None:
-            stream = self.state.streams[self.part.level]
-            dy = self.state.grads[self.part.level] = torch.zeros(stream.shape, dtype=self.dtype, device=stream.device)
-        return self.part.within(dy)
+        level, grads = self.part.level, self.state.grads
+        if grads[level] is None:
+            stream = self.state.streams[level]
+            grads[level] = torch.zeros(stream.shape, dtype=self.dtype, device=stream.device)
+        return grads.part(self.part)
 
     def adopts(self, buffer: Tensor) -> bool:
         level = self.part.level

@@ -23,6 +23,9 @@ from revbifpn.fused.mbconv import FusedMBConv
 from revbifpn.fused.segment import FusedSegment, Segment
 from revbifpn.streams import Values, as_map
 
+_couple_ = torch.ops.revkernels.couple_.default
+_couple_adjoint = torch.ops.revkernels.couple_adjoint.default
+
 
 @dataclass(frozen=True)
 class FusedLowered(Lowered):
@@ -41,7 +44,7 @@ class FusedLowered(Lowered):
                     f"got {tuple(contribution.p.shape)}"
                 )
         fraction_bits, overflow = (None, None) if grid is None else (grid.fraction_bits, grid.overflow)
-        torch.ops.revkernels.couple_(
+        _couple_(
             as_map(y),
             [as_map(contribution.p) for contribution in contributions],
             [contribution.scale for contribution in contributions],
@@ -58,7 +61,7 @@ class FusedLowered(Lowered):
             return super().adjoint(dy, contributions)
         p = [None if contribution.center is None else contribution.p for contribution in contributions]
         center = [contribution.center for contribution in contributions]
-        pulled = torch.ops.revkernels.couple_adjoint(dy, p, center, self.factors, self.mode)
+        pulled = _couple_adjoint(dy, p, center, self.factors, self.mode)
         return [
             (dy if f == 1 else du, None if p_k is None else sums)
             for f, p_k, du, sums in zip(self.factors, p, *pulled, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_
 from typing import Any
@@ -105,14 +105,17 @@ class Inspected:
         self.hooks = [hooks for m in called for hooks in _hooks(m)]
         self.layers = [(get, [m for m in self.parts if type(m) is kind]) for kind, get in _SETTINGS.items()]
         self.settings = self._settings()
-        self.tensors: list[Mapping[str, Tensor | None]] = []
+        self.tensors: list[dict[str, Any]] = []
         for m in modules:
-            self.tensors += filter(len, (m._parameters, m._buffers))
+            self.tensors += [tensors for tensors in (m._parameters, m._buffers) if tensors]
         self.dtypes = self._dtypes()
         self.stream = torch.float64 if torch.float64 in self.dtypes else torch.float32  # that its kernels take
+        self.reduced = not set(HALVES).isdisjoint(self.dtypes)  # some are to be read as float32
+        self.kept: dict[Any, Any] = {}  # what was worked out of all this
 
     def _dtypes(self) -> list[torch.dtype | None]:
-        return [None if t is None else t.dtype for tensors in self.tensors for t in tensors.values()]
+        tensors = chain.from_iterable(map(dict.values, self.tensors))
+        return list(map(getattr, tensors, repeat("dtype"), repeat(None)))
 
     def _settings(self) -> list[list[Any]]:
         return [list(map(get, layers)) for get, layers in self.layers]
@@ -162,6 +165,11 @@ def why_not_fused(transform: nn.Module, x: Tensor | Encoded) -> str:
     if 0 in x.shape:
         return "the batch is empty"
     return ""
+
+
+def inspected(transform: nn.Module) -> Inspected:
+    """What :func:`why_not_fused` found of a transform that it let pass."""
+    return _inspected[transform]
 
 
 def why_not_built_so(mbconv: nn.Module) -> str:

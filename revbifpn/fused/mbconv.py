@@ -14,10 +14,11 @@ Under autocast the planes e, d, p and their gradients are of its dtype; statisti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from operator import getitem
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import revkernels  # noqa: F401  defines the ops
 from revbifpn.engine.anomaly import check_finite
 from revbifpn.engine.branch import Contribution, Gradient, Pullback
-from revbifpn.fused.eligible import is_constant_norm
+from revbifpn.fused.eligible import inspected, is_constant_norm
 from revbifpn.mbconv import MBConv
 from revbifpn.streams import HALVES, Encoded, Values
 from revkernels.precision import convolution_precision, products_in
@@ -41,6 +42,7 @@ _backward = torch.ops.revkernels.mbconv_backward.default
 
 # Bytes of a chunk of samples of the widest plane: a few fit a core's cache on a CPU; on a GPU, microseconds of memory.
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 23}
+LIMIT = 256  # sizes of inputs that an MBConv remembers
 _chunk_bytes: ContextVar[int | None] = ContextVar("chunk_bytes", default=None)
 
 
@@ -120,15 +122,48 @@ def stored(x: Values) -> tuple[Tensor, int | None]:
     return (x.y, x.bits) if isinstance(x, Encoded) else (x, None)
 
 
-def _layer(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    modules: dict[str, Any] = layer._modules
-    norm = modules["norm"]
-    affine = norm._buffers if is_constant_norm(norm) else norm._parameters
-    return modules["conv"]._parameters["weight"], affine["weight"], affine["bias"]
+class Layers:
+    """What is the same of one MBConv for as long as it is made of the same parts.
+
+    Parameters are looked up again by every branch, as a name may stand for another tensor then.
+    """
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        self.stride: int = modules["dw_conv"]._modules["conv"].stride[0]
+        self.norms: tuple[Any, ...] = ()  # BatchNorm2d, FrozenBatchNorm2d or None
+        self.shapes: dict[Hashable, tuple[MBConvShape, MBConvShape]] = {}
+        places: list[tuple[dict[str | None, Any], str | None]] = []
+        for name in ("exp_conv", "dw_conv", "project_conv"):
+            if name == "project_conv":
+                places += self._squeeze_excite(modules.get("se"))
+            layer = modules.get(name)
+            if layer is None:
+                self.norms += (None,)
+                places += [_ABSENT] * 3
+                continue
+            norm = layer._modules["norm"]
+            self.norms += (norm,)
+            affine = norm._buffers if is_constant_norm(norm) else norm._parameters
+            places += [(layer._modules["conv"]._parameters, "weight"), (affine, "weight"), (affine, "bias")]
+        self._dicts, self._names = zip(*places, strict=True)
+
+    @staticmethod
+    def _squeeze_excite(se: nn.Module | None) -> list[tuple[dict[str | None, Any], str | None]]:
+        if se is None:
+            return [_ABSENT] * 4
+        layers: dict[str, Any] = se._modules["se"]._modules  # type: ignore[union-attr]
+        return [(layers[k]._parameters, name) for k in ("1", "3") for name in ("weight", "bias")]
+
+    def weights(self) -> Weights:
+        """The parameters now."""
+        return Weights._make(map(getitem, self._dicts, self._names))
+
+
+_ABSENT: tuple[dict[str | None, Any], None] = ({None: None}, None)
 
 
 class FusedMBConv:
-    """The branch of an :class:`revbifpn.mbconv.MBConv` that :func:`revbifpn.fused.eligible.why_not_fused` lets pass.
+    """The branch of an :class:`revbifpn.mbconv.MBConv` that :func:`revbifpn.fused.eligible.why_not_fused` let pass.
 
     Args:
         module: an MBConv.
@@ -138,25 +173,16 @@ class FusedMBConv:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, *, lean: bool = False) -> None:
         self.module, self.dtype, self.lean = cast(MBConv, module), dtype, lean
-        modules: dict[str, Any] = (
-            module._modules
-        )  # attributes of modules cost ten times as much, and this runs in every step
-        expand, depthwise, project = modules.get("exp_conv"), modules["dw_conv"], modules["project_conv"]
-        self.stride: int = depthwise._modules["conv"].stride[0]
-        self.norms: tuple[Any, ...] = tuple(  # BatchNorm2d, FrozenBatchNorm2d or None
-            None if layer is None else layer._modules["norm"] for layer in (expand, depthwise, project)
-        )
-        se: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
-        if modules.get("se") is not None:
-            layers = modules["se"]._modules["se"]._modules
-            se = (*layers["1"]._parameters.values(), *layers["3"]._parameters.values())
-        expansion: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        if expand is not None:
-            expansion = _layer(expand)
-        self.weights = Weights(*expansion, *_layer(depthwise), *se, *_layer(project))
+        found = inspected(module)
+        layers: Layers | None = found.kept.get(Layers)
+        if layers is None:  # attributes of modules cost ten times as much as their dicts, and this runs in every step
+            layers = found.kept[Layers] = Layers(cast(dict[str, Any], module._modules))
+        self.layers, self.stride, self.norms = layers, layers.stride, layers.norms
+        self.reduced = found.reduced  # parameters or statistics are to be read as float32
+        self.weights = layers.weights()
         self._parameters = [w for w in self.weights if w is not None]
-        buffers = [b for norm in self.norms if norm is not None for b in norm._buffers.values() if b is not None]
-        self.reduced = any([t.dtype in HALVES for t in (*self._parameters, *buffers)])  # to be read as float32
+        self.expanded: int = self.weights.depthwise.shape[0]
+        self.channels: int = self.weights.project.shape[0]
 
     def parameters(self) -> list[Tensor]:
         return self._parameters
@@ -165,14 +191,6 @@ class FusedMBConv:
         """:meth:`parameters` by name, for other values of them, as ops take them."""
         given = iter(map(_single, parameters) if self.reduced else parameters)
         return Weights._make([None if w is None else next(given) for w in self.weights])
-
-    @property
-    def expanded(self) -> int:
-        return self.weights.depthwise.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.weights.project.shape[0]
 
     def out_size(self, x: Values) -> tuple[int, int]:
         """Height and width of d and p."""
@@ -184,9 +202,21 @@ class FusedMBConv:
         plane = self.expanded * h * w * self.dtype.itemsize
         return max(1, planes * chunk_bytes(x.device) // max(1, plane))
 
-    def _shape(self, x: Values) -> MBConvShape:
-        w, on_cpu = self.weights, x.device.type == "cpu"
+    def _shapes(self, x: Values) -> tuple[MBConvShape, MBConvShape]:
+        """The sizes with the chunks of the backward, and with those of a forward without sums over samples."""
         encoded = isinstance(x, Encoded)
+        key = (x.shape, x.dtype, encoded, self.dtype, x.device.type, chunk_bytes(x.device))
+        shapes = self.layers.shapes
+        if key not in shapes:
+            if len(shapes) >= LIMIT:
+                shapes.clear()
+            shape = self._shape(x, encoded)
+            # All planes of a chunk come at once then. cuBLAS wants the chunks of the backward.
+            shapes[key] = shape, shape if x.device.type != "cpu" else shape._replace(chunk=self.chunk(x, 4))
+        return shapes[key]
+
+    def _shape(self, x: Values, encoded: bool) -> MBConvShape:
+        w, on_cpu = self.weights, x.device.type == "cpu"
         samples, channels, height, width = x.shape
         return MBConvShape(
             samples,
@@ -248,9 +278,9 @@ class FusedMBConv:
         batch, size = self._batch(), self.out_size(x)
         if True in batch:
             self._expect_several(x, size, batch)
-        shape = self._shape(x)
-        # Without sums over samples all planes of a chunk come at once. cuBLAS wants the chunks of the backward.
-        once = shape if True in batch or x.device.type != "cpu" else shape._replace(chunk=self.chunk(x, 4))
+        shape, once = self._shapes(x)
+        if True in batch:
+            once = shape
         precision = convolution_precision(x.device, self.dtype)
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None

@@ -18,6 +18,8 @@ from revbifpn.engine.branch import Contribution, Gradient, Pullback, indifferent
 from revbifpn.fused.mbconv import FusedMBConv, FusedRecord, Kept, Weights, explicit
 from revbifpn.streams import Values, values
 
+_couple_ = torch.ops.revkernels.couple_.default
+
 
 @indifferent_to_gradients
 class Segment(nn.Module):
@@ -36,9 +38,7 @@ class Segment(nn.Module):
 
 def _add(out: Tensor, contribution: Contribution) -> Tensor:
     """``out <- out + scale p + shift``."""
-    torch.ops.revkernels.couple_(
-        out, [contribution.p], [contribution.scale], [contribution.shift], [1], "nearest", False
-    )
+    _couple_(out, [contribution.p], [contribution.scale], [contribution.shift], [1], "nearest", False)
     return out
 
 

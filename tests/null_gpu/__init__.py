@@ -157,6 +157,15 @@ def counts(device: int | None = None) -> dict[str, int]:
     return dict(zip(COUNTS, total, strict=True))
 
 
+def kernels() -> dict[str, int]:
+    """How often each CUDA C++ kernel was launched since the process began, by its demangled name."""
+    found: dict[str, int] = {}
+    each = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64)
+    _library().null_gpu_kernels(each(lambda name, launches: found.update({name.decode(): launches})))
+    names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True)
+    return dict(zip(names.stdout.splitlines(), found.values(), strict=True))
+
+
 class Kernels:
     """Finds ``revkernels._C_cuda`` where :func:`build_kernels` left it, rather than beside the package."""
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 
 #define NULL_GPU_API extern "C" __attribute__((visibility("default")))
 
@@ -49,6 +50,23 @@ inline int devices() {
 }
 inline thread_local int current = 0;
 inline void count(Count what) { ++counts[current][what]; }
+
+// How often each of the runtime's kernels was launched; names are as the compiler mangled them.
+struct Kernels {
+  std::mutex lock;
+  std::unordered_map<const void*, std::pair<const char*, int64_t>>
+      found;  // by function: name, launches
+
+  void name(const void* function, const char* name) {
+    std::lock_guard<std::mutex> guard(lock);
+    found[function] = {name, 0};
+  }
+  void launched(const void* function) {
+    std::lock_guard<std::mutex> guard(lock);
+    ++found[function].second;
+  }
+};
+inline Kernels kernels;
 
 // CUDA's last error is kept per thread until it is asked for.
 inline thread_local cudaError_t last_error = cudaSuccess;

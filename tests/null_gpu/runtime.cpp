@@ -8,6 +8,13 @@ using namespace null_gpu;
 NULL_GPU_API void null_gpu_counts(int device, int64_t* out) {
   for (int i = 0; i < kCounts; ++i) out[i] = counts[device][i];
 }
+// Calls `each` with every kernel of the runtime that was launched.
+NULL_GPU_API void null_gpu_kernels(void (*each)(const char* name, int64_t launches)) {
+  std::lock_guard<std::mutex> guard(kernels.lock);
+  for (const auto& [function, kernel] : kernels.found) {
+    if (kernel.second > 0) each(kernel.first ? kernel.first : "?", kernel.second);
+  }
+}
 
 // Every symbol that torch imports and that is not defined here ends up in this.
 NULL_GPU_API void null_gpu_unknown(const char* symbol) {
@@ -369,23 +376,28 @@ NULL_GPU_API void** __cudaRegisterFatBinary(void*) {
 }
 NULL_GPU_API void __cudaRegisterFatBinaryEnd(void**) {}
 NULL_GPU_API void __cudaUnregisterFatBinary(void**) {}
-NULL_GPU_API void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*,
-                                         void*, void*, int*) {}
+NULL_GPU_API void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int,
+                                         void*, void*, void*, void*, int*) {
+  kernels.name(function, name);
+}
 NULL_GPU_API void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 NULL_GPU_API char __cudaInitModule(void**) { return 1; }
 NULL_GPU_API cudaError_t __cudaGetKernel(void** kernel, const void* function) {
   return *kernel = const_cast<void*>(function), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t,
+NULL_GPU_API cudaError_t cudaLaunchKernel(const void* function, dim3, dim3, void**, size_t,
                                           cudaStream_t stream) {
+  kernels.launched(function);
   return work(stream, kLaunches), cudaSuccess;
 }
-NULL_GPU_API cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t,
+NULL_GPU_API cudaError_t __cudaLaunchKernel(void* function, dim3, dim3, void**, size_t,
                                             cudaStream_t stream) {
+  kernels.launched(function);
   return work(stream, kLaunches), cudaSuccess;
 }
-NULL_GPU_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*,
+NULL_GPU_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                              void**) {
+  kernels.launched(function);
   return work(config->stream, kLaunches), cudaSuccess;
 }
 NULL_GPU_API cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
