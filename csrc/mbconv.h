@@ -276,11 +276,18 @@ void mbconv_forward(Backend& b, const MBConv& m, const Statistics (&statistics)[
   workspace.check();
   planes.prepare();
 
+  const bool whole = m.chunk >= n;  // a plane comes in one chunk
   const auto observe = [&](int64_t k, Chunk c, const Map& plane) {
-    if (m.norms[k].batch) b.moments(plane, moments + 2 * c.begin * plane.c);
+    if (!m.norms[k].batch) return;
+    if (whole) {
+      b.statistics(plane, moments, statistics[k], m.norms[k]);
+    } else {
+      b.moments(plane, moments + 2 * c.begin * plane.c);
+    }
   };
   const auto fold = [&](int64_t k) {
     if (m.norms[k].batch) {
+      if (whole) return;
       b.fold(moments, n, k == 0 ? m.x.h * m.x.w : m.area(), statistics[k], m.norms[k]);
     } else if (!given) {
       b.fold_running(statistics[k], m.norms[k]);

@@ -126,6 +126,11 @@ class CpuBackend {
     if (s.batches != nullptr) ++*s.batches;
   }
 
+  void statistics(const Map& x, double* moments, const Statistics& s, const Norm& norm) const {
+    this->moments(x, moments);
+    fold(moments, x.n, x.h * x.w, s, norm);
+  }
+
   void fold_running(const Statistics& s, const Norm& norm) const {
     as_sums([&](auto zero) {
       using A = decltype(zero);

@@ -21,9 +21,8 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   const Tensor moments = torch::stable::new_empty(x, {in.n, in.c, 2}, ScalarType::Double);
   double* planes = static_cast<double*>(moments.mutable_data_ptr());
   run(x, [&](Stream stream) {
-    cuda::bn_moments(dtype, in, planes, stream);
-    cuda::bn_merge(dtype, planes, in.n, in.c, in.h * in.w, mean.mutable_data_ptr(),
-                   var.mutable_data_ptr(), nullptr, stream);
+    cuda::bn_statistics(dtype, in, planes, mean.mutable_data_ptr(), var.mutable_data_ptr(), nullptr,
+                        stream);
   });
   return {mean, var};
 }

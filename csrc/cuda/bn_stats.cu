@@ -4,8 +4,8 @@
 // First the moments of every plane: a thread runs Welford's recurrence over its chunks of V pixels,
 // one per position in the chunk, as those have seen equally many values; per value one read and 4
 // FLOPs, bound by memory. Then those of a channel's planes together, and the fold in the same
-// launch: a few numbers per channel, bound by latency. All merges are by Chan's formula in a fixed
-// order: no atomics.
+// launch: a few numbers per channel, bound by latency. Small channels take one launch for all of
+// it. All merges are by Chan's formula in a fixed order: no atomics.
 #include "walk.cuh"
 
 namespace revkernels::cuda {
@@ -53,18 +53,15 @@ struct Merge {
   }
 };
 
-// moments[n, c] = mean, sum of squared deviations
+// Of the plane at `data`, in lane 0 of those that share it; `shared` as in fold_lanes.
 template <class T, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    bn_moments_kernel(const PlaneLanes walk, const Map x, double* out) {
+__device__ __forceinline__ Moments<accumulate_t<T>> plane_moments(
+    const PlaneLanes& walk, const Map& x, const T* data, bool exists,
+    Moments<accumulate_t<T>>* shared) {
   using A = accumulate_t<T>;
-  REVK_SHARED(shared);
-  const int group = int(threadIdx.x) / walk.lanes, lane = int(threadIdx.x) & (walk.lanes - 1);
-  const int64_t plane = int64_t(blockIdx.x) * (kMaxThreads / walk.lanes) + group;
+  const int lane = int(threadIdx.x) & (walk.lanes - 1);
   Moments<A> moments = {A(0), A(0), A(0)};
-  if (plane < walk.planes) {
-    const int64_t sample = plane / walk.channels, channel = plane - sample * walk.channels;
-    const T* data = static_cast<const T*>(x.data) + sample * x.stride_n + channel * x.stride_c;
+  if (exists) {
     A mean[V] = {}, m2[V] = {};
     A count = 0;
     const unsigned chunks = walk.pixels / V;
@@ -85,11 +82,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
     for (int j = 1; j < V; ++j) moments = merge(moments, Moments<A>{count, mean[j], m2[j]});
   }
-  moments = fold_lanes(moments, walk.lanes, reinterpret_cast<Moments<A>*>(shared), Merge{});
-  if (plane >= walk.planes || lane != 0) return;
+  return fold_lanes(moments, walk.lanes, shared, Merge{});
+}
+
+// moments[n, c] = mean, sum of squared deviations
+template <class T, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    bn_moments_kernel(const PlaneLanes walk, const Map x, double* out) {
+  using A = accumulate_t<T>;
+  REVK_SHARED(shared);
+  const int group = int(threadIdx.x) / walk.lanes, lane = int(threadIdx.x) & (walk.lanes - 1);
+  const int64_t plane = int64_t(blockIdx.x) * (kMaxThreads / walk.lanes) + group;
+  const int64_t sample = plane / walk.channels, channel = plane - sample * walk.channels;
+  const T* data = static_cast<const T*>(x.data) + sample * x.stride_n + channel * x.stride_c;
+  const bool exists = plane < walk.planes;
+  const Moments<A> moments =
+      plane_moments<T, V>(walk, x, data, exists, reinterpret_cast<Moments<A>*>(shared));
+  if (!exists || lane != 0) return;
   out[2 * plane] = moments.mean;
   out[2 * plane + 1] = moments.m2;
 }
+
+// What a block alone goes through in the time of a launch.
+constexpr int64_t kBlockPixels = 8192;
 
 // kLanes threads share a channel's samples, kChannels neighbouring channels are read together.
 constexpr int kChannels = 8, kLanes = kMaxThreads / kChannels;
@@ -135,6 +150,39 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   total = place.fold(total, reinterpret_cast<Moments<A>*>(shared), Merge{});
   if (place.lane == 0 && place.channel < channels) finish(results, place.channel, total);
+}
+
+// bn_moments_kernel and bn_merge_kernel of one channel, whose planes one block goes through: what
+// is added to what is the same.
+template <class T, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    bn_statistics_kernel(const PlaneLanes walk, const Map x, double* moments,
+                         const Results results) {
+  using A = accumulate_t<T>;
+  REVK_SHARED(shared);
+  auto* folded = reinterpret_cast<Moments<A>*>(shared);
+  const int64_t channel = blockIdx.x;
+  const int groups = kMaxThreads / walk.lanes, group = int(threadIdx.x) / walk.lanes;
+  const int lane = int(threadIdx.x) & (walk.lanes - 1);
+  for (int64_t first = 0; first < x.n; first += groups) {
+    const int64_t sample = first + group;
+    const T* data = static_cast<const T*>(x.data) + sample * x.stride_n + channel * x.stride_c;
+    const Moments<A> found = plane_moments<T, V>(walk, x, data, sample < x.n, folded);
+    if (sample < x.n && lane == 0) {
+      double* out = moments + 2 * (sample * walk.channels + channel);
+      out[0] = found.mean, out[1] = found.m2;
+    }
+    __syncthreads();  // before `folded` is used again, and for what the block wrote
+  }
+  Moments<A> total = {A(0), A(0), A(0)};
+  if (int(threadIdx.x) < kLanes) {
+    for (int64_t n = threadIdx.x; n < x.n; n += kLanes) {
+      const double* in = moments + 2 * (n * walk.channels + channel);
+      total = merge(total, Moments<A>{A(walk.pixels), A(in[0]), A(in[1])});
+    }
+  }
+  total = fold_lanes(total, kLanes, folded, Merge{});
+  if (threadIdx.x == 0) finish(results, channel, total);
 }
 
 template <class A>
@@ -209,6 +257,26 @@ void bn_merge(Dtype dtype, const double* moments, int64_t samples, int64_t chann
     REVK_LAUNCH(kernel, unsigned(ceil_div(channels, kChannels)), kMaxThreads,
                 kMaxThreads * sizeof(Moments<A>), stream, moments, samples, channels, area,
                 results);
+  });
+}
+
+void bn_statistics(Dtype dtype, const Map& x, double* moments, void* mean, void* var,
+                   const Fold* fold, Stream stream) {
+  if (x.n * x.h * x.w > kBlockPixels) {  // more blocks than channels are faster
+    bn_moments(dtype, x, moments, stream);
+    bn_merge(dtype, moments, x.n, x.c, x.h * x.w, mean, var, fold, stream);
+    return;
+  }
+  const Results results{mean, var, fold != nullptr, fold != nullptr ? *fold : Fold{}};
+  dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const PlaneLanes walk({x}, tag);
+    dispatch_chunk<T>(walk.vector, [&](auto v) {
+      const auto kernel = bn_statistics_kernel<T, decltype(v)::value>;
+      REVK_LAUNCH(kernel, unsigned(x.c), kMaxThreads, kMaxThreads * sizeof(Moments<A>), stream,
+                  walk, x, moments, results);
+    });
   });
 }
 

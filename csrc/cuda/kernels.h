@@ -123,6 +123,9 @@ void bn_moments(Dtype dtype, const Map& x, double* moments, Stream stream);
 // each, and in the same launch their fold, where one is given. In the type of the sums.
 void bn_merge(Dtype dtype, const double* moments, int64_t samples, int64_t channels, int64_t area,
               void* mean, void* var, const Fold* fold, Stream stream);
+// Both, in one launch where a block can take all planes of a channel; the same bits.
+void bn_statistics(Dtype dtype, const Map& x, double* moments, void* mean, void* var,
+                   const Fold* fold, Stream stream);
 void bn_fold(Dtype dtype, int64_t channels, const void* mean, const void* var, const Fold& fold,
              Stream stream);
 

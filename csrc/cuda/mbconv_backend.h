@@ -120,6 +120,12 @@ class CudaSteps {
     cuda::bn_merge(sums_, moments, n, norm.channels, area, norm.mean, nullptr, &to, device_.stream);
   }
 
+  void statistics(const Map& x, double* moments, const Statistics& s, const Norm& norm) {
+    const cuda::Fold to = fold_of(s, norm, x.n * x.h * x.w);
+    cuda::bn_statistics(type_of(x.dtype), map_of(x), moments, norm.mean, nullptr, &to,
+                        device_.stream);
+  }
+
   void fold_running(const Statistics& s, const Norm& norm) {
     cuda::Fold to = fold_of(s, norm, 1);
     to.running_mean = to.running_var = nullptr, to.batches = nullptr;

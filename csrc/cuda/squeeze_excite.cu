@@ -6,7 +6,8 @@
 //
 // A tile of 4 x 4 outputs belongs to `lanes` threads, which share the K terms: lane l takes the
 // terms l, l + lanes, ..., and the lanes are folded as a tree. `lanes` depends on K alone, so a
-// sample's result does not depend on its batch. In full precision, as float32 weights are; bound by
+// sample's result does not depend on its batch. The layers of a small gate share a launch, a block
+// per sample. In full precision, as float32 weights are; bound by
 // latency at these sizes, so products that do not wait for one another share a launch.
 #include "walk.cuh"
 
@@ -14,6 +15,12 @@ namespace revkernels::cuda {
 namespace {
 
 constexpr int kTile = 4;
+
+int lanes_of(int64_t terms) {
+  int lanes = 4;
+  while (lanes < 64 && lanes * 4 < terms) lanes *= 2;
+  return lanes;
+}
 
 // What an operand's entry stands for, and what becomes of a result.
 enum class Operand : int { plain, hardswish, gate_slope };
@@ -56,9 +63,8 @@ struct Product {
         b_kind(Operand::plain),
         kind(Result::plain),
         factor(1),
-        lanes(4),
+        lanes(lanes_of(k)),
         blocks(0) {
-    while (lanes < 64 && lanes * 4 < k) lanes *= 2;
     blocks = unsigned(ceil_div(ceil_div(m, kTile) * ceil_div(n, kTile), kMaxThreads / lanes));
   }
   Product() : Product(0, 0, 0, nullptr, 0, 0, nullptr, 0, 0, nullptr) {}
@@ -136,6 +142,54 @@ __global__ void __launch_bounds__(kMaxThreads) products_kernel(const Products al
   }
 }
 
+// out[i] = e(sum_k w[i, k] x[k] + bias[i]) of i < rows, by a block whose `lanes` threads share a
+// row.
+template <class A, class Load, class Store>
+__device__ __forceinline__ void layer(const void* w, const void* bias, int64_t rows, int64_t width,
+                                      int lanes, A* shared, const Load& load, const Store& store) {
+  const int groups = kMaxThreads / lanes, group = int(threadIdx.x) / lanes;
+  const int lane = int(threadIdx.x) & (lanes - 1);
+  const auto add = [](A a, A b) { return a + b; };
+  for (int64_t first = 0; first < rows; first += groups) {
+    const int64_t row = first + group;
+    A sum = 0;
+    if (row < rows) {
+#pragma unroll 2
+      for (int64_t k = lane; k < width; k += lanes) {
+        sum = multiply_add(load(k), static_cast<const A*>(w)[row * width + k], sum);
+      }
+    }
+    sum = fold_lanes(sum, lanes, shared, add);
+    if (row < rows && lane == 0) store(row, sum + static_cast<const A*>(bias)[row]);
+    __syncthreads();  // before `shared` is used again, and for what was stored
+  }
+}
+
+// Both layers of one sample per block.
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads)
+    gate_kernel(const SqueezeExcite se, int first_lanes, int second_lanes, const A* pooled,
+                A* hidden, A* gate) {
+  REVK_SHARED(shared);
+  A *folded = reinterpret_cast<A*>(shared), *active = folded + kMaxThreads;
+  pooled += blockIdx.x * se.channels, gate += blockIdx.x * se.channels;
+  hidden += blockIdx.x * se.hidden;
+  layer<A>(
+      se.w1, se.b1, se.hidden, se.channels, first_lanes, folded,
+      [&](int64_t k) { return pooled[k]; },
+      [&](int64_t row, A value) {
+        hidden[row] = value;
+        active[row] = hardswish(value);
+      });
+  layer<A>(
+      se.w2, se.b2, se.channels, se.hidden, second_lanes, folded,
+      [&](int64_t k) { return active[k]; },
+      [&](int64_t row, A value) { gate[row] = hardsigmoid(value); });
+}
+
+// Weights that a block reads in the time of a launch, and values that fit beside its sums.
+constexpr int64_t kBlockWeights = 16384, kBlockHidden = 1024;
+
 template <size_t Count>
 void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
   Products all;
@@ -158,6 +212,17 @@ void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
 void se_gate(Dtype dtype, const SqueezeExcite& se, const void* pooled, void* hidden, void* gate,
              Stream stream) {
   const int64_t n = se.samples, c = se.channels, r = se.hidden;
+  if (r * c <= kBlockWeights && r <= kBlockHidden) {
+    const auto run = [&](auto sum) {
+      using A = decltype(sum);
+      const auto kernel = gate_kernel<A>;
+      REVK_LAUNCH(kernel, unsigned(n), kMaxThreads, (kMaxThreads + r) * sizeof(A), stream, se,
+                  lanes_of(c), lanes_of(r), static_cast<const A*>(pooled), static_cast<A*>(hidden),
+                  static_cast<A*>(gate));
+    };
+    dtype == Dtype::float64 ? run(double{}) : run(float{});
+    return;
+  }
   Product first(n, r, c, pooled, c, 1, se.w1, 1, c, hidden);
   first.bias = se.b1;
   launch(dtype, {first}, stream);

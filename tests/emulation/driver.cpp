@@ -169,6 +169,20 @@ const char* emulate_bn_stats(int64_t reverse, int64_t dtype, const Map* x, doubl
   });
 }
 
+const char* emulate_bn_statistics(int64_t reverse, int64_t dtype, const Map* x, double* moments,
+                                  void* mean, void* var, const void* weight, const void* bias,
+                                  void* running_mean, void* running_var, void* batches,
+                                  double momentum, double eps, void* rstd, void* scale,
+                                  void* shift) {
+  const Fold fold{weight,   bias, running_mean,       running_var, static_cast<int64_t*>(batches),
+                  momentum, eps,  x->n * x->h * x->w, rstd,        scale,
+                  shift};
+  return emulate(reverse, [&] {
+    bn_statistics(Dtype(dtype), *x, moments, mean, var, weight == nullptr ? nullptr : &fold,
+                  nullptr);
+  });
+}
+
 const char* emulate_bn_fold(int64_t reverse, int64_t dtype, int64_t channels, const void* mean,
                             const void* var, const void* weight, const void* bias,
                             void* running_mean, void* running_var, void* batches, double momentum,

@@ -188,11 +188,11 @@ def coupling_sums(p, du):
     return call.room(4 * 2 * n * c, wide).expect(*apart(wanted, wide)).add(n * c + 3)
 
 
-def bn_stats(x, fold):
+def bn_stats(x, fold, name="bn_stats"):
     n, c, h, w = x.shape
     wide = accumulate_dtype(x.dtype)
     mean, var = exact(reference.bn_stats, x)
-    call = Call("bn_stats", x.dtype).add(x).room(2 * n * c, torch.float64).expect(mean, wide).expect(var, wide)
+    call = Call(name, x.dtype).add(x).room(2 * n * c, torch.float64).expect(mean, wide).expect(var, wide)
     if not fold:
         return call.vectors(*[None] * 5).add(0.1, 1e-3).vectors(None, None, None)
     weight, bias, running_mean, running_var, *_ = vectors(n, c, x.dtype, 4)
@@ -323,7 +323,12 @@ def test_statistics_and_their_fold_match_the_reference(library, fold, dtype):  #
     for layout, n, c, h, w in (*MAPS, (contiguous, 37, 3, 2, 2)):
         if layout is expanded or n * h * w == 1:
             continue  # nothing varies
-        run(library, bn_stats(layout(n, c, h, w, dtype).add_(3), fold), tolerance)
+        x = layout(n, c, h, w, dtype).add_(3)
+        calls = [bn_stats(x, fold, name) for name in ("bn_stats", "bn_statistics")]
+        for call in calls:
+            run(library, call, tolerance)
+        for two_launches, one in zip(*(outputs(library, call) for call in calls), strict=True):
+            assert (two_launches == one).all()
 
 
 def test_statistics_survive_a_large_mean(library):  # noqa: F811
@@ -341,7 +346,9 @@ def test_folds_match_the_reference(library, dtype):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("size", [(1, 1, 1), (2, 48, 12), (19, 40, 7), (3, 130, 33), (70, 9, 3), (5, 300, 2)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (2, 48, 12), (19, 40, 7), (3, 130, 33), (70, 9, 3), (5, 300, 2), (3, 600, 30)], ids=str
+)
 def test_squeeze_excite_matches_the_reference(library, size, dtype):  # noqa: F811
     tolerance = 1e-13 if dtype == torch.float64 else 5e-6
     run(library, se_gate(*size, dtype), tolerance)
@@ -444,6 +451,7 @@ def sanitized_calls():
             yield bn_act_squeeze(x, "hardswish")
             yield bn_act_grad_sums(x, x * 0.5, "hardswish")
             yield bn_stats(x, x.numel() > x.shape[1])  # one value per channel has no unbiased variance
+            yield bn_stats(x, x.numel() > x.shape[1], "bn_statistics")
             yield coupling_sums(x, layout(*size, torch.float32))
             yield convert(x, torch.float32, 1.0, True, half_channels)
             yield convert((100 * x).to(torch.int16), dtype, 0.5, False)
