@@ -136,7 +136,9 @@ class Detection(lightning.LightningModule):
     def __init__(self, args: argparse.Namespace, train: CocoFolder, val: CocoFolder) -> None:
         super().__init__()
         self.args, self.val = args, val
-        sizes = tuple((int(size),) for size in args.anchors.split(","))
+        sizes = tuple(
+            tuple(int(size) * 2 ** (k / args.scales) for k in range(args.scales)) for size in args.anchors.split(",")
+        )
         self.model = fasterrcnn_revbifpn(
             len(train.categories) + 1,
             scale=args.scale,
@@ -149,6 +151,10 @@ class Detection(lightning.LightningModule):
             min_size=args.pixels,
             max_size=args.pixels * 5 // 3,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            rpn_pre_nms_top_n_train=2 * args.proposals,
+            rpn_post_nms_top_n_train=2 * args.proposals,
+            rpn_pre_nms_top_n_test=args.proposals,
+            rpn_post_nms_top_n_test=args.proposals,
             box_batch_size_per_image=args.rois,
         )
         self.found: list[dict[str, Any]] = []
@@ -184,9 +190,9 @@ class Detection(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2)
+        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2, fused=self.args.precision == "32-true")
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.args.lr, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.args.lr, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -230,10 +236,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stored", action="store_true", help="store activations instead of recomputing them")
     parser.add_argument("--pixels", type=int, default=64, help="of an image's shorter side")
     parser.add_argument("--anchors", default="16,32,64,128,256", help="pixels, one per level of stride 4 to 64")
+    parser.add_argument("--scales", type=int, default=3, help="anchors of a level: of so many sizes in an octave")
+    parser.add_argument("--proposals", type=int, default=200, help="per image that are classified")
     parser.add_argument("--width", type=int, default=64, help="channels of FPN and heads")
     parser.add_argument("--rois", type=int, default=32, help="per image that the box head trains on")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--evaluations", type=int, default=5, help="how often, at the ends of epochs")
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--accelerator", default="auto", help="Lightning's: cpu, gpu, ...")
@@ -265,6 +274,7 @@ def main(arguments: list[str] | None = None) -> float:
         enable_checkpointing=False,
         enable_progress_bar=sys.stderr.isatty(),
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=max(1, args.epochs // args.evaluations),
     )
     trainer.fit(detection, loader, DataLoader(val, args.batch, **options))
     model = detection.model.cpu()
