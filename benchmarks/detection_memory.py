@@ -5,11 +5,11 @@
     python benchmarks/detection_memory.py --models 'revbifpn_s3/*,hrnet_*' --norms frozen
 
 A step (forward, losses, backward) of torchvision's detectors on images of 800 x 1344 (91 classes, 256 channels, 512
-RoIs per image; fasterrcnn_large: 1024 x 2048), or of the FPN of segmentation_models_pytorch on 1024 x 2048. The peak is the most memory
-alive at once, less what existed before (parameters, images) and less the parameters' gradients; those are a column of
-their own. MiB per image is the difference between steps of two images and of one. RevBiFPN trains whole, as does HRNet;
-ResNet trains its last three stages. Of norms the statistics are frozen, as in MMDetection; with --norms frozen the
-affine parameters too, as in torchvision. Segmenters train their norms.
+RoIs per image; fasterrcnn_large: 1024 x 2048), or of segmentation_models_pytorch's FPN on 1024 x 2048. The peak is the
+most memory alive at once, less what existed before (parameters, images) and less the parameters' gradients; those are a
+column of their own. MiB per image is the difference between steps of two images and of one. RevBiFPN trains whole, as
+does HRNet; ResNet trains its last three stages. Of norms the statistics are frozen, as in MMDetection; with --norms
+frozen the affine parameters too, as in torchvision. Segmenters train their norms.
 
 All have the same heads. `fast` is revbifpn.fast under what revbifpn.detection does by default; `reversible` is plain
 PyTorch, and `stored` ordinary training, of everybody, under torchvision's heads as they come. `heads recomputed` is a
@@ -43,7 +43,6 @@ from torch import nn
 from benchmarks.harness import command, detectors, plots, results
 from benchmarks.harness.command import BenchmarkError, UsageError, entry
 from benchmarks.harness.detectors import FASTER, FROZEN, PUBLISHED, SEGMENT, SIXTEEN, SIZES, STATISTICS, Candidate
-from benchmarks.harness.networks import FAST
 from benchmarks.harness.terminal import Column, print_table, track
 from benchmarks.harness.unarithmetic import WithoutArithmetic
 from revbifpn.memory import MIB, PeakMemory
@@ -117,7 +116,8 @@ def step(c: Candidate, model: nn.Module, images: int, real: bool) -> dict[str, A
 
 def measure(c: Candidate, norms: str, real: bool) -> dict[str, Any]:
     """Steps of one and of two images."""
-    model = detectors.make(c, norms)
+    with nullcontext() if real else WithoutArithmetic():  # large weights need no values
+        model = detectors.make(c, norms)
     if c.variant == SIXTEEN:
         _unchecked(model)
     one, two = (step(c, model, images, real) for images in (1, 2))
@@ -265,7 +265,9 @@ def measured(arguments: Any, output: Path, names: set[str]) -> dict[tuple[str, s
     if not same or any(content["settings"][name] != settings[name] for name in ("norms", "real")):
         return {}
     sizes = content["settings"]["sizes"]
-    return {_key(row): row for row in content["rows"] if settings["sizes"].get(row["detector"]) == sizes[row["detector"]]}
+    return {
+        _key(row): row for row in content["rows"] if settings["sizes"].get(row["detector"]) == sizes[row["detector"]]
+    }
 
 
 def _save(rows: Sequence[dict[str, Any]], arguments: Any, output: Path, *, draw: bool = True) -> None:

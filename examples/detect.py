@@ -26,6 +26,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -190,7 +191,8 @@ class Detection(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2, fused=self.args.precision == "32-true")
+        fused = self.args.precision == "32-true"  # Lightning clips no gradients of fused optimizers otherwise
+        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.args.lr, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -250,6 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="a folder for pictures with boxes")
     parser.add_argument("--save", type=Path, help="a file for the detector's state dict")
+    parser.add_argument("--checkpoints", type=Path, help="a folder for one of every epoch; a later run goes on from it")
     return parser.parse_args(arguments)
 
 
@@ -264,19 +267,29 @@ def main(arguments: list[str] | None = None) -> float:
     }
     loader = DataLoader(Mirrored(train), args.batch, shuffle=True, drop_last=len(train) > args.batch, **options)
     detection = Detection(args, train, val)
+    callbacks = []
+    if args.checkpoints:
+        callbacks.append(ModelCheckpoint(args.checkpoints, save_last=True, save_on_train_epoch_end=True))
     trainer = lightning.Trainer(
+        callbacks=callbacks,
         max_epochs=args.epochs,
         accelerator=args.accelerator,
         devices=1,
         precision=args.precision,
         gradient_clip_val=10.0,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(callbacks),
         enable_progress_bar=sys.stderr.isatty(),
         num_sanity_val_steps=0,
         check_val_every_n_epoch=max(1, args.epochs // args.evaluations),
     )
-    trainer.fit(detection, loader, DataLoader(val, args.batch, **options))
+    trainer.fit(
+        detection,
+        loader,
+        DataLoader(val, args.batch, **options),
+        ckpt_path="last" if callbacks else None,  # where there is one
+        weights_only=False,
+    )
     model = detection.model.cpu()
     if args.pictures:
         draw(model, val, args.pictures)

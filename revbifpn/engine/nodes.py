@@ -189,7 +189,8 @@ def repetition(y: Tensor) -> Callable[[], Tensor] | None:
         None where y was not read from a tape, or its branch cannot.
     """
     node: Any = y.grad_fn
-    if not isinstance(node, Read._backward_cls) or node.call.kept or not isinstance(node.call.branch, Repeats):  # type: ignore[attr-defined]
+    cls: Any = Read
+    if not isinstance(node, cls._backward_cls) or node.call.kept or not isinstance(node.call.branch, Repeats):
         return None
 
     def again() -> Tensor:

@@ -181,16 +181,45 @@ class FusedSegment:
                     of_map.adopt(dout)  # it is read, and not written over
                 else:
                     of_map.tensor().add_(dout)
-            if dz is None and kept[0].p is None:
-                dz = self.neck.plane(y, self.neck.expanded, self.neck.out_size(y))
+            if dz is None and kept[0].p is None and self._is_inner(dout):
+                dz = torch.empty_like(dout)
             adopt = dz is not None and of_y is not None and of_y.adopts(dz)
             dy = dz if adopt else None if of_y is None else of_y.tensor()
-            dneck = self.neck.pull(y, records[0], weights[0], kept[0], dout, None, dy, add=not adopt, dz=dz)
+            dneck = self._pull_neck(y, records[0], weights[0], kept[0], dout, dy, not adopt, dz)
             if adopt and of_y is not None and dy is not None:
                 of_y.adopt(dy)
             return dneck + dmerge
 
         return pullback
+
+    def _pull_neck(
+        self,
+        y: Values,
+        record: FusedRecord,
+        weights: Weights,
+        kept: Kept,
+        du: Tensor,
+        dy: Tensor | None,
+        add: bool,
+        dz: Tensor | None,
+    ) -> list[Tensor | None]:
+        """:meth:`FusedMBConv.pull` of the neck; some samples at a time, where they are computed on their own."""
+        if kept.p is not None or True in record.batch:
+            if kept.p is None and dz is None:
+                dz = self.neck.plane(y, self.neck.expanded, self.neck.out_size(y))
+            return self.neck.pull(y, record, weights, kept, du, None, dy, add=add, dz=dz)
+        total: list[Tensor | None] = []
+        for rows in _chunks(y.shape[0], record.shape.chunk):
+            some = y[rows]
+            plane = self.neck.plane(some, self.neck.expanded, self.neck.out_size(y)) if dz is None else dz[rows]
+            own = record if record.keep is None else record._replace(keep=record.keep[rows])
+            into = None if dy is None else dy[rows]
+            found = self.neck.pull(some, own, weights, kept, du[rows], None, into, add=add, dz=plane)
+            for gradient, more in zip(total, found, strict=False):
+                if gradient is not None and more is not None:
+                    gradient += more
+            total = total or found
+        return total
 
     def _is_inner(self, plane: Tensor) -> bool:
         """Whether a plane of the neck's result has the shape and dtype of the projection's input."""

@@ -6,6 +6,7 @@ import torch
 import revbifpn
 from revbifpn import fast
 from revbifpn.engine.nodes import repetition
+from revbifpn.fused import chunks_of
 from revbifpn.memory import PeakMemory
 from tests.networks import F32, F64, difference, image, narrow
 
@@ -112,3 +113,16 @@ def test_what_a_body_stores_or_computes_by_modules_is_not_repeated():
     for model in (narrow(fast, **BODY, reversible=False), narrow(revbifpn, **BODY)):
         assert repetition(model(image())[0]) is None
     assert repetition(torch.ones(1)) is None
+
+
+@pytest.mark.parametrize("expand", [1, 2])
+def test_samples_that_frozen_norms_leave_on_their_own_are_pulled_some_at_a_time(expand):
+    def run(module, **options):
+        options = BODY | {"head_expand_ratios": [expand] * 4} | options
+        model = narrow(module, **options).freeze_norms()
+        loss_of(model(image(F64, n=3, **SIZE))).backward()
+        return [p.grad for p in model.parameters()]
+
+    with chunks_of(1):
+        found = run(fast)
+    assert difference(found, run(revbifpn, reversible=False)) < 1e-9
