@@ -12,8 +12,8 @@ from torch import Tensor
 
 def _references(g: Tensor) -> tuple[int, int, int]:
     """How many refer to it: to the tensor, in C++ and in Python, and to its memory."""
-    uses = torch._C._storage_Use_Count(g.untyped_storage()._cdata)  # type: ignore[attr-defined]
-    return g._use_count(), sys.getrefcount(g), uses
+    uses = torch._C._storage_Use_Count(g.untyped_storage()._cdata)
+    return g._use_count(), sys.getrefcount(g), uses  # type: ignore[attr-defined]
 
 
 class _Probe(torch.autograd.Function):
