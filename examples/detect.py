@@ -64,12 +64,16 @@ class CocoFolder(Dataset):
             raise BadDatasetError(f"cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise BadDatasetError(f"{self.file}: not in COCO format: {type(error).__name__}: {error}") from error
+        if not self.records:
+            raise BadDatasetError(f"{self.file}: has no images")
         if missing := [record["id"] for record in self.records if "file_name" not in record]:
             raise BadDatasetError(f"{self.file}: image {missing[0]}: has no file_name")
         self.labels = {category["id"]: i for i, category in enumerate(self.categories, 1)}
         known = {image["id"] for image in self.records}
         self.boxes: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
-        for annotation in annotations:
+        for place, annotation in enumerate(annotations):
+            if not isinstance(annotation, dict):
+                raise BadDatasetError(f"{self.file}: annotations[{place}]: expected an object, got {annotation}")
             where = f"{self.file}: annotation {annotation.get('id')}"
             if missing := [name for name in ("image_id", "category_id", "bbox") if name not in annotation]:
                 raise BadDatasetError(f"{where}: has no {', '.join(missing)}")
@@ -261,6 +265,10 @@ def main(arguments: list[str] | None = None) -> float:
     args = parse(arguments)
     lightning.seed_everything(args.seed, verbose=False)
     train, val = CocoFolder(args.folder, args.train), CocoFolder(args.folder, args.val)
+    if train.labels != val.labels:
+        raise BadDatasetError(
+            f"{val.file}: expected categories {sorted(train.labels)}, as in {train.file}, got {sorted(val.labels)}"
+        )
     options: dict[str, Any] = {
         "num_workers": args.workers,
         "collate_fn": lambda samples: tuple(zip(*samples, strict=True)),

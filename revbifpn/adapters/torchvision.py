@@ -190,8 +190,11 @@ class Pyramid(OrderedDict[str, Tensor]):
 
 
 def strips(height: int, row_bytes: int, device: torch.device) -> list[tuple[int, int]]:
-    """``(first, end)`` of strips of rows that take about :func:`revbifpn.fused.chunk_bytes` each; first is even."""
-    rows = max(2, chunk_bytes(device) // max(1, row_bytes) // 2 * 2)
+    """``(first, end)`` of strips of rows, first even; they take about twice :func:`revbifpn.fused.chunk_bytes` each.
+
+    Each is computed with a row more above and below.
+    """
+    rows = max(2, 2 * chunk_bytes(device) // max(1, row_bytes) // 2 * 2)
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def _references(g: Tensor) -> tuple[int, int, int]:
@@ -40,7 +41,7 @@ def _alone() -> tuple[int, int, int] | None:
     """The references to such a gradient in ``backward(ctx, g)``; None where they cannot be counted."""
     found: list[tuple[int, int, int]] = []
     try:
-        with torch.enable_grad():
+        with _disable_current_modes(), torch.enable_grad():  # ordinary tensors, that nobody watches
             y = _Probe.apply(torch.ones(1, requires_grad=True), found)
             (2 * y).backward()
     except AttributeError:
@@ -55,4 +56,5 @@ def prepare() -> None:
 
 def is_own(g: Tensor) -> bool:
     """Whether ``backward(ctx, g)``, which calls this, may write over g: no hook, no other node, no caller has it."""
-    return type(g) is Tensor and g.is_contiguous() and _references(g) == _alone()
+    alone = _alone()
+    return alone is not None and type(g) is Tensor and g.is_contiguous() and _references(g) == alone

@@ -1,0 +1,26 @@
+"""The table of docs/detection.md is that of benchmarks/results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.detectors import SIZES
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "detection_memory_cpu.json"
+
+pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="the tests are not in a checkout")
+
+
+def test_the_table_of_detectors_is_what_was_measured():
+    rows = {(r["detector"], r["model"], r["variant"]): r for r in json.loads(RESULTS.read_text())["rows"]}
+    text = (ROOT / "docs" / "detection.md").read_text()
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| revbifpn_s" in line
+    ]
+    assert len(lines) >= 7
+    for detector, model, variant, *cells in lines:
+        row = rows[detector, model, variant]
+        names = ("peak_bytes", "per_image_bytes", "two_images_bytes", "gradient_bytes")
+        assert cells[:4] == [f"{row[name] / 2**20:.0f}" for name in names], f"{detector} {model} {variant}"
