@@ -204,7 +204,7 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--norms", choices=(STATISTICS, FROZEN), default=STATISTICS, help="what of them is frozen")
     parser.add_argument("--size", metavar="HxW", help="of the images (default: each detector's, see above)")
     parser.add_argument("--real", action="store_true", help="do the arithmetic")
-    parser.add_argument("--resume", action="store_true", help="keep what this commit has measured into --output")
+    parser.add_argument("--resume", action="store_true", help="keep what this commit wrote to --output")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
     return parser
 
@@ -228,14 +228,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = command.pick_output(arguments.output)
     command.require("torchvision")
     command.require("matplotlib")
-    known = measured(arguments, output, set(names)) if arguments.resume else {}
-    rows = []
+    found = measured(arguments, output) if arguments.resume else {}
+    order = {(c.detector, c.model, c.variant): i for i, c in enumerate(detectors.candidates(known))}
     for c in track(chosen, lambda c: c.label, "detection"):
-        row = known.get((c.detector, c.model, c.variant))
-        rows.append(row or measure(c, arguments.norms, arguments.real))
-        if arguments.resume and row is None:
-            others = [r for key, r in known.items() if key not in map(_key, rows)]
-            _save([*rows, *others], arguments, output, draw=False)
+        if (c.detector, c.model, c.variant) not in found:
+            row = measure(c, arguments.norms, arguments.real)
+            found[_key(row)] = row
+            if arguments.resume:
+                _save(list(found.values()), arguments, output, draw=False)
+    rows = sorted(found.values(), key=lambda row: order[_key(row)])
     _save(rows, arguments, output)
     show(rows, arguments.norms, results.environment(torch.device("cpu")))
 
@@ -252,22 +253,19 @@ def _stem(arguments: Any, output: Path, name: str = "detection_memory_cpu") -> P
     return output / (name + f"_{arguments.size}" * bool(arguments.size) + f"_{FROZEN}" * (arguments.norms == FROZEN))
 
 
-def measured(arguments: Any, output: Path, names: set[str]) -> dict[tuple[str, str, str], dict[str, Any]]:
+def measured(arguments: Any, output: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """The rows of an earlier run of the same commit, torch, kernels and settings, by :func:`_key`."""
     path = output / f"{_stem(arguments, output).name}.json"
     if not path.exists():
         return {}
     content = json.loads(path.read_text())
-    now = results.environment(torch.device("cpu"))
-    same = all(content["environment"].get(name) == now[name] for name in ("commit", "torch", "kernels"))
-    settings = _settings(names & content["settings"]["sizes"].keys(), arguments)
-    same = same and not now["commit"].endswith(("-dirty", "unknown"))
-    if not same or any(content["settings"][name] != settings[name] for name in ("norms", "real")):
+    now, then = results.environment(torch.device("cpu")), content["environment"]
+    if any(then.get(name) != now[name] for name in ("commit", "torch", "kernels")):
         return {}
-    sizes = content["settings"]["sizes"]
-    return {
-        _key(row): row for row in content["rows"] if settings["sizes"].get(row["detector"]) == sizes[row["detector"]]
-    }
+    settings = _settings(content["settings"]["sizes"], arguments)
+    if now["commit"].endswith(("-dirty", "unknown")) or settings != content["settings"]:
+        return {}
+    return {_key(row): row for row in content["rows"]}
 
 
 def _save(rows: Sequence[dict[str, Any]], arguments: Any, output: Path, *, draw: bool = True) -> None:
