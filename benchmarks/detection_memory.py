@@ -156,9 +156,12 @@ def largest(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         cells = []
         for gigabytes in GIGABYTES:
             fitting = [row for row in own if capacity(row, gigabytes)]
-            size = fitting[-1]["model"].removeprefix(family) if fitting else ""
-            cells.append(f"{size} x {capacity(fitting[-1], gigabytes)}" if fitting else "-")
+            cells.append(f"{_short(fitting[-1])} x {capacity(fitting[-1], gigabytes)}" if fitting else "-")
         yield [family.rstrip("_sw") + " *", variant, *cells]
+
+
+def _short(row: dict[str, Any]) -> str:
+    return row["model"].rpartition("_")[2]  # s3, w18, resnet50
 
 
 def _cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
