@@ -23,3 +23,13 @@ def test_the_table_of_detectors_is_what_was_measured():
         row = rows[detector, model, variant]
         names = ("peak_bytes", "per_image_bytes", "two_images_bytes", "gradient_bytes")
         assert cells[:4] == [f"{row[name] / 2**20:.0f}" for name in names], f"{detector} {model} {variant}"
+
+
+def test_the_sentence_in_readme_is_what_was_measured():
+    rows = {
+        (r["model"], r["variant"]): r for r in json.loads(RESULTS.read_text())["rows"] if r["detector"] == "fasterrcnn"
+    }
+    names = ("revbifpn_s3", "fast"), ("resnet50", "stored"), ("hrnet_w18", "stored")
+    s3, resnet, hrnet = (f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in names)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {s3} MiB with S3, {resnet} with ResNet-50 and {hrnet} with HRNet-W18" in text
