@@ -1,18 +1,19 @@
 """Training memory of detectors and segmenters: RevBiFPN against ResNet with FPN and HRNet with HRFPN.
 
     python benchmarks/detection_memory.py                                    Faster R-CNN, minutes
-    python benchmarks/detection_memory.py --detectors all --models '*'       everything
+    python benchmarks/detection_memory.py --detectors all --models '*'       everything; --resume goes on with it
     python benchmarks/detection_memory.py --models 'revbifpn_s3/*,hrnet_*' --norms frozen
 
 A step (forward, losses, backward) of torchvision's detectors on images of 800 x 1344 (91 classes, 256 channels, 512
-RoIs per image), or of the FPN of segmentation_models_pytorch on images of 1024 x 2048. The peak is the most memory
-alive at once, less what existed before (parameters, images) and less the parameters' gradients; those are a column of
-their own. MiB per image is the difference between steps of two images and of one. RevBiFPN trains whole, as does HRNet;
-ResNet trains its last three stages. Of norms the statistics are frozen, as in MMDetection; with --norms frozen the
-affine parameters too, as in torchvision. Segmenters train their norms.
+RoIs per image; fasterrcnn_large: 1024 x 2048), or of segmentation_models_pytorch's FPN on 1024 x 2048. The peak is the
+most memory alive at once, less what existed before (parameters, images) and less the parameters' gradients; those are a
+column of their own. MiB per image is the difference between steps of two images and of one. RevBiFPN trains whole, as
+does HRNet; ResNet trains its last three stages. Of norms the statistics are frozen, as in MMDetection; with --norms
+frozen the affine parameters too, as in torchvision. Segmenters train their norms.
 
-`fast` is revbifpn.fast under what revbifpn.detection does by default, `reversible` and `stored` plain PyTorch under
-torchvision's heads. `checkpointed` recomputes a rival's blocks, HRFPN, and the same heads as `fast`.
+All have the same heads. `fast` is revbifpn.fast under what revbifpn.detection does by default; `reversible` is plain
+PyTorch, and `stored` ordinary training, of everybody, under torchvision's heads as they come. `heads recomputed` is a
+rival under the heads of `fast`, HRFPN recomputed too; `checkpointed` recomputes its blocks as well.
 
 No arithmetic is done on what is large (benchmarks/harness/unarithmetic.py); --real does it all, and takes hours. The
 published AP and memory are those of arXiv 2206.14098, measured in MMDetection on GPUs. Prints tables and writes
@@ -21,9 +22,10 @@ benchmarks/results/detection_memory_cpu.{json,csv,png} and detection_parts_cpu.p
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,15 +43,15 @@ from torch import nn
 from benchmarks.harness import command, detectors, plots, results
 from benchmarks.harness.command import BenchmarkError, UsageError, entry
 from benchmarks.harness.detectors import FASTER, FROZEN, PUBLISHED, SEGMENT, SIXTEEN, SIZES, STATISTICS, Candidate
-from benchmarks.harness.networks import FAST
 from benchmarks.harness.terminal import Column, print_table, track
 from benchmarks.harness.unarithmetic import WithoutArithmetic
 from revbifpn.memory import MIB, PeakMemory
 
-DEFAULT = "revbifpn_s*/fast,resnet*,hrnet*"
+DEFAULT = "revbifpn_s*/fast,resnet*/stored,resnet*/checkpointed,hrnet*/stored,hrnet*/checkpointed"
 ROIS = 512
 BACKBONE, FPN, HEADS = "backbone", "FPN", "heads"
 PARTS = (BACKBONE, FPN, HEADS)
+KEYS = ("detector", "model", "variant")
 GIGABYTES = (6, 8, 12, 16, 24)
 
 
@@ -114,7 +116,8 @@ def step(c: Candidate, model: nn.Module, images: int, real: bool) -> dict[str, A
 
 def measure(c: Candidate, norms: str, real: bool) -> dict[str, Any]:
     """Steps of one and of two images."""
-    model = detectors.make(c, norms)
+    with nullcontext() if real else WithoutArithmetic():  # large weights need no values
+        model = detectors.make(c, norms)
     if c.variant == SIXTEEN:
         _unchecked(model)
     one, two = (step(c, model, images, real) for images in (1, 2))
@@ -145,6 +148,22 @@ def capacity(row: dict[str, Any], gigabytes: int) -> int:
     return max(0, int((gigabytes * 2**30 - fixed) // (row["per_image_bytes"] + image)))
 
 
+def largest(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """Per family and variant, the largest network of which an image fits, and how many images of it do."""
+    families = dict.fromkeys((row["model"].rstrip("0123456789"), row["variant"]) for row in rows)
+    for family, variant in families:
+        own = [r for r in rows if (r["model"].rstrip("0123456789"), r["variant"]) == (family, variant)]
+        cells = []
+        for gigabytes in GIGABYTES:
+            fitting = [row for row in own if capacity(row, gigabytes)]
+            cells.append(f"{_short(fitting[-1])} x {capacity(fitting[-1], gigabytes)}" if fitting else "-")
+        yield [family.rstrip("_sw") + " *", variant, *cells]
+
+
+def _short(row: dict[str, Any]) -> str:
+    return row["model"].rpartition("_")[2]  # s3, w18, resnet50
+
+
 def _cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for row in rows:
         names = ("peak_bytes", "per_image_bytes", "kept_bytes", *(f"{part}_bytes" for part in PARTS))
@@ -171,12 +190,11 @@ def show(rows: Sequence[dict[str, Any]], norms: str, environment: dict[str, Any]
         frozen = "" if detector == SEGMENT else f", norms: {norms} frozen"
         title = f"{detector}, {height} x {width}, float32{frozen}"
         print_table(title, COLUMNS, [list(_cells(own))], caption)
-        fits = [row for row in own if row["variant"] in (FAST, SIXTEEN)] or own
-        cells = [[row["model"], row["variant"], *(str(capacity(row, g)) for g in GIGABYTES)] for row in fits]
+        cells = [[row["model"], row["variant"], *(str(capacity(row, g)) for g in GIGABYTES)] for row in own]
         print_table(
-            f"{detector}: largest batch",
+            f"{detector}, {height} x {width}: largest batch, and the largest network of a family with its batch",
             (*COLUMNS[:2], *(Column(f"{g} GB") for g in GIGABYTES)),
-            [cells],
+            [cells, list(largest(own))],
             "Extrapolated from one and two images: too high where larger batches peak at another moment.\n"
             "Parameters, gradients and SGD's momentum counted; not counted: CUDA's context, what the allocator keeps.",
         )
@@ -189,6 +207,7 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--norms", choices=(STATISTICS, FROZEN), default=STATISTICS, help="what of them is frozen")
     parser.add_argument("--size", metavar="HxW", help="of the images (default: each detector's, see above)")
     parser.add_argument("--real", action="store_true", help="do the arithmetic")
+    parser.add_argument("--resume", action="store_true", help="keep what this commit wrote to --output")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
     return parser
 
@@ -212,25 +231,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = command.pick_output(arguments.output)
     command.require("torchvision")
     command.require("matplotlib")
-    rows = [measure(c, arguments.norms, arguments.real) for c in track(chosen, lambda c: c.label, "detection")]
-    save(rows, arguments, output)
+    found = measured(arguments, output) if arguments.resume else {}
+    order = {(c.detector, c.model, c.variant): i for i, c in enumerate(detectors.candidates(known))}
+    for c in track(chosen, lambda c: c.label, "detection"):
+        if (c.detector, c.model, c.variant) not in found:
+            row = measure(c, arguments.norms, arguments.real)
+            found[_key(row)] = row
+            if arguments.resume:
+                _save(list(found.values()), arguments, output, draw=False)
+    rows = sorted(found.values(), key=lambda row: order[_key(row)])
+    _save(rows, arguments, output)
+    show(rows, arguments.norms, results.environment(torch.device("cpu")))
 
 
-def save(rows: Sequence[dict[str, Any]], arguments: Any, output: Path) -> None:
-    """Tables, raw results and plots."""
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["detector"], row["model"], row["variant"]  # KEYS
+
+
+def _settings(names: Iterable[str], arguments: Any) -> dict[str, Any]:
+    return {"sizes": {name: list(SIZES[name]) for name in names}, "norms": arguments.norms, "real": arguments.real}
+
+
+def _stem(arguments: Any, output: Path, name: str = "detection_memory_cpu") -> Path:
+    return output / (name + f"_{arguments.size}" * bool(arguments.size) + f"_{FROZEN}" * (arguments.norms == FROZEN))
+
+
+def measured(arguments: Any, output: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows of an earlier run of the same commit, torch, kernels and settings, by :func:`_key`."""
+    path = output / f"{_stem(arguments, output).name}.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    now, then = results.environment(torch.device("cpu")), content["environment"]
+    if any(then.get(name) != now[name] for name in ("commit", "torch", "kernels")):
+        return {}
+    settings = _settings(content["settings"]["sizes"], arguments)
+    if now["commit"].endswith(("-dirty", "unknown")) or settings != content["settings"]:
+        return {}
+    return {_key(row): row for row in content["rows"]}
+
+
+def _save(rows: Sequence[dict[str, Any]], arguments: Any, output: Path, *, draw: bool = True) -> None:
+    """Raw results, and plots."""
     names = dict.fromkeys(row["detector"] for row in rows)
     environment = results.environment(torch.device("cpu"))
-    settings = {"sizes": {name: list(SIZES[name]) for name in names}, "norms": arguments.norms, "real": arguments.real}
     units = {name: "B" for name in rows[0] if name.endswith("_bytes")} | {"published_ap": "%", "published_gb": "GB"}
-    suffix = f"_{arguments.size}" * bool(arguments.size) + f"_{FROZEN}" * (arguments.norms == FROZEN)
-    keys = ("detector", "model", "variant")
+    settings, stem = _settings(names, arguments), _stem(arguments, output)
+    if not draw:
+        results.save(stem, environment, settings, rows, KEYS, units)
+        return
     with results.replacing(output) as new:
-        plots.memory_parts(rows, new / f"detection_parts_cpu{suffix}.png")
-    plot = partial(plots.detection, rows)
-    stem = output / f"detection_memory_cpu{suffix}"
-    written = results.save(stem, environment, settings, rows, keys, units, plot)
-    show(rows, arguments.norms, environment)
-    print(written)
+        plots.memory_parts(rows, new / f"{_stem(arguments, output, 'detection_parts_cpu').name}.png")
+    print(results.save(stem, environment, settings, rows, KEYS, units, partial(plots.detection, rows)))
 
 
 if __name__ == "__main__":

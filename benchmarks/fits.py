@@ -37,8 +37,8 @@ from torch import Tensor, nn
 import revkernels
 from benchmarks.harness import command, results
 from benchmarks.harness.command import BenchmarkError, entry
-from benchmarks.harness.detectors import FASTER, MASK, RETINA
-from benchmarks.harness.networks import CHECKPOINTED, STORED
+from benchmarks.harness.detectors import FASTER, HEADS, LARGE, MASK, RETINA
+from benchmarks.harness.networks import CHECKPOINTED, REVERSIBLE, STORED
 from benchmarks.harness.rivals import RIVALS, Checkpointed, checkpoint_hrnet, import_timm
 from benchmarks.harness.terminal import track
 from revbifpn import fits
@@ -55,7 +55,7 @@ ENCODERS = {"resnet50": "ResNet-50", "resnet101": "ResNet-101"} | {
     name: rival.label for name, rival in RIVALS.items() if rival.family == "HRNet"
 }
 DETECTION = "detection_memory_*.json"
-DETECTORS = {FASTER: "Faster R-CNN", MASK: "Mask R-CNN", RETINA: "RetinaNet"}
+DETECTORS = {FASTER: "Faster R-CNN", LARGE: "Faster R-CNN", MASK: "Mask R-CNN", RETINA: "RetinaNet"}
 LABELS = ENCODERS | {arch: f"RevBiFPN-{arch.rsplit('_', 1)[1].upper()}" for arch in CONFIGS}
 
 
@@ -150,7 +150,7 @@ def detectors(folder: Path = results.RESULTS) -> Iterator[Step]:
     for path in sorted(folder.glob(DETECTION)):
         content = json.loads(path.read_text())
         for row in content["rows"]:
-            if row["detector"] not in DETECTORS:
+            if row["detector"] not in DETECTORS or row["variant"] in (HEADS, REVERSIBLE):
                 continue
             variant, *sixteen = row["variant"].split()
             precision = "bfloat16" if sixteen else "float32"

@@ -26,6 +26,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -63,12 +64,16 @@ class CocoFolder(Dataset):
             raise BadDatasetError(f"cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise BadDatasetError(f"{self.file}: not in COCO format: {type(error).__name__}: {error}") from error
+        if not self.records:
+            raise BadDatasetError(f"{self.file}: has no images")
         if missing := [record["id"] for record in self.records if "file_name" not in record]:
             raise BadDatasetError(f"{self.file}: image {missing[0]}: has no file_name")
         self.labels = {category["id"]: i for i, category in enumerate(self.categories, 1)}
         known = {image["id"] for image in self.records}
         self.boxes: dict[int, list[tuple[list[float], int]]] = defaultdict(list)
-        for annotation in annotations:
+        for place, annotation in enumerate(annotations):
+            if not isinstance(annotation, dict):
+                raise BadDatasetError(f"{self.file}: annotations[{place}]: expected an object, got {annotation}")
             where = f"{self.file}: annotation {annotation.get('id')}"
             if missing := [name for name in ("image_id", "category_id", "bbox") if name not in annotation]:
                 raise BadDatasetError(f"{where}: has no {', '.join(missing)}")
@@ -136,7 +141,9 @@ class Detection(lightning.LightningModule):
     def __init__(self, args: argparse.Namespace, train: CocoFolder, val: CocoFolder) -> None:
         super().__init__()
         self.args, self.val = args, val
-        sizes = tuple((int(size),) for size in args.anchors.split(","))
+        sizes = tuple(
+            tuple(int(size) * 2 ** (k / args.scales) for k in range(args.scales)) for size in args.anchors.split(",")
+        )
         self.model = fasterrcnn_revbifpn(
             len(train.categories) + 1,
             scale=args.scale,
@@ -149,6 +156,10 @@ class Detection(lightning.LightningModule):
             min_size=args.pixels,
             max_size=args.pixels * 5 // 3,
             rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+            rpn_pre_nms_top_n_train=2 * args.proposals,
+            rpn_post_nms_top_n_train=2 * args.proposals,
+            rpn_pre_nms_top_n_test=args.proposals,
+            rpn_post_nms_top_n_test=args.proposals,
             box_batch_size_per_image=args.rois,
         )
         self.found: list[dict[str, Any]] = []
@@ -184,9 +195,10 @@ class Detection(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2)
+        fused = self.args.precision == "32-true"  # Lightning clips no gradients of fused optimizers otherwise
+        optimizer = torch.optim.AdamW(parameters, self.args.lr, weight_decay=1e-2, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.args.lr, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.args.lr, total_steps=steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -230,10 +242,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stored", action="store_true", help="store activations instead of recomputing them")
     parser.add_argument("--pixels", type=int, default=64, help="of an image's shorter side")
     parser.add_argument("--anchors", default="16,32,64,128,256", help="pixels, one per level of stride 4 to 64")
+    parser.add_argument("--scales", type=int, default=3, help="anchors of a level: of so many sizes in an octave")
+    parser.add_argument("--proposals", type=int, default=200, help="per image that are classified")
     parser.add_argument("--width", type=int, default=64, help="channels of FPN and heads")
     parser.add_argument("--rois", type=int, default=32, help="per image that the box head trains on")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--evaluations", type=int, default=5, help="how often, at the ends of epochs")
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--accelerator", default="auto", help="Lightning's: cpu, gpu, ...")
@@ -241,6 +256,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="a folder for pictures with boxes")
     parser.add_argument("--save", type=Path, help="a file for the detector's state dict")
+    parser.add_argument("--checkpoints", type=Path, help="a folder for one of every epoch; a later run goes on from it")
     return parser.parse_args(arguments)
 
 
@@ -249,24 +265,39 @@ def main(arguments: list[str] | None = None) -> float:
     args = parse(arguments)
     lightning.seed_everything(args.seed, verbose=False)
     train, val = CocoFolder(args.folder, args.train), CocoFolder(args.folder, args.val)
+    if train.labels != val.labels:
+        raise BadDatasetError(
+            f"{val.file}: expected categories {sorted(train.labels)}, as in {train.file}, got {sorted(val.labels)}"
+        )
     options: dict[str, Any] = {
         "num_workers": args.workers,
         "collate_fn": lambda samples: tuple(zip(*samples, strict=True)),
     }
     loader = DataLoader(Mirrored(train), args.batch, shuffle=True, drop_last=len(train) > args.batch, **options)
     detection = Detection(args, train, val)
+    callbacks = []
+    if args.checkpoints:
+        callbacks.append(ModelCheckpoint(args.checkpoints, save_last=True, save_on_train_epoch_end=True))
     trainer = lightning.Trainer(
+        callbacks=callbacks,
         max_epochs=args.epochs,
         accelerator=args.accelerator,
         devices=1,
         precision=args.precision,
         gradient_clip_val=10.0,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(callbacks),
         enable_progress_bar=sys.stderr.isatty(),
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=max(1, args.epochs // args.evaluations),
     )
-    trainer.fit(detection, loader, DataLoader(val, args.batch, **options))
+    trainer.fit(
+        detection,
+        loader,
+        DataLoader(val, args.batch, **options),
+        ckpt_path="last" if callbacks else None,  # where there is one
+        weights_only=False,
+    )
     model = detection.model.cpu()
     if args.pictures:
         draw(model, val, args.pictures)

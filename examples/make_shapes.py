@@ -25,13 +25,16 @@ def corners(shape: str, x: float, y: float, r: float, angle: float) -> list[tupl
 
 
 def draw(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, list[tuple[int, list[float]]]]:
-    """A picture, and (shape, [x, y, width, height]) of what is on it; some overlap, some pictures are empty."""
+    """A picture, and (shape, [x, y, width, height]) of what is on it; some touch, some pictures are empty."""
     noise = rng.normal(110, 25, (height, width, 3)).clip(0, 255).astype(np.uint8)
-    picture, found = Image.fromarray(noise), []
+    picture, found, circles = Image.fromarray(noise), [], []
     pen = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 7)):
         kind, r = int(rng.integers(len(SHAPES))), rng.uniform(0.14, 0.28) * min(width, height)
         x, y = rng.uniform(r, width - r), rng.uniform(r, height - r)
+        if any(math.hypot(x - other_x, y - other_y) < 0.8 * (r + other_r) for other_x, other_y, other_r in circles):
+            continue  # it would hide a good part of another one
+        circles.append((x, y, r))
         points = corners(SHAPES[kind], x, y, r, rng.uniform(0, 2 * math.pi))
         colour = tuple(int(c) for c in rng.choice([20, 235], 3))
         pen.polygon(points, fill=colour)

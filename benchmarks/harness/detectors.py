@@ -17,8 +17,10 @@ from benchmarks.harness.rivals import Checkpointed, checkpoint_hrnet, import_tim
 from revbifpn.configs import CONFIGS
 
 FASTER, MASK, RETINA, SEGMENT = "fasterrcnn", "maskrcnn", "retinanet", "segmentation"
+LARGE = f"{FASTER}_large"  # the same on larger images
 SIXTEEN = f"{FAST} bf16 fixed16"
-SIZES = {FASTER: (800, 1344), MASK: (800, 1344), RETINA: (800, 1344), SEGMENT: (1024, 2048)}
+HEADS = "heads recomputed"  # of a rival whose backbone is stored
+SIZES = {FASTER: (800, 1344), MASK: (800, 1344), RETINA: (800, 1344), SEGMENT: (1024, 2048), LARGE: (1024, 2048)}
 CLASSES, SEGMENTED, WIDTH, OBJECTS = 91, 19, 256, 8
 STATISTICS, FROZEN = "statistics", "frozen"  # what of the norms is frozen: as in MMDetection, as in torchvision
 
@@ -53,6 +55,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     },
     RETINA: {},
     SEGMENT: {},
+    LARGE: {},
 }
 
 
@@ -74,17 +77,16 @@ class Candidate:
 
 
 def candidates(detectors: Sequence[str]) -> list[Candidate]:
-    families = (
-        (tuple(CONFIGS), (FAST, SIXTEEN, REVERSIBLE, STORED)),
-        (("resnet50", "resnet101"), (STORED, CHECKPOINTED)),
-        (("hrnet_w18", "hrnet_w32", "hrnet_w48"), (STORED, CHECKPOINTED)),
-    )
+    rivals = ("resnet50", "resnet101", "hrnet_w18", "hrnet_w32", "hrnet_w48")
+    families = ((tuple(CONFIGS), (FAST, SIXTEEN, REVERSIBLE, STORED)), (rivals, (STORED, HEADS, CHECKPOINTED)))
+    left_out = {SEGMENT: (HEADS,), LARGE: (HEADS, REVERSIBLE)}  # the former's head is one map
     return [
         Candidate(detector, model, variant)
         for detector in detectors
         for models, variants in families
         for model in models
         for variant in variants
+        if variant not in left_out.get(detector, ())
     ]
 
 
@@ -133,17 +135,18 @@ class Features(nn.Module):
 
 def _backbone(c: Candidate) -> nn.Module:
     one_stage, recompute = c.detector == RETINA, c.variant == CHECKPOINTED
+    heads = c.variant in (HEADS, CHECKPOINTED)
     if c.model.startswith("resnet"):
-        return _resnet(c.model, one_stage, recompute)
+        return _resnet(c.model, one_stage, recompute, heads)
     timm = import_timm()
     body = timm.create_model(c.model, features_only=True, feature_location="", out_indices=(1, 2, 3, 4))
     if recompute:
         checkpoint_hrnet(body)
-    fpn = HRFPN(body.feature_info.channels(), stride=2 if one_stage else 1, recompute=recompute)
+    fpn = HRFPN(body.feature_info.channels(), stride=2 if one_stage else 1, recompute=heads)
     return Features(body, fpn)
 
 
-def _resnet(name: str, one_stage: bool, recompute: bool) -> nn.Module:
+def _resnet(name: str, one_stage: bool, recompute: bool, heads: bool) -> nn.Module:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -153,8 +156,9 @@ def _resnet(name: str, one_stage: bool, recompute: bool) -> nn.Module:
     if one_stage:
         options |= {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(WIDTH, WIDTH)}
     backbone = resnet_fpn_backbone(backbone_name=name, weights=None, **options)
-    if recompute:
+    if heads:
         backbone.fpn.__class__ = FeaturePyramid
+    if recompute:
         for stage in ("layer2", "layer3", "layer4"):  # the first does not train
             blocks = backbone.body[stage]
             for i, block in enumerate(blocks):
@@ -181,25 +185,24 @@ def make(c: Candidate, norms: str) -> nn.Module:
 def _detector(c: Candidate) -> nn.Module:
     from revbifpn import detection
     from revbifpn.adapters.torchvision import BackboneWithFPN
-    from revbifpn.adapters.torchvision_heads import recompute_heads
 
     height, width = SIZES[c.detector]
     options: dict[str, Any] = {"min_size": height, "max_size": width}
     if c.detector != RETINA:
         options["rpn_nms_thresh"] = 1.0  # proposals are anchors, which overlap
+    options["recompute"] = c.variant in (FAST, SIXTEEN, HEADS, CHECKPOINTED)
     if c.model in CONFIGS:
-        options |= {"scale": c.model, "recompute": c.variant in (FAST, SIXTEEN)}
+        options["scale"] = c.model
         if c.variant == SIXTEEN:
             options["stream"] = "fixed16"
-    model = getattr(detection, f"{c.detector}_revbifpn")(CLASSES, **options)
+    name = c.detector.removesuffix("_large")
+    model = getattr(detection, f"{name}_revbifpn")(CLASSES, **options)
     if c.model in CONFIGS and c.variant in (REVERSIBLE, STORED):
         body = getattr(revbifpn, c.model)(classes=None, reversible=c.variant == REVERSIBLE)
         made = model.backbone
         made.body = BackboneWithFPN(body, returned_levels=made.returned_levels).body
     if c.model not in CONFIGS:
         model.backbone = _backbone(c)
-        if c.variant == CHECKPOINTED:
-            recompute_heads(model)
     if c.detector != RETINA:
         for layer in (model.rpn.head.bbox_pred, model.rpn.head.cls_logits):  # zeros, as without arithmetic
             nn.init.zeros_(layer.weight)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ from revbifpn import fast, model
 from revbifpn.adapters.levels import freeze_unused
 from revbifpn.checkpoints import load_published
 from revbifpn.configs import get_config
+from revbifpn.engine.branch import is_sharded
+from revbifpn.engine.nodes import repetition
 from revbifpn.fused import chunk_bytes
 from revbifpn.streams import autocast_dtype
 
@@ -51,8 +53,8 @@ class BackboneWithFPN(nn.Module):
             :class:`LastLevelMaxPool`, one map called "pool".
         fpn: False leaves out the FPN, since RevBiFPN fuses its levels itself: the body's own maps are returned. It has
             to be made with ``head_channels=[out_channels] * levels`` then.
-        recompute: recompute what the FPN computes on the way to its largest map in backward, in strips of rows, instead
-            of storing it; see :class:`FeaturePyramid`.
+        recompute: recompute what the FPN computes on the way to its maps in backward, of the largest one in strips of
+            rows, instead of storing it; see :class:`FeaturePyramid`.
 
     Attributes:
         out_channels: as above.
@@ -101,36 +103,71 @@ class BackboneWithFPN(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = self.body(x)
-        return self.fpn(OrderedDict((str(i), maps[level]) for i, level in enumerate(self.returned_levels)))
+        named = OrderedDict((str(i), maps[level]) for i, level in enumerate(self.returned_levels))
+        if not isinstance(self.fpn, FeaturePyramid):
+            return self.fpn(named)
+        return self.fpn(named, repeat=not is_sharded(self.body))  # whose parameters are not there in the FPN's backward
 
 
 class FeaturePyramid(FeaturePyramidNetwork):
-    """torchvision's FPN, with the same parameters, of whose largest level nothing but the input is stored.
+    """torchvision's FPN, with the same parameters, which keeps little of what it computes.
 
     ``m_l = L_l n_l + up(m_{l+1})``, ``p_l = O_l m_l`` for 1x1 convolutions L and 3x3 convolutions O. The largest level
-    has three quarters of all pixels: its ``m_0`` exists a strip of rows at a time, in forward and in backward.
+    has three quarters of all pixels: its ``m_0`` exists a strip of rows at a time, in forward and in backward, and its
+    ``n_0`` is computed once more where a reversible body can. The smaller m are recomputed.
     """
 
-    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, x: dict[str, Tensor], repeat: bool = True) -> dict[str, Tensor]:
+        """The maps by name; ``repeat``: have the body compute its largest map again instead of saving it."""
         names, maps = list(x), list(x.values())
         halves = len(maps) > 1 and all(2 * s == t for s, t in zip(maps[1].shape[-2:], maps[0].shape[-2:], strict=True))
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
         if not halves:
             return checkpoint(super().forward, x, use_reentrant=False)
-        merged = self.inner_blocks[-1](maps[-1])
-        found = [self.layer_blocks[-1](merged)]
-        for level in range(len(maps) - 2, 0, -1):
-            lateral = self.inner_blocks[level](maps[level])
-            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
-            found.insert(0, self.layer_blocks[level](merged))
-        lateral, output = self.inner_blocks[0][0], self.layer_blocks[0][0]
+        merged, *found = checkpoint(self._smaller, *maps[1:], use_reentrant=False, preserve_rng_state=False)
+        (lateral, *others), output = [block[0] for block in self.inner_blocks], self.layer_blocks[0][0]
         weights = lateral.weight, lateral.bias, output.weight, output.bias
-        largest, twin = _Largest.apply(maps[0], merged, *weights)
+        below = [*maps[1:], *(w for block in others for w in (block.weight, block.bias))]  # that `merged` comes from
+        again = repetition(maps[0]) if repeat else None
+        largest, twin = _Largest.apply(maps[0], merged, again, *weights, *(t.detach() for t in below))
         found.insert(0, largest)
         if self.extra_blocks is not None:
             found, names = self.extra_blocks(found, maps, names)
         return Pyramid(zip(names, found, strict=True), twin=twin)
+
+    def _smaller(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        """``m_1, p_1, p_2, ...`` from ``n_1, n_2, ...``."""
+        merged = self.inner_blocks[-1](maps[-1])
+        found = [self.layer_blocks[-1](merged)]
+        for level in range(len(maps) - 1, 0, -1):
+            lateral = self.inner_blocks[level](maps[level - 1])
+            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            found.insert(0, self.layer_blocks[level](merged))
+        return merged, *found
+
+
+def _merge_again(maps: Sequence[Tensor], laterals: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+    """``m_1`` from ``n_1, n_2, ...`` and the laterals' weights and biases, under autocast to ``dtype`` or none."""
+    merged: Tensor | None = None
+    pairs = zip(laterals[::2], laterals[1::2], strict=True)
+    with torch.autocast(maps[0].device.type, dtype, enabled=dtype is not None):
+        for n, (weight, bias) in reversed(list(zip(maps, pairs, strict=True))):
+            lateral = F.conv2d(n, weight, bias)
+            if merged is not None:
+                _add_upsampled_(lateral, merged)
+            merged = lateral
+    assert merged is not None, "there is a smaller level"
+    return merged
+
+
+def _add_upsampled_(y: Tensor, x: Tensor) -> None:
+    """``y <- y + up(x)``, to the nearest."""
+    (height, width), (h, w) = y.shape[-2:], x.shape[-2:]
+    if (height, width) == (2 * h, 2 * w):  # without a map for up(x)
+        y.view(*y.shape[:2], h, 2, w, 2).add_(x[:, :, :, None, :, None])
+    else:
+        y += F.interpolate(x, size=(height, width), mode="nearest")
 
 
 class Pyramid(OrderedDict[str, Tensor]):
@@ -153,8 +190,11 @@ class Pyramid(OrderedDict[str, Tensor]):
 
 
 def strips(height: int, row_bytes: int, device: torch.device) -> list[tuple[int, int]]:
-    """``(first, end)`` of strips of rows that take about :func:`revbifpn.fused.chunk_bytes` each."""
-    rows = max(2, chunk_bytes(device) // max(1, row_bytes))
+    """``(first, end)`` of strips of rows, first even; they take about twice :func:`revbifpn.fused.chunk_bytes` each.
+
+    Each is computed with a row more above and below.
+    """
+    rows = max(2, 2 * chunk_bytes(device) // max(1, row_bytes) // 2 * 2)
     return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
@@ -176,14 +216,24 @@ class _Pixels(torch.autograd.Function):
 
 
 class _Largest(torch.autograd.Function):
-    """``p = O (L n + up(above))`` in strips; backward computes ``m = L n + up(above)`` again, strip by strip."""
+    """``p = O (L n + up(above))`` in strips; backward computes ``m = L n + up(above)`` again, strip by strip.
+
+    ``above`` is computed again, and n by ``again``, if given: their gradients are written over them, row by row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, n: Tensor, above: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        n: Tensor,
+        above: Tensor,
+        again: Callable[[], Tensor] | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(n, above, *weights)
-        ctx.dtype = autocast_dtype(n.device) or n.dtype
-        lateral, bias, output, output_bias = (w.to(ctx.dtype) for w in weights)
+        ctx.again, ctx.autocast = again, autocast_dtype(n.device)
+        ctx.save_for_backward(n if again is None else None, *tensors)
+        ctx.dtype = ctx.autocast or n.dtype
+        lateral, bias, output, output_bias = (w.to(ctx.dtype) for w in tensors[:4])
         height, width = n.shape[-2:]
         p = n.new_empty(len(n), len(output), height, width, dtype=ctx.dtype)
         for first, end in strips(height, p[:, :, 0].nbytes, p.device):
@@ -194,39 +244,51 @@ class _Largest(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dp: Tensor | None, dtwin: Tensor | None) -> tuple[Tensor | None, ...]:
-        n, above, *weights = ctx.saved_tensors
+        saved, *tensors = ctx.saved_tensors
         if dp is None and dtwin is None:
-            return (None,) * (2 + len(weights))
+            return (None,) * (3 + len(tensors))
         if dtwin is not None and not dtwin.is_sparse:
             dense = dtwin.permute(0, 3, 1, 2)
             dp, dtwin = dense if dp is None else dp + dense, None
+        pixels = None if dtwin is None else dtwin.coalesce()
+        weights, below = tensors[:4], tensors[4:]
         lateral, bias, output, _ = (w.to(ctx.dtype) for w in weights)
-        dn, dabove = torch.zeros_like(n), torch.zeros_like(above)
+        n = ctx.again() if saved is None else saved
+        dn = n if saved is None else torch.empty_like(n, memory_format=torch.contiguous_format)
+        levels = len(below) // 3  # a map, a weight and a bias each
+        above = dabove = _merge_again(below[:levels], below[levels:], ctx.autocast)
         dlateral, dbias, doutput, doutput_bias = sums = [torch.zeros_like(w) for w in weights]
         height, width = n.shape[-2:]
         row = n.new_zeros(len(n), len(output), 1, width, dtype=ctx.dtype)
+        before = n.new_zeros(len(n), len(lateral), 1, width, dtype=ctx.dtype)  # m[first - 1]
         for first, end in strips(height, row.nbytes, n.device):
-            dstrip = row.expand(-1, -1, end - first, -1) if dp is None else dp[:, :, first:end].to(ctx.dtype)
-            if dtwin is not None:
-                dstrip = _with_pixels(dstrip, dtwin.coalesce(), first)
-            merged = _merged(n, above, lateral, bias, first - 1, end + 1)
-            doutput += conv2d_weight(merged, output.shape, dstrip, padding=(0, 1))
-            doutput_bias += dstrip.sum((0, 2, 3))
-            dmerged = conv2d_input(merged.shape, output, dstrip, padding=(0, 1))
-            low, high = max(first - 1, 0), min(end + 1, height)  # the rows of it that exist
-            dmerged = dmerged[:, :, low - first + 1 : high - first + 1]
-            rows = n[:, :, low:high].to(ctx.dtype)
+            dstrip = row.expand(-1, -1, end - first + 2, -1) if dp is None else _rows(dp, first - 1, end + 1)
+            if pixels is not None:
+                dstrip = _with_pixels(dstrip, pixels, first - 1)
+            dstrip = dstrip.to(ctx.dtype)
+            own = dstrip[:, :, 1:-1]  # without the neighbours
+            merged = torch.cat([before, _merged(n, above, lateral, bias, first, end + 1)], 2)
+            before = merged[:, :, -2:-1].clone()
+            doutput += conv2d_weight(merged, output.shape, own, padding=(0, 1))
+            doutput_bias += own.sum((0, 2, 3))
+            dmerged = conv2d_input(merged.shape, output, dstrip, padding=1)[:, :, 1:-1]
+            rows = n[:, :, first:end].to(ctx.dtype)
             dlateral += conv2d_weight(rows, lateral.shape, dmerged)
             dbias += dmerged.sum((0, 2, 3))
-            dn[:, :, low:high] += conv2d_input(rows.shape, lateral, dmerged)
-            whole = F.pad(dmerged, (0, 0, low % 2, high % 2))  # pixels of `above`
-            dabove[:, :, low // 2 : (high + 1) // 2] += F.avg_pool2d(whole, 2, divisor_override=1)
-        return dn, dabove, *sums
+            dn[:, :, first:end] = conv2d_input(rows.shape, lateral, dmerged)
+            dabove[:, :, first // 2 : end // 2] = F.avg_pool2d(dmerged, 2, divisor_override=1)
+        return dn, dabove, None, *sums, *[None] * len(below)
 
 
-def _with_pixels(dstrip: Tensor, dtwin: Tensor, first: int) -> Tensor:
+def _rows(x: Tensor, first: int, end: int) -> Tensor:
+    """``x[first:end]`` of the rows, with rows of zeros where there is no map."""
+    low, high = max(first, 0), min(end, x.shape[-2])
+    return F.pad(x[:, :, low:high], (0, 0, low - first, end - high))
+
+
+def _with_pixels(dstrip: Tensor, pixels: Tensor, first: int) -> Tensor:
     """The gradient of a strip of rows, plus that of pixels in it."""
-    (image, y, x), values = dtwin.indices(), dtwin.values()
+    (image, y, x), values = pixels.indices(), pixels.values()
     here = (y >= first) & (y < first + dstrip.shape[2])
     dstrip = dstrip.clone()
     dstrip.permute(0, 2, 3, 1)[image[here], y[here] - first, x[here]] += values[here].to(dstrip.dtype)

@@ -58,7 +58,7 @@ class Gradient:
 
     def adopts(self, buffer: Tensor) -> bool:
         """Whether nothing was added yet and :meth:`adopt` would take ``buffer``."""
-        return self.value is None and buffer.shape == self.like.shape
+        return self.value is None and buffer.shape == self.like.shape and buffer.dtype == self.like.dtype
 
     def adopt(self, buffer: Tensor) -> None:
         """Take over a tensor that nobody else keeps as the sum's first addend."""
@@ -78,13 +78,16 @@ class Held(Gradient):
 class Pullback(Protocol):
     """The vector-Jacobian product of one call of a branch; good for one use."""
 
-    def __call__(self, du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> Sequence[Tensor | None]:
+    def __call__(
+        self, du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None], *, spare: bool = False
+    ) -> Sequence[Tensor | None]:
         """Add the inputs' gradients to ``into`` and return the parameters'.
 
         Args:
             du: gradient of the contribution, after the adjoint of upsampling.
             sums: what the contribution's ``center`` asked for.
             into: the gradient of every input; None where it is not wanted.
+            spare: du may be written over.
 
         Returns:
             One gradient per parameter, in the order of :meth:`Branch.parameters`; None for one that wants none.
@@ -166,7 +169,7 @@ class ModuleBranch:
 
     def __init__(self, module: nn.Module, others: Sequence[Tensor] = ()) -> None:
         self.module, self.modules, self.others = module, list(module.modules()), tuple(others)
-        sharded = {id(q): q for unit in filter(_is_sharded, self.modules) for q in unit.parameters()}
+        sharded = {id(q): q for unit in filter(_is_unit, self.modules) for q in unit.parameters()}
         self._own = {name: q for name, q in module.named_parameters() if id(q) not in sharded}
         # Stands for the parameters of sharded units among a node's inputs, so that backward comes by.
         self._units = (torch.zeros((), requires_grad=True),) if any(q.requires_grad for q in sharded.values()) else ()
@@ -248,7 +251,9 @@ class ModuleBranch:
         known = None if self._units else {id(t) for t in (*inputs, *parameters)}
         calls_python = _check_graph(p, known, self.module)
 
-        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
+        def pullback(
+            du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None], *, spare: bool = False
+        ) -> list[Tensor | None]:
             if p.requires_grad:
                 # Into leaves of our own, not by autograd.grad, which checkpoints of the reentrant kind refuse.
                 replay.pull(lambda: torch.autograd.backward(p, du.to(p.dtype)), calls_python=calls_python)
@@ -283,10 +288,15 @@ def _leaves(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [q.detach().requires_grad_(q.requires_grad) for q in parameters]
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def _is_unit(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on it or a part of it."""
+    return any(map(_is_unit, module.modules()))
 
 
 def _check_graph(p: Tensor, known: set[int] | None, module: nn.Module) -> bool:

@@ -14,17 +14,19 @@ Nodes point to the state alone, so that no reference cycle keeps the streams ali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from revbifpn.engine import ownership
 from revbifpn.engine.branch import Branch, Gradient
 from revbifpn.engine.coupling import Part
 from revbifpn.engine.lowered import Lowered
 from revbifpn.engine.record import Backends
 from revbifpn.engine.state import PartGradient, State
+from revbifpn.streams import Values
 from revkernels.functional import forbid_double_backward
 
 
@@ -144,6 +146,7 @@ class Read(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.level, ctx.count, ctx.position = state, level, count, state.position
+        ownership.prepare()
         others, parameters = tensors[:count], tensors[count:]
         inputs = [state.read(Part(level)), *others]
         contribution, ctx.call = state.call(branch, inputs, parameters, stored=stored)
@@ -159,6 +162,7 @@ class Read(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dp is None:
             return (None,) * (6 + len(saved))
+        spare = ownership.is_own(dp)
         others, parameters = saved[:count], saved[count:]
         inputs = [state.read(Part(ctx.level)), *others]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6 : 6 + count]]
@@ -166,8 +170,37 @@ class Read(torch.autograd.Function):
             _, pullback = state.replay(ctx.call, parameters, inputs, needs)
             dothers = [Gradient(x) if need else None for x, need in zip(others, needs[1:], strict=True)]
             into = PartGradient(state, Part(ctx.level)) if needs[0] else None
-            dparameters = pullback(dp, None, [into, *dothers])
+            dparameters = pullback(dp, None, [into, *dothers], spare=spare)
         return None, None, None, None, None, None, *_values(dothers), *dparameters
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A branch that can compute its contribution again without a graph."""
+
+    def repeat(self, record: Any, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> Tensor:
+        """The contribution as new memory, from the record of :meth:`Branch.record`."""
+
+
+def repetition(y: Tensor) -> Callable[[], Tensor] | None:
+    """What computes ``y`` once more, in a backward before it reaches y: a consumer need not save y then.
+
+    Returns:
+        None where y was not read from a tape, or its branch cannot.
+    """
+    node: Any = y.grad_fn
+    cls: Any = Read
+    if not isinstance(node, cls._backward_cls) or node.call.kept or not isinstance(node.call.branch, Repeats):
+        return None
+
+    def again() -> Tensor:
+        state, saved = node.state, node.saved_tensors
+        state.begin(node.position)
+        inputs = [state.read(Part(node.level)), *saved[: node.count]]
+        with state.going_back():
+            return node.call.branch.repeat(node.call.record, saved[node.count :], inputs)
+
+    return again
 
 
 class Recomputed(torch.autograd.Function):

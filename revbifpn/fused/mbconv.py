@@ -416,7 +416,9 @@ class FusedMBConv:
         return self.contribution(p, record), self._pullback(x, record, self.named(parameters), Kept(p, d))
 
     def _pullback(self, x: Values, record: FusedRecord, weights: Weights, kept: Kept) -> Pullback:
-        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
+        def pullback(
+            du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None], *, spare: bool = False
+        ) -> list[Tensor | None]:
             dx = None if into[0] is None else into[0].tensor()
             return self.pull(x, record, weights, kept, du, sums, dx)
 

@@ -48,6 +48,14 @@ def _sum(contribution: Contribution, onto: Tensor | None) -> Tensor:
     return _add(out, contribution)
 
 
+def _normalized_(p: Tensor | None, mbconv: FusedMBConv, record: FusedRecord) -> Tensor:
+    """``scale p + shift``, in place."""
+    assert p is not None
+    found = mbconv.contribution(p, record)
+    assert found.scale is not None and found.shift is not None
+    return p.mul_(found.scale[..., None, None]).add_(found.shift[..., None, None])
+
+
 def _first(merged: Sequence[Values]) -> Tensor | None:
     """The map of the level above, where there is one."""
     return values(merged[0]) if merged else None
@@ -112,12 +120,26 @@ class FusedSegment:
         contribution, records, kept = self._run(inputs, keep=True)
         y, merged = inputs[0].clone(), inputs[1:]
 
-        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> Sequence[Tensor | None]:
+        def pullback(
+            du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None], *, spare: bool = False
+        ) -> Sequence[Tensor | None]:
             # A pull writes over p, and the graph may be retained.
             copies = [k._replace(p=None if k.p is None else k.p.clone()) for k in kept]
-            return self._pullback(y, merged, records, self._named(parameters), copies)(du, sums, into)
+            return self._pullback(y, merged, records, self._named(parameters), copies)(du, sums, into, spare=spare)
 
         return contribution, pullback
+
+    @explicit
+    def repeat(self, records: list[FusedRecord], parameters: Sequence[Tensor], inputs: Sequence[Values]) -> Tensor:
+        """The segment's map once more, as new memory, but for rounding."""
+        y, *merged = inputs
+        weights = self._named(parameters)
+        if self.merge is None and not merged:
+            return _normalized_(self.neck.again(y, records[0], weights[0]).p, self.neck, records[0])
+        out = self._out(y, merged, records[0], weights[0], Kept())
+        if self.merge is None:
+            return out
+        return _normalized_(self.merge.again(out, records[1], weights[1]).p, self.merge, records[1])
 
     @explicit
     def recompute(
@@ -140,8 +162,11 @@ class FusedSegment:
         kept: list[Kept],
     ) -> Pullback:
         @explicit
-        def pullback(du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None]) -> list[Tensor | None]:
-            dout, dz = du, None
+        def pullback(
+            du: Tensor, sums: Tensor | None, into: Sequence[Gradient | None], *, spare: bool = False
+        ) -> list[Tensor | None]:
+            dout = du
+            dz = du if spare and self.merge is None and self._is_inner(du) else None
             dmerge: list[Tensor | None] = []
             if self.merge is not None:
                 dout = self._out(y, merged, records[0], weights[0], kept[0])
@@ -149,24 +174,56 @@ class FusedSegment:
                 again = kept[1] if len(kept) > 1 else self.merge.again(dout, records[1], weights[1], d=bool(merged))
                 dmerge = self.merge.pull(dout, records[1], weights[1], again, du, None, dout, add=False)
                 del again
-                fits = self.neck.expanded == self.neck.channels and dout.dtype == self.neck.dtype
-                dz = dout if fits else None
+                dz = dout if self._is_inner(dout) else None
             of_y, of_map = into[0], into[1] if merged else None
             if of_map is not None:
                 if dz is None and self.merge is not None and of_map.adopts(dout):
                     of_map.adopt(dout)  # it is read, and not written over
                 else:
                     of_map.tensor().add_(dout)
+            if dz is None and kept[0].p is None and self._is_inner(dout):
+                dz = torch.empty_like(dout)
             adopt = dz is not None and of_y is not None and of_y.adopts(dz)
             dy = dz if adopt else None if of_y is None else of_y.tensor()
-            if dz is None and kept[0].p is None:
-                dz = self.neck.plane(y, self.neck.expanded, self.neck.out_size(y))
-            dneck = self.neck.pull(y, records[0], weights[0], kept[0], dout, None, dy, add=not adopt, dz=dz)
+            dneck = self._pull_neck(y, records[0], weights[0], kept[0], dout, dy, not adopt, dz)
             if adopt and of_y is not None and dy is not None:
                 of_y.adopt(dy)
             return dneck + dmerge
 
         return pullback
+
+    def _pull_neck(
+        self,
+        y: Values,
+        record: FusedRecord,
+        weights: Weights,
+        kept: Kept,
+        du: Tensor,
+        dy: Tensor | None,
+        add: bool,
+        dz: Tensor | None,
+    ) -> list[Tensor | None]:
+        """:meth:`FusedMBConv.pull` of the neck; some samples at a time, where they are computed on their own."""
+        if kept.p is not None or True in record.batch:
+            if kept.p is None and dz is None:
+                dz = self.neck.plane(y, self.neck.expanded, self.neck.out_size(y))
+            return self.neck.pull(y, record, weights, kept, du, None, dy, add=add, dz=dz)
+        total: list[Tensor | None] = []
+        for rows in _chunks(y.shape[0], record.shape.chunk):
+            some = y[rows]
+            plane = self.neck.plane(some, self.neck.expanded, self.neck.out_size(y)) if dz is None else dz[rows]
+            own = record if record.keep is None else record._replace(keep=record.keep[rows])
+            into = None if dy is None else dy[rows]
+            found = self.neck.pull(some, own, weights, kept, du[rows], None, into, add=add, dz=plane)
+            for gradient, more in zip(total, found, strict=False):
+                if gradient is not None and more is not None:
+                    gradient += more
+            total = total or found
+        return total
+
+    def _is_inner(self, plane: Tensor) -> bool:
+        """Whether a plane of the neck's result has the shape and dtype of the projection's input."""
+        return self.neck.expanded == self.neck.channels and plane.dtype == self.neck.dtype
 
     def _out(self, y: Values, merged: Sequence[Values], record: FusedRecord, weights: Weights, kept: Kept) -> Tensor:
         """o again, a chunk of samples at a time where p is not kept."""

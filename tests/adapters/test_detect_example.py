@@ -24,6 +24,7 @@ def load(name):
 
 
 detect, make_shapes = load("detect"), load("make_shapes")
+from PIL import Image  # noqa: E402
 
 
 @pytest.fixture
@@ -86,6 +87,8 @@ def test_an_epoch_trains_evaluates_draws_and_saves(folder, capsys):
         (lambda c: c["annotations"][0].update(bbox=[math.nan, 4, 5, 5]), r"annotation 1: .*four finite.*nan"),
         (lambda c: c["images"][1].pop("file_name"), "image 2: has no file_name"),
         (lambda c: c.pop("images"), "not in COCO format: KeyError: 'images'"),
+        (lambda c: c.update(images=[], annotations=[]), "has no images"),
+        (lambda c: c["annotations"].insert(0, 7), r"annotations\[0\]: expected an object, got 7"),
     ],
 )
 def test_a_bad_annotation_is_named_with_its_file(folder, edit, change, match):
@@ -93,6 +96,29 @@ def test_a_bad_annotation_is_named_with_its_file(folder, edit, change, match):
     with pytest.raises(detect.BadDatasetError, match=match) as caught:
         detect.CocoFolder(folder, "train")
     assert str(path) in str(caught.value)
+
+
+def test_categories_that_differ_between_the_splits_are_named(folder, edit):
+    edit(lambda c: c["categories"].append({"id": 4, "name": "ring"}))
+    with pytest.raises(
+        detect.BadDatasetError, match=r"val.json: expected categories \[1, 2, 3, 4\], .*got \[1, 2, 3\]"
+    ):
+        detect.main([str(folder)])
+
+
+def test_a_truncated_jpeg_is_named(folder, edit):
+    whole = folder / "train" / "000001.jpg"
+    Image.open(folder / "train" / "000001.png").save(whole)
+    whole.write_bytes(whole.read_bytes()[:-400])
+    edit(lambda c: c["images"][0].update(file_name="000001.jpg"))
+    with pytest.raises(detect.BadDatasetError, match="000001.jpg: no image can be read"):
+        detect.CocoFolder(folder, "train")[0]
+
+
+def test_an_image_without_boxes_has_an_empty_target(folder, edit):
+    edit(lambda c: c.update(annotations=[]))
+    _, target = detect.CocoFolder(folder, "train")[0]
+    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
 def test_a_damaged_or_missing_file_is_named(folder):

@@ -218,7 +218,7 @@ def test_images_smaller_than_the_stride_train():
 
 @pytest.mark.parametrize("name", slow(["fasterrcnn", "retinanet"]))
 def test_nothing_accumulates_over_200_steps_of_200_sizes(name):
-    model = make(name, min_size=32, max_size=96)
+    model = make(name, min_size=64, max_size=128)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     alive = []
     for i in range(200):
@@ -228,6 +228,7 @@ def test_nothing_accumulates_over_200_steps_of_200_sizes(name):
         optimizer.step()
         optimizer.zero_grad()
         if i % 50 == 49:
+            del x, small  # of another size each time
             gc.collect()
             alive.append(sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor)))
     assert len(set(alive)) == 1

@@ -20,7 +20,7 @@ CASES = [
         [
             (FASTER, "resnet50", "stored"),
             (FASTER, "resnet50", "checkpointed"),
-            (FASTER, "hrnet_w18", "stored"),
+            (FASTER, "hrnet_w18", "heads recomputed"),
             (FASTER, "hrnet_w18", "checkpointed"),
             (FASTER, "revbifpn_s0", "reversible"),
             (MASK, "revbifpn_s0", "fast"),
@@ -59,6 +59,35 @@ def test_tables_raw_results_and_plots_are_written(small, tmp_path, capsys):
     assert all(row["per_image_bytes"] > 0 and row["published_ap"] for row in rows)
     written = {path.suffix for path in tmp_path.iterdir()}
     assert written == {".json", ".csv", ".png"} and (tmp_path / "detection_parts_cpu_256x320.png").exists()
+
+
+def test_a_run_goes_on_with_the_rows_of_its_commit(tmp_path, monkeypatch, capsys):
+    environment, calls = detection_memory.results.environment(torch.device("cpu")), []
+
+    def measure(c, norms, real):
+        calls.append(c.key)
+        names = ("peak", "kept", "backbone", "FPN", "heads", "gradient", "two_images", "per_image", "parameter")
+        return {
+            **{"detector": c.detector, "model": c.model, "variant": c.variant},
+            **{f"{name}_bytes": 2**20 for name in names},
+            **{"published_ap": 30.0, "published_gb": 1.0},
+        }
+
+    def run(models, commit):
+        calls.clear()
+        monkeypatch.setattr(detection_memory.results, "environment", lambda _: environment | {"commit": commit})
+        assert detection_memory.main(["--models", models, "--resume", "--output", str(tmp_path)]) == 0
+        rows = json.loads((tmp_path / "detection_memory_cpu.json").read_text())["rows"]
+        return list(calls), [f"{row['model']}/{row['variant']}" for row in rows]
+
+    monkeypatch.setattr(detection_memory, "measure", measure)
+    assert run("resnet50/stored", "a") == (["resnet50/stored"], ["resnet50/stored"])
+    both = ["revbifpn_s0/fast", "resnet50/stored"]
+    assert run("revbifpn_s0/fast,resnet50/stored", "a") == (both[:1], both)
+    assert "s0 x " in capsys.readouterr().out  # the largest network that fits
+    assert run("resnet50/stored", "b") == (both[1:], both[1:])
+    assert run("resnet50/stored", "b-dirty") == (both[1:], both[1:])
+    assert run("resnet50/stored", "b-dirty") == (both[1:], both[1:])
 
 
 @pytest.mark.parametrize("size", ["800", "100x200", "320x256"])

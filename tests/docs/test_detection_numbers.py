@@ -1,0 +1,35 @@
+"""The table of docs/detection.md is that of benchmarks/results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.detectors import SIZES
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "detection_memory_cpu.json"
+
+pytestmark = pytest.mark.skipif(not RESULTS.exists(), reason="the tests are not in a checkout")
+
+
+def test_the_table_of_detectors_is_what_was_measured():
+    rows = {(r["detector"], r["model"], r["variant"]): r for r in json.loads(RESULTS.read_text())["rows"]}
+    text = (ROOT / "docs" / "detection.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith(tuple(f"| {name} |" for name in SIZES))]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(lines) >= 7
+    for detector, model, variant, *cells in lines:
+        row = rows[detector, model, variant]
+        names = ("peak_bytes", "per_image_bytes", "two_images_bytes", "gradient_bytes")
+        assert cells[:4] == [f"{row[name] / 2**20:.0f}" for name in names], f"{detector} {model} {variant}"
+
+
+def test_the_sentence_in_readme_is_what_was_measured():
+    rows = {
+        (r["model"], r["variant"]): r for r in json.loads(RESULTS.read_text())["rows"] if r["detector"] == "fasterrcnn"
+    }
+    names = ("revbifpn_s3", "fast"), ("resnet50", "stored"), ("hrnet_w18", "stored")
+    s3, resnet, hrnet = (f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in names)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {s3} MiB with S3, {resnet} with ResNet-50 and {hrnet} with HRNet-W18" in text
