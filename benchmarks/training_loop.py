@@ -118,7 +118,7 @@ def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--arch", default="revbifpn_s0")
-    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
     return parser
