@@ -116,7 +116,7 @@ def disturbed(argv: Sequence[str], seed: int, path: Path) -> Path:
 def run(variant: str, seed: int, data: Path, folder: Path, epochs: int) -> Curves:
     output = folder / f"{variant}{seed}"
     argv = ["--data", str(data), "--output", str(output), "--seed", str(seed), "--epochs", str(epochs)]
-    argv += [*COMMON.split(), "--device", "cpu", *VARIANTS[variant], "--export", "safetensors"]
+    argv += [*COMMON.split(), "--device", "cpu", *VARIANTS[variant], "--resume"]
     network = ["--model-kwargs", *NETWORK]
     if variant == REPEATED:
         argv += ["--weights", str(disturbed([*argv, *network], seed, folder / f"{seed}.safetensors"))]
@@ -181,6 +181,9 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch of a tenth of the images")
+    parser.add_argument(
+        "--runs", type=Path, help="a folder to keep the runs in, to go on with them after an interruption"
+    )
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON, CSV and the figure")
     return parser
 
@@ -193,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = command.pick_output(arguments.output)
     seeds, epochs = (1, 1) if arguments.quick else (arguments.seeds, arguments.epochs)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = arguments.runs or Path(name)
         images = write_digits(folder / "data", 0.1 if arguments.quick else 1.0)
         runs: Runs = {
             (variant, seed): run(variant, seed, folder / "data", folder, epochs)

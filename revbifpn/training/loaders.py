@@ -116,6 +116,7 @@ class Data(LightningDataModule):
             on_corrupt=o.on_corrupt,
             skipped=self.skipped,
         )
+        samples.set_epoch(self.trainer.current_epoch)
         return StatefulDataLoader(samples, self.batch, **arguments)
 
     def train_dataloader(self) -> StatefulDataLoader:

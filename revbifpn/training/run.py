@@ -135,6 +135,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec",
         ".*does not have many workers",
         ".*in eval mode at the start of training",
+        ".*`IterableDataset` has `__len__` defined",
     ):
         warnings.filterwarnings("ignore", text)
 

@@ -88,6 +88,11 @@ class ShardSamples(IterableDataset):
         if epoch != self.epoch:
             self.epoch, self.drawn, self.given = epoch, 0, 0
 
+    def __len__(self) -> int:
+        if not self.train:
+            raise TypeError("shards to evaluate on do not say how many samples they have")
+        return self.batches * self.batch
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = get_worker_info()
         part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -98,8 +103,6 @@ class ShardSamples(IterableDataset):
 
     def _epoch(self, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
         wanted = len(range(part, self.batches, parts)) * self.batch
-        if self.given >= wanted:
-            self.epoch, self.drawn, self.given = self.epoch + 1, 0, 0
         if len(self.urls) < self.world * parts:
             raise OptionError(
                 f"--shards: {len(self.urls)} files for {self.world} processes of {parts} data workers; each needs one: "
@@ -189,4 +192,6 @@ class ShardSamples(IterableDataset):
         return {"epoch": self.epoch, "drawn": self.drawn, "given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["epoch"] < self.epoch:
+            return  # of an epoch that was through
         self.epoch, self.drawn, self.given = state["epoch"], state["drawn"], state["given"]

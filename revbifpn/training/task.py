@@ -24,6 +24,7 @@ from revbifpn.training.data import IGNORED
 from revbifpn.training.errors import OptionError, TrainingError
 from revbifpn.training.loaders import Data
 from revbifpn.training.options import DTYPES, Options
+from revbifpn.training.shards import ShardSamples
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ class Task(LightningModule):
             )
         if o.compile:
             self.model.compile()
+
+    def on_train_epoch_start(self) -> None:
+        samples = self.trainer.train_dataloader.dataset
+        if isinstance(samples, ShardSamples):  # Lightning tells samplers alone
+            samples.set_epoch(self.current_epoch)
 
     # A step ------------------------------------------------------------------------------------
 

@@ -108,10 +108,14 @@ def test_other_runs_that_were_killed_are_the_runs_that_were_not(kind, images, ma
     whole, broken = (small.options(data, tmp_path / name, *more) for name in ("whole", "broken"))
     code, text = small.run(script, whole, tmp_path)
     assert code == 0 and "best epoch: loss" in text, text
-    code, text = small.run(script, broken, tmp_path, before=small.killed_in_step_3)
-    assert code == -signal.SIGKILL, text
-    code, text = small.run(script, [*broken[:2], "--resume", *broken[2:]], tmp_path)
-    assert code == 0, text
+    broken = [*broken[:2], "--resume", *broken[2:]]
+    for before, expected in (
+        (small.killed_in_step_3, -signal.SIGKILL),
+        (small.killed_in_step_3, -signal.SIGKILL),
+        (None, 0),
+    ):
+        code, text = small.run(script, broken, tmp_path, before=before)
+        assert code == expected, text
     small.assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -308,7 +312,7 @@ def test_a_read_only_folder_is_named_and_what_was_saved_is_whole(before, images,
     output.chmod(0o700)
     assert code == 74 and str(output) in text and "cannot be written: Permission denied" in text, text
     if before is small.read_only_in_step_3:
-        assert "what was there before is whole" in text and read(output / "last.ckpt")["global_step"] == 2
+        assert read(output / "last.ckpt")["global_step"] == 2
 
 
 def test_a_corrupt_image_ends_the_run_by_name_or_is_skipped_and_counted(images, tmp_path):
