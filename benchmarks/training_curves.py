@@ -181,9 +181,7 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch of a tenth of the images")
-    parser.add_argument(
-        "--runs", type=Path, help="a folder to keep the runs in, to go on with them after an interruption"
-    )
+    parser.add_argument("--runs", type=Path, help="a folder that keeps them, to go on after an interruption")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON, CSV and the figure")
     return parser
 
