@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Data(LightningDataModule):
             "num_workers": o.workers,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
             "collate_fn": self.collate,
+            "multiprocessing_context": "fork" if o.workers and sys.platform == "linux" else None,  # they end with it
             "generator": Generator().manual_seed(o.seed),  # that of the step is left alone
         }
         if self.sources:
@@ -116,7 +118,7 @@ class Data(LightningDataModule):
             on_corrupt=o.on_corrupt,
             skipped=self.skipped,
         )
-        samples.set_epoch(self.trainer.current_epoch)
+        samples.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # also of a run that goes on
         return StatefulDataLoader(samples, self.batch, **arguments)
 
     def train_dataloader(self) -> StatefulDataLoader:
