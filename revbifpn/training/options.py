@@ -201,6 +201,8 @@ def check(o: Options) -> None:
     cuda = device(o) == "cuda"
     if o.sync_norms and not cuda:
         raise OptionError("--sync-norms: PyTorch's SyncBatchNorm trains on CUDA only")
+    if o.compress == "bfloat16" and not cuda:
+        raise OptionError("--compress bfloat16: PyTorch sends it by NCCL, between GPUs; on CPUs use float16")
     if o.compress and not several:
         raise OptionError("--compress: there is one process, which sends no gradients")
 

@@ -145,15 +145,7 @@ def strategy(options: Options) -> Strategy | str:
         return ModelParallelStrategy(
             data_parallel_size=processes(options)[2], tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-    if processes(options)[2] == 1:
-        return "auto"
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-
-    hooks = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
-    if options.compress == "powersgd":
-        state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=100)
-        return DDPStrategy(ddp_comm_hook=powerSGD_hook.powerSGD_hook, ddp_comm_state=state)
-    return DDPStrategy(ddp_comm_hook=hooks.get(options.compress))
+    return "auto" if processes(options)[2] == 1 else DDPStrategy()
 
 
 def prepare(options: Options) -> Path | None:

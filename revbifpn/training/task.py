@@ -15,6 +15,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 
@@ -40,6 +42,20 @@ class Work:
     score: str
     metrics: Callable[[int], MetricCollection]
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def compress(model: DistributedDataParallel, how: str) -> None:
+    """Send gradients in 16 bits, or by PowerSGD once a hundred steps have shown what they are like.
+
+    Lightning's strategy would register a hook on CUDA alone.
+    """
+    if how == "powersgd":
+        model.register_comm_hook(
+            powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=100), powerSGD_hook.powerSGD_hook
+        )
+        return
+    hooks = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
+    model.register_comm_hook(None, hooks[how])
 
 
 class OptimizerInBackward:
@@ -178,6 +194,8 @@ class Task(LightningModule):
             )
         if o.compile:
             self.model.compile()
+        if o.compress:
+            compress(self.trainer.strategy.model, o.compress)
 
     def on_train_epoch_start(self) -> None:
         samples = self.trainer.train_dataloader.dataset

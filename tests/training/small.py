@@ -122,10 +122,14 @@ def logged(folder: Path) -> int:
 
 def process_of_rank(rank: int, agent: int) -> int:
     """Of the processes that torchrun, ``agent``, started."""
-    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
-        words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (place / "environ").read_bytes().split(b"\0") if parent == agent else ()
+        except OSError:  # it has ended
+            continue
         if f"RANK={rank}".encode() in words:
-            return int(child)
+            return int(place.name)
     raise LookupError(f"no process of rank {rank} among the children of {agent}")
 
 

@@ -203,7 +203,7 @@ def test_synchronised_norms_of_two_processes_are_those_of_one_with_the_whole_bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["bfloat16", "float16", "powersgd"])
+@pytest.mark.parametrize("how", ["float16", "powersgd"])
 def test_compressed_gradients_train_nearly_alike(how, images, tmp_path):
     more = ["--batch", 3, "--freeze-norms"]
     for name, own in (("plain", []), ("compressed", ["--compress", how])):
@@ -366,6 +366,8 @@ def test_options_that_exclude_one_another_are_refused(refusal):
         ["--opt", "adamm"],
         ["--sched", "cosin"],
         ["--workers", -1],
+        ["--compress", "bfloat16", "--devices", 2],
+        ["--compress", "float16"],
     ):
         text, code = refusal(*more)
         assert more[0] in text and code == 2
