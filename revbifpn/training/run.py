@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import errno
 import logging
@@ -20,7 +21,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
+from torch import distributed, nn
 
 from revbifpn import fast
 from revbifpn.checkpoints import CheckpointError, load_checkpoint, published_file
@@ -148,6 +149,23 @@ def strategy(options: Options) -> Strategy | str:
     return "auto" if processes(options)[2] == 1 else DDPStrategy()
 
 
+def join(options: Options) -> None:
+    """Make the group of torchrun's processes, with names of this attempt's own in the store.
+
+    torchrun keeps one store over restarts: a process that comes first would find the address of one that has ended.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or processes(options)[2] == 1 or distributed.is_initialized():
+        return
+    cuda = device(options) == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(f"attempt{attempt}", store)
+    distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+
+
 def prepare(options: Options) -> Path | None:
     """Make the folder; the checkpoint to go on from, if there is one.
 
@@ -203,6 +221,7 @@ def train(
     plainest = copy.deepcopy(model) if o.strategy == "fsdp" else None  # what sharded modules cannot be turned back to
     memory = report.Memory(steps=o.max_memory is not None)
     saving = Saving(o.output, about, every=o.save_every, agree=o.log_every, monitor=lambda: running.score)
+    join(o)
     half_on_cpu = [MixedPrecision("16-mixed", "cpu")] if (o.precision, device(o)) == ("float16", "cpu") else []
     trainer = lightning.Trainer(
         accelerator="gpu" if device(o) == "cuda" else "cpu",

@@ -28,6 +28,16 @@ make_patterns = scripts.load("make_patterns")
 EXPORTS = ["safetensors", "onnx"] if importlib.util.find_spec("onnxscript") else ["safetensors"]
 
 
+SCRIPT = """
+import sys
+sys.path.append(sys.argv[1])
+from benchmarks.harness import rivals, scripts
+rivals.import_timm()
+from revbifpn.training.run import entry
+sys.exit(entry(scripts.load(sys.argv[2]).main)(sys.argv[3:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Twelve images of three classes to train on, four to evaluate on."""
@@ -88,7 +98,7 @@ def test_a_run_that_was_killed_and_terminated_is_the_run_that_was_not(images, tm
     ],
 )
 def test_other_runs_that_were_killed_are_the_runs_that_were_not(kind, images, masks, tmp_path):
-    script, data, more = CLASSIFICATION, images, ["--ema", 0.9]
+    script, data, more, epochs = CLASSIFICATION, images, ["--ema", 0.9], 2
     if kind == "shards":
         pytest.importorskip("webdataset")
         data = None
@@ -102,10 +112,10 @@ def test_other_runs_that_were_killed_are_the_runs_that_were_not(kind, images, ma
     elif kind == "fixed16":
         more += ["--precision", "bfloat16", "--stream", "fixed16", "--opt", "lion", "--sched", "step"]
     else:
-        script, data = SEGMENTATION, tmp_path
+        script, data, epochs = SEGMENTATION, tmp_path, 3
         small.write_voc(tmp_path, masks)
         more = ["--dataset", "torchvision/VOCSegmentation", "--classes", 3, "--width", 16, "--max-memory", "3MB"]
-    whole, broken = (small.options(data, tmp_path / name, *more) for name in ("whole", "broken"))
+    whole, broken = (small.options(data, tmp_path / name, *more, epochs=epochs) for name in ("whole", "broken"))
     code, text = small.run(script, whole, tmp_path)
     assert code == 0 and "best epoch: loss" in text, text
     broken = [*broken[:2], "--resume", *broken[2:]]
@@ -229,8 +239,10 @@ def test_torchrun_restarts_both_processes_when_one_is_killed_and_nothing_is_lost
     more = ["--batch", 3, "--ema", 0.9]
     together(small.options(images, tmp_path / "whole", *more, epochs=6), tmp_path)
     argv = [str(word) for word in small.options(images, tmp_path / "broken", *more, epochs=6)]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run += ["--max-restarts", "1", str(scripts.ROOT / "examples" / f"{CLASSIFICATION}.py"), *argv]
+    run += ["--max-restarts", "1", str(script), str(scripts.ROOT), CLASSIFICATION, *argv]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
