@@ -135,17 +135,15 @@ def process_of_rank(rank: int, agent: int) -> int:
 
 def _at_step(number: int, action: Callable[[], object]) -> None:
     """``action()`` at the beginning of a step of this process."""
-    from revbifpn.training.task import Task
+    from revbifpn.training.checkpoints import Saving
 
     steps = itertools.count(1)
-    ordinary = Task.training_step
 
-    def training_step(self: Task, batch: Any, index: int) -> Any:
+    def on_train_batch_start(self: Saving, *_: Any) -> None:
         if next(steps) == number:
             action()
-        return ordinary(self, batch, index)
 
-    Task.training_step = training_step  # type: ignore[method-assign]
+    Saving.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
 
 
 def killed_in_step_3() -> None:
