@@ -57,7 +57,7 @@ STEPS_PER_EPOCH = 24
 
 @dataclass
 class Row:
-    """One kill; ``left_partial``: a checkpoint was half written."""
+    """One kill; ``left_partial``: a half written checkpoint lies there, of this kill or one before."""
 
     kill: int
     when: str
