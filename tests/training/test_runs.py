@@ -213,15 +213,15 @@ def test_synchronised_norms_of_two_processes_are_those_of_one_with_the_whole_bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["float16", "powersgd"])
-def test_compressed_gradients_train_nearly_alike(how, images, tmp_path):
+def test_compressed_gradients_train_nearly_alike(images, tmp_path):
     more = ["--batch", 3, "--freeze-norms"]
-    for name, own in (("plain", []), ("compressed", ["--compress", how])):
+    ends = {"plain": [], "float16": ["--compress", "float16"], "powersgd": ["--compress", "powersgd"]}
+    for name, own in ends.items():
         together(small.options(images, tmp_path / name, *more, *own) + ["head_dropout=0.0"], tmp_path)
-    assert_close_runs(tmp_path / "plain", tmp_path / "compressed", rtol=2e-2)
-    (curves, weights), (others, other_weights) = (small.outcome(tmp_path / n) for n in ("plain", "compressed"))
-    same = all(torch.equal(weights[name], other_weights[name]) for name in weights)
-    assert same == (how == "powersgd")  # which begins to compress after a hundred steps
+    assert_close_runs(tmp_path / "plain", tmp_path / "float16", rtol=2e-2)
+    weights, halves = (small.outcome(tmp_path / name)[1] for name in ("plain", "float16"))
+    assert any(not torch.equal(weights[name], halves[name]) for name in weights)
+    small.assert_same_run(tmp_path / "plain", tmp_path / "powersgd")  # which compresses after a hundred steps
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_torchrun_restarts_both_processes_when_one_is_killed_and_nothing_is_lost
     [
         ["--optimizer-in-backward"],
         ["--graphed", "--accumulate", 2],
-        *slow([["--stored"], ["--compile"], ["--clip-norm", 1000.0]]),
+        *slow([["--stored"], ["--compile"]]),
     ],
     ids=lambda more: more[0],
 )
