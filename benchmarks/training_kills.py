@@ -2,6 +2,7 @@
 
     python benchmarks/training_kills.py              fifty kills
     python benchmarks/training_kills.py --kills 3    that it runs
+    python benchmarks/training_kills.py --kills 9 --seed 1 --add    nine more, beside those that are there
 
 Every second kill comes at a random moment after the start (while a checkpoint is read, too), the others while a
 checkpoint is being written. After each the checkpoint in place is read, and the run started again with ``--resume``.
@@ -11,6 +12,7 @@ one begins.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -55,7 +57,7 @@ STEPS_PER_EPOCH = 24
 
 @dataclass
 class Row:
-    """One kill; ``left_partial``: a checkpoint was half written."""
+    """One kill; ``left_partial``: a half written checkpoint lies there, of this kill or one before."""
 
     kill: int
     when: str
@@ -157,6 +159,7 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="of each run (default 3)")
     parser.add_argument("--minutes", type=float, default=60, help="begin no further kill after them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="keep the kills that the results have")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
     return parser
 
@@ -190,10 +193,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     all_same = {name: all(one[name] for one in same) for name in same[0]}
     environment = results.environment(torch.device("cpu"))
     steps = arguments.epochs * STEPS_PER_EPOCH
-    settings: dict[str, Any] = {"kills": len(rows), "runs": runs, "steps_of_each": steps, **all_same}
-    written = results.save(
-        output / "training_kills_cpu", environment, settings, [asdict(r) for r in rows], ROW_KEYS, UNITS
-    )
+    part = {"date": environment["date"], "commit": environment["commit"], "seed": arguments.seed}
+    part |= {"kills": len(rows), "runs": runs, "steps_of_each": steps, **all_same}
+    stem = output / "training_kills_cpu"
+    before: dict[str, Any] = {"settings": {"parts": []}, "rows": []}
+    if arguments.add:
+        before = json.loads(stem.with_suffix(".json").read_text())
+    parts, first = [*before["settings"]["parts"], part], len(before["rows"])
+    every = before["rows"] + [asdict(row) | {"kill": first + row.kill} for row in rows]
+    settings: dict[str, Any] = {"kills": len(every), "parts": parts}
+    written = results.save(stem, environment, settings, every, ROW_KEYS, UNITS)
     columns = (
         Column("kill"),
         Column("when", number=False),

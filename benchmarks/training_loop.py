@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: an installed revbifpn comes first, this checkout after it
@@ -90,10 +91,11 @@ def measure(arch: str, resolution: int, batch: int, steps: int, folder: Path) ->
     words = ["--data", folder, "--output", folder, "--arch", arch, "--resolution", resolution, "--batch", batch]
     options = script.options([str(word) for word in [*words, "--epochs", 1, "--device", "cpu"]])
     classes = [str(i) for i in range(10)]
-    task = Task(backbone(options, len(classes)), script.work(options, classes), options, classes, steps)
+    data = SimpleNamespace(classes=classes, updates=steps)
+    task = Task(backbone(options, len(classes)), script.work(options, classes), options, data)
     turns = Turns(options, len(classes))
     saving = Saving(folder, {}, every=options.save_every, agree=options.log_every, monitor=lambda: 0.0)
-    data = [(torch.randn(batch, 3, resolution, resolution), torch.randint(10, (batch,)))] * steps
+    batches = [(torch.randn(batch, 3, resolution, resolution), torch.randint(10, (batch,)))] * steps
     quiet()
     lightning.Trainer(
         accelerator="cpu",
@@ -107,7 +109,7 @@ def measure(arch: str, resolution: int, batch: int, steps: int, folder: Path) ->
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=folder,
-    ).fit(task, torch.utils.data.DataLoader(data, batch_size=None))
+    ).fit(task, torch.utils.data.DataLoader(batches, batch_size=None))
     bare, loop = turns.bare[WARM_UP:], turns.loop[WARM_UP:]
     ratios = [b / a for a, b in zip(bare, loop, strict=True)]
     values = [statistics.median(of) for of in (bare, loop, ratios)]
@@ -118,7 +120,7 @@ def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--arch", default="revbifpn_s0")
-    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for JSON and CSV")
     return parser

@@ -25,6 +25,7 @@ from torchmetrics import Accuracy, MetricCollection
 
 from revbifpn.configs import CROP, INTERPOLATION, MEAN, STD
 from revbifpn.training.data import IGNORED, Transform
+from revbifpn.training.errors import OptionError
 from revbifpn.training.loaders import Data
 from revbifpn.training.options import Options, parse, parser
 from revbifpn.training.run import backbone, entry, train
@@ -66,6 +67,8 @@ def _apply(of_image: object, image: Image.Image, label: int) -> tuple[Tensor, in
 
 def work(o: Options, classes: list[str]) -> Work:
     count = len(classes)
+    if (o.mixup or o.cutmix) and o.batch % 2:
+        raise OptionError(f"--mixup and --cutmix mix images in pairs: expected an even --batch, got {o.batch}")
     mixed = Mixup(o.mixup, o.cutmix, label_smoothing=o.smoothing, num_classes=count) if o.mixup or o.cutmix else None
     return Work(score="top1", metrics=metrics, mix=mixed)
 

@@ -196,11 +196,10 @@ class Saving(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         value = self.monitor()
-        if better := value > self.best:
+        if value > self.best:
             self.best = value
+            self.save(trainer, BEST)  # first: a kill before LAST repeats the epoch, and this
         self.save(trainer, LAST)
-        if better:
-            self.save(trainer, BEST)
         if self._told_to_stop(trainer, 0):
             self._stop(trainer, saved=True)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from revbifpn.training.errors import DataError, OptionError
+from revbifpn.training.errors import DataError, OptionError, SaveError
 
 IGNORED = -1  # a target that counts in no loss and no metric
 Key = tuple[int, int, bool]  # epoch, index, whether the sample counts
@@ -130,7 +130,7 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, Any]:
         epoch, index, counts = key
         for step in range(len(self)):
             try:
@@ -142,15 +142,23 @@ class Samples(Dataset):
                 counts = counts and self.train
                 continue
             with seeded(self.seed, epoch, index):
-                return finish(self.transform(image, target), counts)
+                return self.finish(self.transform(image, target), counts)
         raise DataError(f"none of the {len(self)} images can be read; the reasons are in {self.skipped}")
+
+    def finish(self, sample: tuple[Tensor, Any], counts: bool) -> tuple[Tensor, Any]:
+        """Tensors; a target that counts nowhere says so."""
+        return finish(sample, counts)
 
 
 def note(path: Path | None, error: Exception) -> None:
     """One line more, of one write, so that data workers do not mix theirs."""
-    if path is not None:
+    if path is None:
+        return
+    try:
         with path.open("a") as file:
             file.write(" ".join(str(error).split()) + "\n")
+    except OSError as cause:
+        raise SaveError(f"{path}: cannot be written: {cause.strerror}; make room, and add --resume") from cause
 
 
 def skipped_names(path: Path) -> list[str]:
@@ -255,11 +263,7 @@ class ImageFolder:
         if not found:
             raise DataError(f"{folder}: has no folders; expected one for each class, with its images")
         self.classes = found if classes is None else list(classes)
-        if unknown := [name for name in found if name not in self.classes]:
-            raise DataError(
-                f"{folder / unknown[0]}: class {unknown[0]!r} appears only in this split, and nothing is trained on it "
-                f"({len(unknown)} such folders): remove it, or add images of it to the training split"
-            )
+        check_known(found, self.classes, folder)
         self.samples: list[tuple[Path, int]] = []
         for name in found:
             files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
@@ -276,6 +280,15 @@ class ImageFolder:
     def load(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         return open_image(path, str(path), in_chans=self.in_chans), label
+
+
+def check_known(found: Sequence[str], classes: Sequence[str], split: Path | str) -> None:
+    """Every class of a split is one of the training split."""
+    if unknown := [name for name in found if name not in classes]:
+        raise DataError(
+            f"{Path(split, unknown[0])}: class {unknown[0]!r} appears only in this split, and nothing is trained on it "
+            f"({len(unknown)} such classes): remove it, or add images of it to the training split"
+        )
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -329,34 +342,59 @@ class Named:
     Args:
         name: as above.
         root: its folder.
-        train: which split.
         classes: how many; None: as many as the dataset names.
+        training: the training split, whose numbers this one's classes have; None: this is it.
         masks: targets are masks, not labels.
 
     Raises:
-        OptionError: there is no such dataset, or its number of classes is unknown.
+        OptionError: there is no such dataset, it is a stream, or its number of classes is unknown.
+        DataError: a class is not in the training split.
     """
 
     def __init__(
-        self, name: str, root: Path, *, train: bool, classes: int | None, masks: bool = False, in_chans: int = 3
+        self,
+        name: str,
+        root: Path,
+        *,
+        classes: int | None,
+        training: Named | None = None,
+        masks: bool = False,
+        in_chans: int = 3,
     ) -> None:
+        train = training is None
         self.name, self.masks, self.in_chans = f"{name} {'train' if train else 'val'}", masks, in_chans
         self.dataset = _torchvision(name, root, train) if name.startswith("torchvision/") else _timm(name, root, train)
-        names = getattr(self.dataset, "classes", None)
-        if classes is None and names is None:
+        self.names = _class_names(self.dataset)
+        if classes is None and self.names is None:
             raise OptionError(f"--dataset {name}: it does not say how many classes it has; give --classes")
-        self.classes = (
-            [str(n) for n in names]
-            if names and classes in (None, len(names))
-            else [str(i) for i in range(classes or 0)]
-        )
+        counted = [str(i) for i in range(classes or 0)]
+        self.classes = self.names if self.names and classes in (None, len(self.names)) else counted
+        self.numbers: list[int] | None = None  # of the training split, by this one's
+        if training is not None:
+            self.classes = training.classes
+            if self.names is not None and training.names == training.classes:
+                check_known(self.names, self.classes, self.name)
+                self.numbers = [self.classes.index(n) for n in self.names]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def load(self, index: int) -> tuple[Image.Image, Any]:
+        """Read here where the dataset names its files: some skip damaged images, and clip those of 16 bits."""
+        from torchvision.datasets import DatasetFolder
+
+        if isinstance(self.dataset, DatasetFolder):
+            path, target = self.dataset.samples[index]
+            return open_image(Path(path), path, in_chans=self.in_chans), self._target(target, path)
         name = f"{self.name}[{index}]"
+        reader = getattr(self.dataset, "reader", None)  # timm's
         try:
+            if reader is not None:
+                name = str(reader.filename(index, absolute=True) or name)
+                file, target = reader[index][:2]
+                with file:
+                    image = open_image(file.read(), name, in_chans=self.in_chans)
+                return image, self._target(target, name)
             image, target = self.dataset[index]
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{name}: cannot be read: {error}; {REMEDY}") from None
@@ -365,7 +403,17 @@ class Named:
     def _target(self, target: Any, name: str) -> Any:
         if self.masks:
             return open_mask(_png(target), f"{name}'s mask", len(self.classes))
-        return checked_label(target, name, len(self.classes))
+        label = checked_label(target, name, len(self.classes if self.numbers is None else self.numbers))
+        return label if self.numbers is None else self.numbers[label]
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """By their numbers."""
+    names = getattr(dataset, "classes", None)
+    if names is None:
+        numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+        names = sorted(numbers, key=numbers.get) if numbers else None
+    return None if names is None else [str(name) for name in names]
 
 
 def as_image(image: Image.Image, name: str, in_chans: int) -> Image.Image:
@@ -395,6 +443,8 @@ def checked_label(label: Any, name: str, classes: int) -> int:
 def _timm(name: str, root: Path, train: bool) -> Any:
     from timm.data import create_dataset
 
+    if name.partition("/")[0].lower() in ("wds", "tfds", "hfids"):
+        raise OptionError(f"--dataset {name}: is a stream, without positions to go on from; give --shards tar files")
     try:
         return create_dataset(name, root=str(root), split="train" if train else "validation", is_training=train)
     except (AssertionError, RuntimeError, OSError, ValueError, ImportError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Generator
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from revbifpn.training.data import Batches, ImageFolder, MaskFolder, Named, Samples, Source, Transform
-from revbifpn.training.errors import OptionError
+from revbifpn.training.errors import DataError, OptionError
 from revbifpn.training.options import Options, processes
 from revbifpn.training.shards import ShardSamples, expand
 
@@ -25,6 +26,9 @@ class Data(LightningDataModule):
         masks: targets are masks of class numbers, not labels.
     """
 
+    samples_class = Samples
+    collate: Callable[[list[Any]], Any] | None = None  # samples to a batch; None: stacked
+
     def __init__(self, options: Options, transform: Callable[[bool], Transform], *, masks: bool = False) -> None:
         super().__init__()
         self.options, self.transform, self.masks = options, transform, masks
@@ -36,22 +40,25 @@ class Data(LightningDataModule):
             self.classes = [str(i) for i in range(options.classes)]
             self.samples = options.samples
         else:
-            self.sources[True] = self._open(True, None)
+            self.sources[True] = self._open(None)
             self.classes = self.sources[True].classes
-            self.sources[False] = self._open(False, self.classes)
+            self.sources[False] = self._open(self.sources[True])
             self.samples = len(self.sources[True])
+        if len(self.classes) < 2:
+            where = options.shards or options.dataset or options.data
+            raise DataError(f"{where}: has {len(self.classes)} class; expected at least two to tell apart")
 
-    def _open(self, train: bool, classes: list[str] | None) -> Source:
-        o = self.options
+    def _open(self, training: Source | None) -> Source:
+        """A split: that to train on, or the other of ``training``."""
+        o, split = self.options, "train" if training is None else "val"
         if o.dataset:
-            count = o.classes if classes is None else len(classes)
-            return Named(o.dataset, o.data, train=train, classes=count, masks=self.masks, in_chans=o.in_chans)
-        split = "train" if train else "val"
+            assert training is None or isinstance(training, Named)
+            return Named(o.dataset, o.data, classes=o.classes, training=training, masks=self.masks, in_chans=o.in_chans)
         if self.masks:
             if o.classes is None:
                 raise OptionError("--classes: give the number of classes in the masks")
             return MaskFolder(o.data, split, o.classes, in_chans=o.in_chans)
-        return ImageFolder(o.data / split, classes, in_chans=o.in_chans)
+        return ImageFolder(o.data / split, None if training is None else training.classes, in_chans=o.in_chans)
 
     @property
     def batch(self) -> int:
@@ -71,7 +78,7 @@ class Data(LightningDataModule):
     def samples_of(self, train: bool) -> Samples:
         """Transformed samples, by index; not of tar files."""
         o = self.options
-        return Samples(
+        return self.samples_class(
             self.sources[train],
             self.transform(train),
             seed=o.seed,
@@ -85,6 +92,8 @@ class Data(LightningDataModule):
         arguments: dict[str, Any] = {
             "num_workers": o.workers,
             "pin_memory": self.trainer.strategy.root_device.type == "cuda",
+            "collate_fn": self.collate,
+            "multiprocessing_context": "fork" if o.workers and sys.platform == "linux" else None,  # they end with it
             "generator": Generator().manual_seed(o.seed),  # that of the step is left alone
         }
         if self.sources:
@@ -109,6 +118,7 @@ class Data(LightningDataModule):
             on_corrupt=o.on_corrupt,
             skipped=self.skipped,
         )
+        samples.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # also of a run that goes on
         return StatefulDataLoader(samples, self.batch, **arguments)
 
     def train_dataloader(self) -> StatefulDataLoader:

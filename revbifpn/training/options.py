@@ -117,7 +117,7 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None) -> Options:
     """
     first = p.parse_known_args(argv)[0]
     if first.config is not None:
-        p.set_defaults(**_from_file(first.config, vars(first)))
+        p.set_defaults(**_from_file(first.config, p))
     options = p.parse_args(argv)
     if isinstance(options.model_kwargs, list):
         options.model_kwargs = dict(options.model_kwargs)
@@ -127,7 +127,7 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None) -> Options:
     return options
 
 
-def _from_file(path: Path, known: dict[str, Any]) -> dict[str, Any]:
+def _from_file(path: Path, p: argparse.ArgumentParser) -> dict[str, Any]:
     import yaml
 
     try:
@@ -137,9 +137,19 @@ def _from_file(path: Path, known: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise OptionError(f"{path}: expected 'name: value' lines of options")
     found = {str(name).replace("-", "_"): value for name, value in content.items()}
+    known = {action.dest: action for action in p._actions}
     if unknown := sorted(found.keys() - known.keys()):
-        raise OptionError(f"{path}: there is no option {', '.join('--' + n.replace('_', '-') for n in unknown)}")
+        raise OptionError(f"{path}: there is no option {', '.join(_flag(n) for n in unknown)}")
+    for name, value in found.items():
+        choices, values = known[name].choices, value if isinstance(value, list) else [value]
+        if choices is not None and (wrong := [v for v in values if v not in choices]):
+            listed = ", ".join(str(choice) for choice in choices)
+            raise OptionError(f"{path}: {_flag(name)} {wrong[0]}: expected one of {listed}")
     return found
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check(o: Options) -> None:
@@ -148,9 +158,11 @@ def check(o: Options) -> None:
         raise OptionError("give either --data, with or without --dataset, or --shards")
     if o.shards and not (o.val_shards and o.samples and o.classes):
         raise OptionError("--shards: streams have no length; give --samples, --classes and --val-shards as well")
-    for name in ("batch", "accumulate", "epochs", "log_every", "devices", "nodes"):
-        if getattr(o, name) is not None and getattr(o, name) < 1:
-            raise OptionError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(o, name)}")
+    least = dict.fromkeys(("batch", "accumulate", "epochs", "log_every", "devices", "nodes", "resolution"), 1)
+    least |= dict.fromkeys(("workers", "seed", "save_every", "warmup_epochs"), 0)
+    for name, limit in least.items():
+        if getattr(o, name) is not None and getattr(o, name) < limit:
+            raise OptionError(f"{_flag(name)}: expected at least {limit}, got {getattr(o, name)}")
     if o.resolution % 32 and not o.model_kwargs.get("pad"):
         raise OptionError(f"--resolution {o.resolution}: expected a multiple of 32, or --model-kwargs pad=True")
     if o.pretrained and o.weights:
@@ -187,10 +199,10 @@ def check(o: Options) -> None:
             if wrong:
                 raise OptionError(f"{one} and {other} do not go together: {why}")
     cuda = device(o) == "cuda"
-    if o.precision == "float16" and not cuda:
-        raise OptionError("--precision float16: needs CUDA; use bfloat16")
     if o.sync_norms and not cuda:
         raise OptionError("--sync-norms: PyTorch's SyncBatchNorm trains on CUDA only")
+    if o.compress == "bfloat16" and not cuda:
+        raise OptionError("--compress bfloat16: PyTorch sends it by NCCL, between GPUs; on CPUs use float16")
     if o.compress and not several:
         raise OptionError("--compress: there is one process, which sends no gradients")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import errno
 import logging
 import os
 import re
@@ -17,8 +19,9 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
+from torch import distributed, nn
 
 from revbifpn import fast
 from revbifpn.checkpoints import CheckpointError, load_checkpoint, published_file
@@ -28,13 +31,20 @@ from revbifpn.model import RevBiFPN
 from revbifpn.training import report
 from revbifpn.training.checkpoints import BEST, KEY, LAST, Saving, WholeFiles, check_same, plain, read
 from revbifpn.training.data import skipped_names
-from revbifpn.training.errors import OptionError, SaveError, TrainingError
+from revbifpn.training.errors import OptionError, SaveError, Stopped, TrainingError
 from revbifpn.training.loaders import Data
 from revbifpn.training.logs import MetricsFile
 from revbifpn.training.options import DTYPES, OPTIMIZER_STATES, Options, device, processes
 from revbifpn.training.task import Task, Work
 
 LIGHTNING = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+MAY_CHANGE = {  # options that may be others when a run goes on: its losses do not depend on them
+    *("config", "output", "resume", "save_every", "log_every", "export", "progress", "pictures"),
+    *("data", "dataset", "shards", "val_shards", "samples", "classes", "workers", "on_corrupt"),
+    *("device", "devices", "nodes", "max_memory", "graphed", "compile", "stored", "optimizer_in_backward", "compress"),
+    *("pretrained", "weights"),
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec",
         ".*does not have many workers",
         ".*in eval mode at the start of training",
+        ".*`IterableDataset` has `__len__` defined",
     ):
         warnings.filterwarnings("ignore", text)
 
@@ -135,15 +146,24 @@ def strategy(options: Options) -> Strategy | str:
         return ModelParallelStrategy(
             data_parallel_size=processes(options)[2], tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-    if processes(options)[2] == 1:
-        return "auto"
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+    return "auto" if processes(options)[2] == 1 else DDPStrategy()
 
-    hooks = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
-    if options.compress == "powersgd":
-        state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=100)
-        return DDPStrategy(ddp_comm_hook=powerSGD_hook.powerSGD_hook, ddp_comm_state=state)
-    return DDPStrategy(ddp_comm_hook=hooks.get(options.compress))
+
+def join(options: Options) -> None:
+    """Make the group of torchrun's processes, with names of this attempt's own in the store.
+
+    torchrun keeps one store over restarts: a process that comes first would find the address of one that has ended.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or processes(options)[2] == 1 or distributed.is_initialized():
+        return
+    cuda = device(options) == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(f"attempt{attempt}", store)
+    distributed.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
 def prepare(options: Options) -> Path | None:
@@ -177,7 +197,7 @@ def train(
     data: Data,
     model: nn.Module,
     work: Callable[[list[str]], Work],
-    callbacks: list[lightning.Callback] | None = None,
+    task: type[Task] = Task,
 ) -> Outcome:
     """Train, evaluate after every epoch, and leave the model, logs and plots in ``--output``."""
     o = options
@@ -185,12 +205,8 @@ def train(
     last = prepare(o)
     expected = choose_batch(o, model, data.samples)
     about = plain(
-        {
-            name: getattr(o, name)
-            for name in ("arch", "model_kwargs", "batch", "accumulate", "epochs", "opt", "seed", "ema")
-        }
-        | {"precision": o.precision, "stream": o.stream, "resolution": o.resolution, "samples": data.samples}
-        | {"classes": data.classes}
+        {name: value for name, value in vars(o).items() if name not in MAY_CHANGE}
+        | {"samples": data.samples, "classes": data.classes}
     )
     quiet()
     step = 0
@@ -199,25 +215,27 @@ def train(
         check_same(found[KEY]["about"], about, last)
         step = found["global_step"]
         del found
-    task = Task(model, work(data.classes), o, data.classes, data.updates)
+    running = task(model, work(data.classes), o, data)
     metrics = MetricsFile(o.output / "metrics.csv", after=step)
+    board = TensorBoardLogger(o.output, "tensorboard", version="", default_hp_metric=False, purge_step=step + 1)
     plainest = copy.deepcopy(model) if o.strategy == "fsdp" else None  # what sharded modules cannot be turned back to
     memory = report.Memory(steps=o.max_memory is not None)
-    saving = Saving(o.output, about, every=o.save_every, agree=o.log_every, monitor=lambda: task.score)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until there is something to save
+    saving = Saving(o.output, about, every=o.save_every, agree=o.log_every, monitor=lambda: running.score)
+    join(o)
+    half_on_cpu = [MixedPrecision("16-mixed", "cpu")] if (o.precision, device(o)) == ("float16", "cpu") else []
     trainer = lightning.Trainer(
         accelerator="gpu" if device(o) == "cuda" else "cpu",
         devices=per_machine,
         num_nodes=machines,
         strategy=strategy(o),
-        precision=LIGHTNING["float32" if o.strategy == "fsdp" else o.precision],
+        precision=None if half_on_cpu else LIGHTNING["float32" if o.strategy == "fsdp" else o.precision],
         max_epochs=o.epochs,
         accumulate_grad_batches=o.accumulate,
         gradient_clip_val=None if o.graphed else o.clip_norm,
-        logger=[metrics, TensorBoardLogger(o.output, name="tensorboard", default_hp_metric=False)],
+        logger=[metrics, board],
         log_every_n_steps=o.log_every,
-        callbacks=[memory, saving, *(callbacks or [])],
-        plugins=[WholeFiles()],
+        callbacks=[memory, saving],
+        plugins=[WholeFiles(), *half_on_cpu],
         sync_batchnorm=o.sync_norms,
         use_distributed_sampler=False,  # Batches deals them out
         enable_checkpointing=False,  # Saving does it
@@ -226,24 +244,27 @@ def train(
         enable_progress_bar=o.progress,
         default_root_dir=o.output,
     )
-    trainer.fit(task, data, ckpt_path=last, weights_only=True)
-    outcome = Outcome(task, data, o.output, best(task, o.output, plainest))
+    trainer.fit(running, data, ckpt_path=last, weights_only=True)
+    model = best(running, o.output, plainest)
+    if plainest is None:
+        trainer.validate(running, data, verbose=False)
+    outcome = Outcome(running, data, o.output, model.cpu().eval())
     if trainer.is_global_zero:
         _finish(outcome, expected, memory.measured)
     return outcome
 
 
 def best(task: Task, output: Path, plainest: nn.Module | None) -> nn.Module:
-    """The model with the weights of the best epoch (their average, where there is one), on the CPU."""
+    """The model with the weights of the best epoch (their average, where there is one)."""
     path = output / BEST
     state = read(path)["state_dict"] if path.exists() else None
     if plainest is None:
         if state is not None:
-            task.cpu().load_state_dict(state)
-        return task.evaluated.cpu().eval()
+            task.load_state_dict(state)
+        return task.evaluated
     if state is not None:
         plainest.load_state_dict({n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")})
-    return plainest.cpu().eval()
+    return plainest
 
 
 def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
@@ -251,6 +272,7 @@ def _finish(outcome: Outcome, expected: int | None, measured: int) -> None:
     if measured:
         compared = f", expected {report.gigabytes(expected)}" if expected else ""
         print(f"measured {report.gigabytes(measured)} of memory for a step{compared}")
+    print(f"best epoch: {task.listed}")
     if names := skipped_names(outcome.data.skipped):
         print(f"{len(names)} images were skipped, the first is {names[0]}; all are in {outcome.data.skipped}")
     report.plot_curves(output / "metrics.csv", output / "curves.png", expected, measured)
@@ -264,10 +286,17 @@ def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None
     """``main`` as a command: what goes wrong is one line and an exit code (:mod:`revbifpn.training.errors`)."""
 
     def command(argv: list[str] | None = None) -> int:
+        signal.signal(signal.SIGTERM, _terminated)  # Saving takes over while there is something to save
         try:
             main(argv)
         except TrainingError as error:
             return _report(str(error), error.exit_code)
+        except OSError as error:  # of logs, plots and exports; checkpoints say it themselves
+            if error.errno not in FULL:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = "what was saved before is whole: make room, and start again with --resume"
+            return _report(f"{where}cannot be written: {error.strerror}; {remedy}", SaveError.exit_code)
         except torch.OutOfMemoryError as error:
             return _report(f"out of memory: {first_line(error)}; give --max-memory, or lower --batch", 1)
         except RuntimeError as error:
@@ -284,6 +313,11 @@ def entry(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None
         return 0
 
     return command
+
+
+def _terminated(*_: Any) -> None:
+    print("SIGTERM: no step is lost; the same command with --resume goes on", file=sys.stderr, flush=True)
+    raise SystemExit(Stopped.exit_code)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from revbifpn.training.data import Transform, checked_label, finish, note, open_
 from revbifpn.training.errors import DataError, OptionError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
+GIVE_UP = 10_000
 Raw = dict[str, Any]
 
 
@@ -86,6 +88,11 @@ class ShardSamples(IterableDataset):
         if epoch != self.epoch:
             self.epoch, self.drawn, self.given = epoch, 0, 0
 
+    def __len__(self) -> int:
+        if not self.train:
+            raise TypeError("shards to evaluate on do not say how many samples they have")
+        return self.batches * self.batch
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = get_worker_info()
         part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -96,8 +103,6 @@ class ShardSamples(IterableDataset):
 
     def _epoch(self, part: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
         wanted = len(range(part, self.batches, parts)) * self.batch
-        if self.given >= wanted:
-            self.epoch, self.drawn, self.given = self.epoch + 1, 0, 0
         if len(self.urls) < self.world * parts:
             raise OptionError(
                 f"--shards: {len(self.urls)} files for {self.world} processes of {parts} data workers; each needs one: "
@@ -106,13 +111,16 @@ class ShardSamples(IterableDataset):
         stream = self._shuffled(self.rank * parts + part, self.world * parts)
         for _ in range(self.drawn):  # the way back to where a run was interrupted
             next(stream)
+        unreadable = 0  # in a row
         while self.given < wanted:
             raw = next(stream)
             self.drawn += 1
             sample = self._sample(raw, True)
             if sample is not None:
-                self.given += 1
+                self.given, unreadable = self.given + 1, 0
                 yield sample
+            elif (unreadable := unreadable + 1) > GIVE_UP:
+                raise DataError(f"{GIVE_UP} samples in a row cannot be read; the reasons are in {self.skipped}")
 
     def _shuffled(self, part: int, parts: int) -> Iterator[Raw]:
         """Without end."""
@@ -148,13 +156,14 @@ class ShardSamples(IterableDataset):
     def _raw(self, urls: list[str]) -> Iterator[Raw]:
         from webdataset.tariterators import tarfile_samples
 
-        try:
-            yield from tarfile_samples({"url": url} for url in urls)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{', '.join(urls)}: cannot be read as tar files: {error}") from None
+        for url in urls:
+            try:
+                yield from tarfile_samples([{"url": url}])
+            except (OSError, ValueError, EOFError, tarfile.TarError) as error:
+                raise DataError(f"{url}: cannot be read as a tar file to its end: {error}; fetch it again") from None
 
     def _sample(self, raw: Raw, counts: bool) -> tuple[Tensor, Tensor] | None:
-        name = f"{raw.get('__url__')}: {raw['__key__']}"
+        name = f"{raw.get('__url__')}[{raw['__key__']}]"
         try:
             image = next((raw[e] for e in IMAGES if e in raw and not (self.masks and e == "png")), None)
             target = raw.get("png" if self.masks else "cls")
@@ -183,4 +192,6 @@ class ShardSamples(IterableDataset):
         return {"epoch": self.epoch, "drawn": self.drawn, "given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["epoch"] < self.epoch:
+            return  # of an epoch that was through
         self.epoch, self.drawn, self.given = state["epoch"], state["drawn"], state["given"]

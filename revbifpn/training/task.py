@@ -15,13 +15,18 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import ConfusionMatrix, MeanMetric, MetricCollection
 
 from revbifpn.graphed import GraphedStep
 from revbifpn.model import RevBiFPN
 from revbifpn.training.data import IGNORED
+from revbifpn.training.errors import OptionError, TrainingError
+from revbifpn.training.loaders import Data
 from revbifpn.training.options import DTYPES, Options
+from revbifpn.training.shards import ShardSamples
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,20 @@ class Work:
     score: str
     metrics: Callable[[int], MetricCollection]
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def compress(model: DistributedDataParallel, how: str) -> None:
+    """Send gradients in 16 bits, or by PowerSGD once a hundred steps have shown what they are like.
+
+    Lightning's strategy would register a hook on CUDA alone.
+    """
+    if how == "powersgd":
+        model.register_comm_hook(
+            powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=100), powerSGD_hook.powerSGD_hook
+        )
+        return
+    hooks = {"bfloat16": default_hooks.bf16_compress_hook, "float16": default_hooks.fp16_compress_hook}
+    model.register_comm_hook(None, hooks[how])
 
 
 class OptimizerInBackward:
@@ -73,13 +92,14 @@ class Task(LightningModule):
         model: gives logits ``[N, classes, ...]`` for images ``[N, C, H, W]``.
         work: see :class:`Work`.
         options: of the command line.
-        classes: their names.
-        updates: optimizer steps per epoch.
+        data: its classes' names, and the optimizer steps per epoch.
     """
 
-    def __init__(self, model: nn.Module, work: Work, options: Options, classes: list[str], updates: int) -> None:
+    def __init__(self, model: nn.Module, work: Work, options: Options, data: Data) -> None:
         super().__init__()
-        self.model, self.work, self.options, self.classes, self.updates = model, work, options, classes, updates
+        self.model, self.work, self.options = model, work, options
+        self.classes, self.updates = data.classes, data.updates
+        classes = self.classes
         self.ema = ModelEmaV3(model, options.ema).requires_grad_(False) if options.ema else None
         self.metrics = work.metrics(len(classes))
         self.confusion = ConfusionMatrix(task="multiclass", num_classes=len(classes), ignore_index=IGNORED)
@@ -96,6 +116,11 @@ class Task(LightningModule):
     @property
     def score(self) -> float:
         return self.results.get(self.work.score, float("-inf"))
+
+    @property
+    def listed(self) -> str:
+        """The results, for the terminal."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.results.items())
 
     # Set-up ------------------------------------------------------------------------------------
 
@@ -118,19 +143,31 @@ class Task(LightningModule):
         arguments: dict[str, Any] = {"lr": o.lr, "weight_decay": o.weight_decay, "layer_decay": o.layer_decay}
         if o.graphed and self.device.type == "cuda":  # learning rates are read on the device
             arguments |= {"fused": True} | ({"capturable": True} if "adam" in o.opt else {})
-        optimizer = create_optimizer_v2(self.model, o.opt, **arguments)
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            o.sched,
-            num_epochs=o.epochs,
-            warmup_epochs=o.warmup_epochs,
-            min_lr=o.lr * 1e-2,
-            warmup_lr=o.lr * 1e-2,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates,
-        )
+        if o.layer_decay and not hasattr(self.model, "group_matcher"):
+            raise OptionError(f"--layer-decay: {type(self.model).__name__} does not say which layer is before which")
+        try:
+            optimizer = create_optimizer_v2(self.model, o.opt, **arguments)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise OptionError(f"--opt {o.opt}: timm makes no such optimizer: {error}") from error
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                o.sched,
+                num_epochs=o.epochs,
+                warmup_epochs=o.warmup_epochs,
+                min_lr=o.lr * 1e-2,
+                warmup_lr=o.lr * 1e-2,
+                step_on_epochs=False,
+                updates_per_epoch=self.updates,
+            )
+        except (ValueError, AssertionError) as error:
+            raise OptionError(f"--sched {o.sched}: timm makes no such schedule: {error}") from error
         if o.optimizer_in_backward:
             OptimizerInBackward(optimizer)
+        if o.sched == "none":
+            return {"optimizer": optimizer}
+        if o.sched == "plateau":
+            raise OptionError("--sched plateau: follows epochs; take one that goes by steps, such as cosine")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -157,6 +194,13 @@ class Task(LightningModule):
             )
         if o.compile:
             self.model.compile()
+        if o.compress:
+            compress(self.trainer.strategy.model, o.compress)
+
+    def on_train_epoch_start(self) -> None:
+        samples = self.trainer.train_dataloader.dataset
+        if isinstance(samples, ShardSamples):  # Lightning tells samplers alone
+            samples.set_epoch(self.current_epoch)
 
     # A step ------------------------------------------------------------------------------------
 
@@ -201,8 +245,6 @@ class Task(LightningModule):
         self.log("loss", loss, prog_bar=True, logger=False)
         self.record({"train/loss": loss, "train/lr": lr}, step)
         if not np.isfinite(loss):
-            from revbifpn.training.errors import TrainingError
-
             raise TrainingError(
                 f"the loss is {loss} in step {step}: lower --lr, add --clip-norm, or with --stream fixed16 look at "
                 "docs/streams.md on its range; the last checkpoint is from before"
@@ -230,15 +272,17 @@ class Task(LightningModule):
             self.metrics.update(outputs, targets)
             self.confusion.update(outputs.argmax(1), targets)
 
-    def on_validation_epoch_end(self) -> None:
+    def computed(self) -> dict[str, float]:
+        """Loss and scores of the validation that ends."""
         values = {"loss": self.validation_loss, **self.metrics}
-        self.results = {name: metric.compute().item() for name, metric in values.items()}
+        found = {name: metric.compute().item() for name, metric in values.items()}
         self.matrix = self.confusion.compute().cpu()
         for metric in (self.validation_loss, self.metrics, self.confusion):
             metric.reset()
+        return found
+
+    def on_validation_epoch_end(self) -> None:
+        self.results = self.computed()
         if not self.trainer.sanity_checking and self.trainer.training is False and self.trainer.state.fn == "fit":
             self.record({f"val/{name}": value for name, value in self.results.items()}, self.global_step)
-            self.print(
-                f"epoch {self.current_epoch + 1}: "
-                + ", ".join(f"{name} {value:.4g}" for name, value in self.results.items())
-            )
+            self.print(f"epoch {self.current_epoch + 1}: {self.listed}")

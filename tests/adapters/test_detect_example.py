@@ -1,9 +1,8 @@
 """examples/detect.py and make_shapes.py: a detector trains on a folder in COCO format; what is wrong in it is named."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
+import signal
 
 import pytest
 import torch
@@ -11,20 +10,18 @@ import torch
 from tests.adapters import frameworks
 
 frameworks.torchvision("torchvision.models.detection")
-for needed in ("lightning", "pycocotools", "PIL", "numpy"):
+for needed in ("revbifpn.training", "pycocotools"):
     pytest.importorskip(needed)
 
-
-def load(name):
-    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-detect, make_shapes = load("detect"), load("make_shapes")
 from PIL import Image  # noqa: E402
+from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
+
+from benchmarks.harness import scripts  # noqa: E402
+from revbifpn.training import coco  # noqa: E402
+from revbifpn.training.errors import DataError  # noqa: E402
+from tests.training import small  # noqa: E402
+
+detect, make_shapes = scripts.load("detect"), scripts.load("make_shapes")
 
 
 @pytest.fixture
@@ -49,10 +46,11 @@ def edit(folder):
 
 
 def test_boxes_are_the_shapes_corners_and_labels_count_from_one(folder):
-    dataset = detect.CocoFolder(folder, "train")
+    dataset = coco.CocoFolder(folder, "train")
     annotations = json.loads(dataset.file.read_text())["annotations"]
     assert annotations and len(dataset) == 4
-    for image, target in (dataset[i] for i in range(4)):
+    for picture, target in (dataset.load(i) for i in range(4)):
+        image = pil_to_tensor(picture)
         own = [a for a in annotations if a["image_id"] == target["image_id"]]
         wanted = [[a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]] for a in own]
         torch.testing.assert_close(target["boxes"], torch.tensor(wanted).reshape(-1, 4))
@@ -63,17 +61,18 @@ def test_boxes_are_the_shapes_corners_and_labels_count_from_one(folder):
 
 
 @pytest.mark.slow
-def test_an_epoch_trains_evaluates_draws_and_saves(folder, capsys):
-    small = ["--epochs", "1", "--batch", "2", "--pixels", "64", "--width", "16", "--rois", "16"]
-    detect.main([str(folder), *small, "--pictures", str(folder / "found"), "--save", str(folder / "model.pt")])
-    found = capsys.readouterr().out
-    assert "epoch 1: " in found and "AP50" in found and "loss" in found
-    assert len(list((folder / "found").iterdir())) == 2
-    assert (
-        torch.load(folder / "model.pt")["backbone.body.rev_stack.1.rev_transform_0.f.xform_0_1.dw_conv.conv.weight"]
-        .isfinite()
-        .all()
-    )
+def test_a_detector_that_was_killed_is_the_one_that_was_not_and_draws(folder):
+    more = ["--batch", 1, "--width", 16, "--rois", 16, "--log-every", 1, "--save-every", 1, "--epochs", 2]
+    more += ["--device", "cpu", "--no-progress", "--freeze-norms"]
+    ends = []
+    for name in ("whole", "broken"):
+        argv = ["--data", folder, "--output", folder / name, *more, "--resume"]
+        for before in [None] if name == "whole" else [small.killed_in_step_3, None]:
+            ends.append(small.run("detect", argv, folder, before=before))
+    assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
+    assert "epoch 2: AP" in ends[0][1] and "best epoch: AP" in ends[2][1]
+    assert len(list((folder / "broken" / "pictures").iterdir())) == 2
+    small.assert_same_run(folder / "whole", folder / "broken")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,7 @@ def test_an_epoch_trains_evaluates_draws_and_saves(folder, capsys):
         (lambda c: c["annotations"][0].update(bbox=[3, 4, 5]), r"annotation 1: expected a box of four finite numbers"),
         (lambda c: c["annotations"][0].update(bbox=[math.nan, 4, 5, 5]), r"annotation 1: .*four finite.*nan"),
         (lambda c: c["images"][1].pop("file_name"), "image 2: has no file_name"),
+        (lambda c: c["categories"].pop(), "annotation .*: there is no category"),
         (lambda c: c.pop("images"), "not in COCO format: KeyError: 'images'"),
         (lambda c: c.update(images=[], annotations=[]), "has no images"),
         (lambda c: c["annotations"].insert(0, 7), r"annotations\[0\]: expected an object, got 7"),
@@ -93,17 +93,9 @@ def test_an_epoch_trains_evaluates_draws_and_saves(folder, capsys):
 )
 def test_a_bad_annotation_is_named_with_its_file(folder, edit, change, match):
     path = edit(change)
-    with pytest.raises(detect.BadDatasetError, match=match) as caught:
-        detect.CocoFolder(folder, "train")
+    with pytest.raises(DataError, match=match) as caught:
+        coco.CocoFolder(folder, "train")
     assert str(path) in str(caught.value)
-
-
-def test_categories_that_differ_between_the_splits_are_named(folder, edit):
-    edit(lambda c: c["categories"].append({"id": 4, "name": "ring"}))
-    with pytest.raises(
-        detect.BadDatasetError, match=r"val.json: expected categories \[1, 2, 3, 4\], .*got \[1, 2, 3\]"
-    ):
-        detect.main([str(folder)])
 
 
 def test_a_truncated_jpeg_is_named(folder, edit):
@@ -111,25 +103,35 @@ def test_a_truncated_jpeg_is_named(folder, edit):
     Image.open(folder / "train" / "000001.png").save(whole)
     whole.write_bytes(whole.read_bytes()[:-400])
     edit(lambda c: c["images"][0].update(file_name="000001.jpg"))
-    with pytest.raises(detect.BadDatasetError, match="000001.jpg: no image can be read"):
-        detect.CocoFolder(folder, "train")[0]
+    with pytest.raises(DataError, match="000001.jpg: no image can be read"):
+        coco.CocoFolder(folder, "train").load(0)
 
 
 def test_an_image_without_boxes_has_an_empty_target(folder, edit):
     edit(lambda c: c.update(annotations=[]))
-    _, target = detect.CocoFolder(folder, "train")[0]
+    _, target = coco.CocoFolder(folder, "train").load(0)
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
 
 
 def test_a_damaged_or_missing_file_is_named(folder):
-    dataset = detect.CocoFolder(folder, "train")
+    dataset = coco.CocoFolder(folder, "train")
     (folder / "train" / "000001.png").write_bytes(b"no picture")
     (folder / "train" / "000002.png").unlink()
     for i, name in enumerate(("000001.png", "000002.png")):
-        with pytest.raises(detect.BadDatasetError, match=f"{name}: no image can be read"):
-            dataset[i]
+        with pytest.raises(DataError, match=f"{name}: no image can be read"):
+            dataset.load(i)
     dataset.file.write_text("{")
-    with pytest.raises(detect.BadDatasetError, match=f"{dataset.file}: not in COCO format"):
-        detect.CocoFolder(folder, "train")
-    with pytest.raises(detect.BadDatasetError, match="instances_test.json"):
-        detect.CocoFolder(folder, "test")
+    with pytest.raises(DataError, match=f"{dataset.file}: not in COCO format"):
+        coco.CocoFolder(folder, "train")
+    with pytest.raises(DataError, match="instances_test.json"):
+        coco.CocoFolder(folder, "test")
+
+
+def test_a_category_of_the_validation_split_alone_is_named(folder):
+    training = coco.CocoFolder(folder, "train")
+    path = folder / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 9, "name": "star"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"{path.name}/star: class 'star' appears only in this split"):
+        coco.CocoFolder(folder, "val", training)

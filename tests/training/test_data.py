@@ -2,8 +2,9 @@
 
 import json
 import random
+import shutil
 import tarfile
-from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("revbifpn.training")
 
 from revbifpn.training import data, shards  # noqa: E402
 from revbifpn.training.errors import DataError, OptionError  # noqa: E402
+from tests.training import small  # noqa: E402
 
 
 def indices(batches):
@@ -88,7 +90,7 @@ def test_a_sample_is_augmented_alike_wherever_it_is_read(folder):
     [
         (lambda f: [p.unlink() for p in (f / "train" / "dog").iterdir()], "train/dog: an empty class"),
         (lambda f: (f / "val" / "emu").mkdir(), "val/emu: class 'emu' appears only in this split"),
-        (lambda f: __import__("shutil").rmtree(f / "train"), "train: cannot be listed"),
+        (lambda f: shutil.rmtree(f / "train"), "train: cannot be listed"),
     ],
 )
 def test_a_bad_folder_is_named(folder, change, match):
@@ -133,25 +135,49 @@ def test_labels_and_masks_out_of_range_are_named(tmp_path):
         data.open_mask(colours, str(colours), 4)
 
 
+# Data sets by name ------------------------------------------------------------------------------
+
+
+def named(root, name="torch/image_folder"):
+    training = data.Named(name, root, classes=None)
+    return training, data.Named(name, root, classes=None, training=training)
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "folder"], ids=["torchvision's", "timm's"])
+def test_a_corrupt_image_of_a_data_set_by_name_is_named_and_no_other_taken(folder, name):
+    source, _ = named(folder, name)
+    assert len(source) == 6 and source.classes == ["cat", "dog"] and source.load(4)[1] == 1
+    bad = folder / "train" / "cat" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(DataError, match=rf"{bad}: no image can be read: .*--on-corrupt skip"):
+        source.load(1)
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(bad)
+    with pytest.raises(DataError, match=rf"{bad}: mode I;16, more than 8 bits"):
+        source.load(1)
+
+
+def test_classes_of_the_validation_split_have_the_numbers_of_the_training_split(folder):
+    shutil.rmtree(folder / "val" / "cat")
+    assert named(folder)[1].load(0)[1] == 1
+    shutil.copytree(folder / "val" / "dog", folder / "val" / "emu")
+    with pytest.raises(DataError, match="emu: class 'emu' appears only in this split, .* add images of it"):
+        named(folder)
+
+
+def test_data_sets_that_cannot_be_trained_on_are_refused_with_what_to_do(tmp_path):
+    small.write_mnist(tmp_path, (4, 4), label=11)
+    source = data.Named("torchvision/MNIST", tmp_path, classes=None)
+    with pytest.raises(DataError, match=r"torchvision/MNIST train\[2\]: label 11 is out of range, there are 10"):
+        source.load(2)
+    with pytest.raises(OptionError, match="torchvision.datasets has none of that name"):
+        data.Named("torchvision/MNISTS", tmp_path, classes=None)
+    with pytest.raises(OptionError, match=f"cannot be opened in {tmp_path / 'none'}"):
+        data.Named("torchvision/MNIST", tmp_path / "none", classes=None)
+    with pytest.raises(OptionError, match="is a stream, .* give --shards"):
+        data.Named("wds/some", tmp_path, classes=None)
+
+
 # Tar files --------------------------------------------------------------------------------------
-
-
-def write_shards(folder, counts, labels=None):
-    """Grey images whose value is their number; label: the number modulo 3."""
-    paths, number = [], 0
-    for i, count in enumerate(counts):
-        paths.append(str(folder / f"{i}.tar"))
-        with tarfile.open(paths[-1], "w") as tar:
-            for _ in range(count):
-                buffer = BytesIO()
-                Image.new("L", (2, 2), number).save(buffer, "png")
-                label = str(number % 3 if labels is None else labels).encode()
-                for name, content in ((f"{number:04}.png", buffer.getvalue()), (f"{number:04}.cls", label)):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, BytesIO(content))
-                number += 1
-    return paths
 
 
 def shard_samples(paths, **more):
@@ -170,13 +196,13 @@ def tar_files(tmp_path):
 
 
 def test_processes_read_shards_of_their_own_and_an_epoch_is_shuffled(tar_files):
-    paths = write_shards(tar_files, [4, 4])
+    paths = small.write_shards(tar_files, [4, 4])
     parts = [numbers(shard_samples(paths, rank=r, world=2, batches=2)) for r in range(2)]
     assert sorted(parts[0] + parts[1]) == list(range(8)) and parts[0] != sorted(parts[0])
 
 
 def test_a_stream_goes_on_where_it_was(tar_files):
-    samples = shard_samples(write_shards(tar_files, [3, 4]))
+    samples = shard_samples(small.write_shards(tar_files, [3, 4]))
     found, state = [], None
     for image, _ in samples:
         found.append(int(image[0, 0]))
@@ -189,15 +215,33 @@ def test_a_stream_goes_on_where_it_was(tar_files):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_sample_of_the_shards_is_evaluated_once(tar_files, world):
-    paths = write_shards(tar_files, [3, 4])
+    paths = small.write_shards(tar_files, [3, 4])
     parts = [list(shard_samples(paths, train=False, rank=r, world=world)) for r in range(world)]
     assert len({len(part) for part in parts}) == 1
     assert sorted(n for part in parts for n in numbers(part)) == list(range(7))
 
 
 def test_what_is_wrong_in_a_shard_is_named(tar_files):
-    paths = write_shards(tar_files, [2], labels=5)
-    with pytest.raises(DataError, match=r"0\.tar: 000\d: label 5 is out of range, there are 3"):
+    paths = small.write_shards(tar_files, [2], labels=5)
+    with pytest.raises(DataError, match=r"0\.tar\[000\d\]: label 5 is out of range, there are 3"):
         list(shard_samples(paths))
     with pytest.raises(DataError, match="6.tar: there is no such file; .* names 2, 2 are missing"):
         shards.expand(str(tar_files / "{6..7}.tar"))
+
+
+def test_a_shard_that_ends_too_early_is_named(tar_files):
+    first, second = small.write_shards(tar_files, [2, 3])
+    Path(second).write_bytes(Path(second).read_bytes()[: tarfile.BLOCKSIZE + 20])
+    with pytest.raises(DataError, match=rf"{second}: cannot be read as a tar file to its end"):
+        list(shard_samples([first, second]))
+    Path(second).write_bytes(b"no tar")
+    with pytest.raises(DataError, match=rf"{second}: cannot be read as a tar file"):
+        list(shard_samples([first, second], train=False))
+
+
+def test_shards_without_a_readable_image_end_the_run(tar_files, monkeypatch):
+    paths = small.write_shards(tar_files, [2], labels=7)
+    monkeypatch.setattr(shards, "GIVE_UP", 20)
+    with pytest.raises(DataError, match="20 samples in a row cannot be read; the reasons are in .*skipped.txt"):
+        list(shard_samples(paths, on_corrupt="skip", skipped=tar_files / "skipped.txt"))
+    assert sorted(data.skipped_names(tar_files / "skipped.txt")) == [f"{paths[0]}[{i:04}]" for i in range(2)]
