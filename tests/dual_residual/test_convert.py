@@ -15,6 +15,7 @@ from revbifpn.dual_residual import (
     Schedule,
     convert,
     error_growth,
+    precise_beta,
     predicted_error,
     revert,
     runs_of,
@@ -318,6 +319,26 @@ def test_a_schedule_of_exact_streams_goes_through_powers_of_two():
         assert run.alpha == 1 - run.beta
         schedule.step()
     assert seen == [2.0**-k for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("depth", [2, 6, 12, 24])
+def test_a_schedule_of_float_streams_goes_where_inversion_is_predicted_to_be_precise(depth):
+    model = Encoder(depth=depth)
+    convert(model)
+    schedule = Schedule(model, 1)
+    (run,) = runs_of(model)
+    errors = [predicted_error(run.alpha, run.beta, depth)]
+    schedule.step()
+    errors.append(predicted_error(run.alpha, run.beta, depth))
+    assert run.alpha == pytest.approx(1 - run.beta) and run.beta >= 2.0**-7
+    for error, wanted in zip(errors, (1e-2, 1e-4), strict=True):
+        assert error == pytest.approx(wanted) or (error < wanted and depth == 2)
+
+
+def test_the_smallest_precise_beta_is_limited_at_both_ends():
+    assert precise_beta(1, 1e-4) == precise_beta(2, 1e-2) == 2.0**-7
+    assert precise_beta(24, 1e-9) == 1.0
+    assert precise_beta(6, 1e-2) < precise_beta(6, 1e-2, torch.bfloat16) < 1
 
 
 @pytest.mark.parametrize("exact", [False, True])
