@@ -15,6 +15,17 @@ from revbifpn.dual_residual.sequence import check_coefficients
 PREDICTED_ERRORS = (1e-2, 1e-4)  # at the start and the end of a schedule of float streams
 
 
+def default_steps(training_steps: float) -> int:
+    """How long a schedule takes in a training of that many steps: half of it.
+
+    Raises:
+        ValueError: the training has no last step.
+    """
+    if not 0 < training_steps < math.inf:
+        raise ValueError(f"steps: expected a number, as the training has no last step, got None and {training_steps}")
+    return max(1, round(training_steps / 2))
+
+
 class Schedule:
     """Moves alpha and beta from the pretrained network to where floats invert, like a learning-rate scheduler.
 
@@ -83,9 +94,9 @@ class Schedule:
         beta = 2.0**-k
         return self.end if k == last else self.start if k == first else (1 - beta, beta)
 
-    def step(self) -> None:
-        """One training step is done."""
-        self.count += 1
+    def step(self, count: int | None = None) -> None:
+        """One training step is done; or ``count`` are, from the first one, where a trainer counts them."""
+        self.count = self.count + 1 if count is None else count
         self._set()
 
     def _set(self) -> None:
