@@ -21,6 +21,8 @@ from revbifpn.dual_residual import (
     runs_of,
     set_coefficients,
 )
+from revbifpn.estimate import estimate_memory
+from revbifpn.memory import measure_step
 from tests.adapters.frameworks import on_torchvision
 from tests.dual_residual.networks import Attention, Encoder, step, tokens
 from tests.marks import covering, slow
@@ -326,6 +328,18 @@ def test_the_tools_of_reversible_networks_see_a_converted_model():
     assert drift.largest == 0 and "layers.2" in drift.errors
     (level, *_) = range_report(model, tokens(shape=INPUT))
     assert 0 < level.largest < level.limit
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_estimator_knows_the_memory_of_a_converted_model(exact):
+    model = made("vit")[0]
+    convert(model, alpha=0.5, beta=0.5, exact=exact)
+    estimate = estimate_memory(model, 3, 32)
+    for _ in range(2):  # the first exact step compares what it computes again
+        step = measure_step(model, IMAGE[1:], batch=3)
+    assert estimate.activations == step.peak_bytes
+    revert(model)
+    assert estimate_memory(model, 3, 32).activations > 2 * estimate.activations
 
 
 # --- the schedule ----------------------------------------------------------------------------------
