@@ -130,7 +130,7 @@ def _parser() -> command.ArgumentParser:
     parser.add_argument("--data", default="vaderSentiment-0.5.zip", help="the archive (default: %(default)s)")
     parser.add_argument("--ways", default=DEFAULT_WAYS, help="names with wildcards (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the runs (default: %(default)s)")
-    parser.add_argument("--training", type=int, default=1200, help="sentences (default: %(default)s)")
+    parser.add_argument("--training", type=int, default=800, help="sentences (default: %(default)s)")
     parser.add_argument("--testing", type=int, default=1000, help="sentences (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import revbifpn
 from revbifpn import monitor_drift, range_report
 from revbifpn.dual_residual import (
     DualResidualSequence,
@@ -180,6 +181,66 @@ def test_a_converted_model_trains_as_with_stored_activations(name, exact, autoca
         assert difference(found, wanted) < 1e-6
 
 
+class Numbered(nn.Module):
+    """A stage whose blocks are children of its own, as timm's RegNet has it; ``b1`` differs."""
+
+    def __init__(self):
+        super().__init__()
+        self.b1, self.b2, self.b3 = nn.Sequential(nn.Linear(8, 16)), Attention(), Attention()
+
+    def forward(self, x):
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+def test_blocks_that_are_numbered_children_are_found_and_nothing_in_reversible_modules_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(Numbered(), revbifpn.ReversibleSequence(revbifpn.RevBlock(Attention(), Attention())))
+    report = convert(model, exact=True)
+    assert report.runs == (("0.b2", "0.b3"),) and report.left["1"] == "it is reversible already"
+    assert identical(step(model[0], tokens(shape=INPUT)), step(stored(model)[0], tokens(shape=INPUT)))
+
+
+class Biased(nn.Module):
+    """The first block computes what the others are given and pass on, as T5's relative positions."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        if first:
+            self.bias = nn.Parameter(torch.linspace(0, 1, 8))
+
+    def forward(self, x, bias=None):
+        bias = self.bias * 2 if bias is None else bias
+        return x + self.layer(x + bias), bias
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Biased(i == 0) for i in range(4))
+
+    def forward(self, x):
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_tensors_that_blocks_pass_on_get_the_gradient_of_all_of_them(exact):
+    model = Positions()
+    assert convert(model, alpha=0.5, beta=0.5, exact=exact).runs == (("blocks.1", "blocks.2", "blocks.3"),)
+    found, wanted = step(model, tokens(shape=INPUT)), step(stored(model), tokens(shape=INPUT))
+    assert (identical(found, wanted) if exact else difference(found, wanted) < 1e-4) and found[2].abs().sum() > 0
+    revert(model)
+    convert(model, "blocks", alpha=0.5, beta=0.5, exact=exact)
+    with pytest.raises(ValueError, match=r"^blocks.0 \(Biased\): returns a second tensor of shape \(8,\)"):
+        model(tokens(shape=INPUT))
+
+
 def test_the_report_says_what_was_left_and_why():
     model, _, _ = made("efficientnet")
     text = str(convert(model))
@@ -277,7 +338,7 @@ def test_chosen_blocks_alone_are_converted():
 
 
 BAD = {
-    "model: expected a Sequential or ModuleList with at least two": lambda m: convert(nn.Sequential(nn.Linear(2, 2))),
+    "model: expected a Sequential, ModuleList or module of numbered": lambda m: convert(nn.Sequential(nn.Linear(2, 2))),
     "blocks: expected names or modules of blocks in the model, got 'layer.0'": lambda m: convert(m, ["layer.0"]),
     "blocks: expected names or modules of blocks in the model, got 'Linear'": lambda m: convert(m, [nn.Linear(2, 2)]),
     "blocks: a block is named twice": lambda m: convert(m, ["layers", "layers.0"]),
