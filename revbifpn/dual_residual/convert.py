@@ -211,7 +211,8 @@ def convert(
         why = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
         raise ValueError(
             "model: expected a Sequential, ModuleList or module of numbered children with at least two blocks of one "
-            f"class and equal parameters one after another, found none; name them with blocks=, or use DualResidualSequence{why}"
+            "class and equal parameters one after another, found none; name them with blocks=, or use "
+            f"DualResidualSequence{why}"
         )
     stream = stream_of(exact)
     stacks = [DualResidualSequence(*run, alpha=alpha, beta=beta, exact=stream, reversible=reversible) for run in runs]
