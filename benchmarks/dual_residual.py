@@ -10,10 +10,10 @@ Ways to train: ``ordinary``; ``checkpointed`` per block (timm's own; of Swin3D e
 ``torch.utils.checkpoint`` here); ``float``, dual-residual with float streams at (1/2, 1/2); ``int32 k=...`` and
 ``fixed16 k=...``, exact streams at (1 - 2^-k, 2^-k). `kept` is what is alive between forward and backward, `peak` the
 most that is alive in a step, both per sample, by :func:`revbifpn.memory.measure_sample`: batches of 64 and 128, so that
-what does not grow with the batch (16-bit copies of weights under autocast, say) cancels and makes no peak. Times are CPU seconds of a
-step of one sample (``time.process_time``: other processes do not count), all ways in turn, on one thread; ratios are
-medians of the ratios within rounds. The gradient's error is that of all parameters against the same way with stored
-activations.
+what does not grow with the batch (16-bit copies of weights under autocast, say) cancels and makes no peak. Times are
+CPU seconds of a step of one sample (``time.process_time``: other processes do not count), all ways in turn, on one
+thread; ratios are medians of the ratios within rounds. The gradient's error is that of all parameters against the same
+way with stored activations.
 """
 
 from __future__ import annotations
