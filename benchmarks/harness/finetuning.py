@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import plots, results
+from benchmarks.harness import command, plots, results
 from benchmarks.harness.terminal import Column, print_table
 from revbifpn.dual_residual import Schedule, convert, precise_beta, runs_of
 
@@ -142,15 +142,29 @@ def means(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def earlier_rows(stem: Path, settings: dict[str, Any]) -> list[Row]:
-    """The runs of results that were made in the same way; see :func:`benchmarks.harness.results.earlier_rows`."""
+def seeds_of(text: str) -> list[int]:
+    """Of ``--seeds``.
+
+    Raises:
+        UsageError: one is no number.
+    """
+    found = command.split(text)
+    if not found or not all(seed.isdigit() for seed in found):
+        raise command.UsageError(f"--seeds: expected numbers with commas between, got {text!r}")
+    return [int(seed) for seed in found]
+
+
+def earlier_rows(stem: Path, settings: dict[str, Any], seeds: Sequence[int], ways: Sequence[str]) -> list[Row]:
+    """The runs of :func:`benchmarks.harness.results.earlier_rows`, but those that are made again."""
     rows = results.earlier_rows(stem, results.environment(torch.device("cpu")), settings)
-    return [Row(**row) for row in rows if row["seed"] != "mean"]
+    kept = [row for row in rows if row["seed"] != "mean" and (row["seed"] not in seeds or row["way"] not in ways)]
+    return [Row(**row) for row in kept]
 
 
 def report(title: str, rows: Sequence[Row], stem: Path, settings: dict[str, Any]) -> None:
     """Print the table and write it with every run's losses, and their plot."""
     environment = results.environment(torch.device("cpu"))
+    rows = sorted(rows, key=lambda row: (row.seed, list(WAYS).index(row.way)))
     seeds, averages = list(dict.fromkeys(row.seed for row in rows)), means(rows)
     columns = [Column("way", False), *(Column(f"seed {seed}") for seed in seeds), Column("mean")]
     columns += [Column("deviation"), Column("to ordinary"), Column("loss")]

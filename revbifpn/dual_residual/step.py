@@ -100,9 +100,9 @@ def refuse_caches(name: str, arguments: Sequence[Any]) -> None:
     Raises:
         RuntimeError: a cache of transformers is among the arguments.
     """
-    module = sys.modules.get("transformers.cache_utils")
-    for argument in arguments if module is not None else ():
-        if isinstance(argument, module.Cache):
+    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+    for argument in arguments:
+        if isinstance(argument, cache):
             raise RuntimeError(
                 f"{name}: got a cache ({type(argument).__name__}), to which backward, calling the block again, would "
                 "append its keys and values once more; pass use_cache=False in training (model.config.use_cache)"
