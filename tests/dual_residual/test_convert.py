@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import revbifpn
-from revbifpn import monitor_drift, range_report
+from revbifpn import StreamOverflowWarning, monitor_drift, range_report
 from revbifpn.dual_residual import (
     DualResidualSequence,
     Schedule,
@@ -379,6 +379,34 @@ def test_a_block_that_changes_the_shape_is_named():
         ValueError, match=r"^0 \(Doubling\): expected a result of its input's shape and dtype, \(2, 3, 4\)"
     ):
         model(torch.randn(2, 3, 4))
+
+
+class Counting(Attention):
+    """State outside of buffers."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.parametrize("exact, found", [(True, "computed other values in backward"), (False, ".*computed other")])
+def test_a_block_with_state_outside_of_buffers_is_named(exact, found):
+    model = nn.Sequential(Attention(), Attention(), *(Counting() for _ in range(2)), nn.LayerNorm(16))
+    convert(model, "2 3".split(), alpha=0.5, beta=0.5, exact=exact)
+    with pytest.raises(RuntimeError, match=rf"^[23] ?{found}"):
+        step(model, tokens())
+
+
+@pytest.mark.parametrize("stream, limit", [("int32", 32768), ("fixed16", 64)])
+def test_an_overflow_names_the_block_of_the_model(stream, limit):
+    model = Encoder(depth=6).eval()
+    convert(model, alpha=0.5, beta=0.5, exact=stream)
+    with torch.no_grad():
+        model.layers[4].mlp[2].bias.fill_(2.0 * limit)
+        with pytest.warns(StreamOverflowWarning, match=rf"of a {stream} stream left its range .*, in layers.4"):
+            model(tokens(shape=INPUT))
 
 
 def test_the_tools_of_reversible_networks_see_a_converted_model():
