@@ -176,6 +176,6 @@ def report(title: str, rows: Sequence[Row], stem: Path, settings: dict[str, Any]
     ]  # fmt: skip
     print_table(title, columns, [cells], results.origin(environment))
     shown = [row for row in rows if row.way in SHOWN]
-    draw = partial(plots.losses, shown, settings["losses_every"], title) if shown else None
+    draw = partial(plots.losses, shown, settings["losses_every"]) if shown else None
     saved = [asdict(row) for row in [*rows, *averages]]
     print(results.save(stem, environment, settings, saved, ("way", "seed"), UNITS, draw))

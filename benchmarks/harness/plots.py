@@ -237,11 +237,11 @@ def memory_parts(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.set_xlabel("MiB at the peak of a step of one image; optimizer: SGD with momentum")
 
 
-def losses(rows: Sequence[Any], every: int, title: str, path: Path) -> None:
+def losses(rows: Sequence[Any], every: int, path: Path) -> None:
     """Training loss over steps, a panel per seed, a line per way; ``every`` steps are one point."""
     colours = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")
     ways, seeds = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("way", "seed"))
-    with panels(path, [f"{title}, seed {seed}" for seed in seeds], 4.4, sharey=True) as axes:
+    with panels(path, [f"fine-tuning, seed {seed}" for seed in seeds], 4.4, sharey=True) as axes:
         for axis, seed in zip(axes, seeds, strict=True):
             for row in (row for row in rows if row.seed == seed):
                 i = ways.index(row.way)
