@@ -2,15 +2,18 @@
 
     python benchmarks/dual_residual.py                                     ViT-S and ViT-B at 224, float32 and bfloat16
     python benchmarks/dual_residual.py --models 'vit_l*,resnet*' --dtypes float32
-    python benchmarks/dual_residual.py --rounds 0                          memory alone, on fake tensors
+    python benchmarks/dual_residual.py --models '*' --memory               memory alone, on fake tensors
+    python benchmarks/dual_residual.py --models '*' --memory --add         what the results lack, added to them
     python benchmarks/dual_residual.py --function                          how much of the function is kept
 
-Ways to train: ``ordinary``; ``checkpointed`` per block (timm's own); ``float``, dual-residual with float streams at
-(1/2, 1/2); ``int32 k=...`` and ``fixed16 k=...``, exact streams at (1 - 2^-k, 2^-k). `kept` is what is alive between
-forward and backward, `peak` the most that is alive in a step, both per sample, by
-:func:`revbifpn.memory.measure_step`. Times are CPU seconds of a step (``time.process_time``: other processes do not
-count), all ways in turn, on one thread; ratios are medians of the ratios within rounds. The gradient's error is that of
-all parameters against the same way with stored activations.
+Ways to train: ``ordinary``; ``checkpointed`` per block (timm's own; of Swin3D every block is put under
+``torch.utils.checkpoint`` here); ``float``, dual-residual with float streams at (1/2, 1/2); ``int32 k=...`` and
+``fixed16 k=...``, exact streams at (1 - 2^-k, 2^-k). `kept` is what is alive between forward and backward, `peak` the
+most that is alive in a step, both per sample, by :func:`revbifpn.memory.measure_sample`: batches of 64 and 128, so that
+what does not grow with the batch (16-bit copies of weights under autocast, say) cancels and makes no peak. Times are
+CPU seconds of a step of one sample (``time.process_time``: other processes do not count), all ways in turn, on one
+thread; ratios are medians of the ratios within rounds. The gradient's error is that of all parameters against the same
+way with stored activations.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,48 +36,54 @@ if __package__ in (None, ""):  # run as a script: an installed revbifpn comes fi
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness import command, results
+from benchmarks.harness import command, plots, results
 from benchmarks.harness.command import entry
 from benchmarks.harness.networks import DTYPES
 from benchmarks.harness.rivals import import_timm
 from benchmarks.harness.terminal import Column, print_table, track
 from benchmarks.harness.timing import alternate, paired_ratios, quantiles
-from revbifpn.dual_residual import DualResidualSequence, convert, runs_of
-from revbifpn.memory import MIB, measure_step
+from revbifpn.dual_residual import DualResidualSequence, convert, revert, runs_of
+from revbifpn.memory import MIB, measure_sample
 
-BATCH = 2
+BATCH = 64
 SHIFTS = (7, 3, 1, 0)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of timm at a resolution."""
+    """A network, and the shape of a sample."""
 
     name: str
-    pixels: int
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
 
     @property
     def key(self) -> str:
-        return f"{self.name}/{self.pixels}"
-
-    def make(self) -> nn.Module:
-        torch.manual_seed(0)
-        return import_timm().create_model(self.name, img_size=self.pixels, num_classes=10)
+        return f"{self.name}/{self.shape[-1]}"
 
 
-class Convolutional(Network):
-    """Takes images of any size."""
+def _timm(name: str, **options: Any) -> nn.Module:
+    return import_timm().create_model(name, num_classes=10, **options)
 
-    def make(self) -> nn.Module:
-        torch.manual_seed(0)
-        return import_timm().create_model(self.name, num_classes=10)
+
+def _swin3d() -> nn.Module:
+    import_timm()  # torchvision's models load without its ops
+    return command.require("torchvision", "torchvision").models.video.swin3d_t(num_classes=10)
 
 
 NETWORKS = [
-    *(Network(f"vit_{size}_patch16_224", pixels) for size in ("small", "base", "large") for pixels in (224, 384)),
-    Network("swin_base_patch4_window7_224", 224),
-    *(Convolutional(name, 224) for name in ("convnext_base", "resnet101")),
+    *(
+        Network(name, partial(_timm, name, img_size=pixels), (3, pixels, pixels))
+        for name in (f"vit_{size}_patch16_224" for size in ("small", "base", "large"))
+        for pixels in (224, 384)
+    ),
+    *(
+        Network(name, partial(_timm, name), (3, 224, 224))
+        for name in ("swin_base_patch4_window7_224", "convnext_base", "resnet101")
+    ),
+    Network("swin3d_t", _swin3d, (3, 16, 224, 224)),
 ]
 DEFAULT = "vit_small*/224,vit_base*/224"
 
@@ -90,9 +100,20 @@ def _dual(model: nn.Module, k: int, exact: bool | str) -> None:
     convert(model, alpha=1 - 2.0**-k, beta=2.0**-k, exact=exact)
 
 
+def _checkpoint(model: nn.Module) -> None:
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+        return
+    blocks = [block for run in convert(model).runs for block in run]
+    revert(model)
+    for name in blocks:
+        block = model.get_submodule(name)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 WAYS = [
     Way("ordinary", lambda model: None),
-    Way("checkpointed", lambda model: model.set_grad_checkpointing()),
+    Way("checkpointed", _checkpoint),
     Way("float", partial(_dual, k=1, exact=False)),
     *(Way(f"{stream} k={k}", partial(_dual, k=k, exact=stream)) for stream in ("int32", "fixed16") for k in SHIFTS),
 ]
@@ -106,12 +127,11 @@ class Row:
     pixels: int
     dtype: str
     way: str
-    batch: int
     kept_bytes: float  # per sample
     peak_bytes: float  # per sample
     kept_ratio: float  # to checkpointed
     peak_ratio: float
-    seconds: float | None = None  # CPU, of a step
+    seconds: float | None = None  # CPU, of a step of one sample
     time_ratio: float | None = None  # to checkpointed
     gradient_error: float | None = None
 
@@ -122,18 +142,17 @@ UNITS |= {"time_ratio": "1", "gradient_error": "1"}
 
 def memory(network: Network, dtype: str, ways: Sequence[Way]) -> list[Row]:
     """Kept and peak of the ways, on fake tensors."""
-    steps = []
+    model, samples = network.make(), []
     for way in ways:
-        model = network.make()
-        way.prepare(model)
-        shape = (3, network.pixels, network.pixels)
-        steps.append(measure_step(model, shape, batch=BATCH, dtype=DTYPES[dtype], fake=True))
-    base = steps[[way.name for way in ways].index("checkpointed")]
+        own = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # they become fake
+        way.prepare(own)
+        sample = measure_sample(own, network.shape, batch=BATCH, dtype=DTYPES[dtype], fake=True)
+        samples.append((sample.kept_bytes_per_sample, sample.bytes_per_sample))
+    kept, peak = samples[[way.name for way in ways].index("checkpointed")]
     return [
-        Row(network.name, network.pixels, dtype, way.name, BATCH, step.kept_bytes / BATCH, step.peak_bytes / BATCH,
-            step.kept_bytes / base.kept_bytes, step.peak_bytes / base.peak_bytes)
-        for way, step in zip(ways, steps, strict=True)
-    ]  # fmt: skip
+        Row(network.name, network.shape[-1], dtype, way.name, own_kept, own_peak, own_kept / kept, own_peak / peak)
+        for way, (own_kept, own_peak) in zip(ways, samples, strict=True)
+    ]
 
 
 def _step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> None:
@@ -158,8 +177,10 @@ def _error(model: nn.Module, images: Tensor, dtype: torch.dtype) -> float:
 
 def timed(network: Network, rows: Sequence[Row], dtype: torch.dtype, rounds: int, ways: Sequence[Way]) -> None:
     """Fill in times and errors."""
-    images = torch.randn(BATCH, 3, network.pixels, network.pixels, generator=torch.Generator().manual_seed(0))
-    models = [network.make().train() for _ in ways]
+    images = torch.randn(1, *network.shape, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = network.make().train()
+    models = [copy.deepcopy(model) for _ in ways]
     for way, model in zip(ways, models, strict=True):
         way.prepare(model)
     by_way = {row.way: row for row in rows}
@@ -264,12 +285,11 @@ def _parser() -> command.ArgumentParser:
     parser = command.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=DEFAULT, help="names/pixels, with wildcards (default: %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of the forward (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="timed steps of every way; 0: none (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of every way (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="no times")
+    parser.add_argument("--add", action="store_true", help="only what the results lack, added to them")
     parser.add_argument("--ways", default="*", help="with wildcards, checkpointed among them (default: all)")
     parser.add_argument("--function", action="store_true", help="how much of the pretrained function is kept, instead")
-    parser.add_argument("--name", default="dual_residual_cpu", help="of the results (default: %(default)s)")
     parser.add_argument("--output", default=str(results.RESULTS), help="directory for the results")
     return parser
 
@@ -285,18 +305,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.function:
         report_function(output)
         return
-    rows: list[Row] = []
-    cases = [(network, dtype) for network in networks for dtype in dtypes]
+    stem = output / ("dual_residual_memory" if arguments.memory else "dual_residual_cpu")
+    environment = results.environment(torch.device("cpu"))
+    settings = {"batches": [BATCH, 2 * BATCH], "rounds": 0 if arguments.memory else arguments.rounds}
+    rows = [Row(**row) for row in results.earlier_rows(stem, environment, settings)] if arguments.add else []
+    there = {(row.network, row.pixels, row.dtype) for row in rows}
+    cases = [(n, d) for n in networks for d in dtypes if (n.name, n.shape[-1], d) not in there]
     for network, dtype in track(cases, lambda case: f"{case[0].key} {case[1]}", "dual residual"):
         rows += (found := memory(network, dtype, ways))
-        if arguments.rounds:
+        if not arguments.memory:
             timed(network, found, DTYPES[dtype], arguments.rounds, ways)
-    environment = results.environment(torch.device("cpu"))
-    groups = [[_cells(r) for r in rows if (r.network, r.pixels, r.dtype) == (n.name, n.pixels, d)] for n, d in cases]
-    print_table(f"Training step, batch of {BATCH}, per sample", COLUMNS, groups, results.origin(environment))
-    keys = ("network", "pixels", "dtype", "way")
-    settings = {"batch": BATCH, "rounds": arguments.rounds}
-    print(results.save(output / arguments.name, environment, settings, [asdict(r) for r in rows], keys, UNITS))
+    order = [n.key for n in NETWORKS]
+    rows.sort(key=lambda row: (order.index(f"{row.network}/{row.pixels}"), list(DTYPES).index(row.dtype)))
+    groups = [[_cells(row) for row in group] for _, group in groupby(rows, lambda r: (r.network, r.pixels, r.dtype))]
+    print_table("Training step, per sample", COLUMNS, groups, results.origin(environment))
+    keys, plot = ("network", "pixels", "dtype", "way"), partial(plots.ways_to_train, rows)
+    print(results.save(stem, environment, settings, [asdict(r) for r in rows], keys, UNITS, plot))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -250,10 +250,15 @@ class _Copied:
     event: torch.cuda.Event
     stream: StreamFormat
     counts: dict[int, Tensor]
+    steps: Sequence[str]
 
 
 class OverflowCounter:
     """Numbers of values that left the range of their format in one pass, per level.
+
+    Args:
+        stream: the format.
+        steps: names of the couplings that the pass takes in turn, for the message; without them it names levels.
 
     On a CPU they are read at the end of the forward. On CUDA that would stall it: they are copied to the host in the
     background and read by a later pass.
@@ -262,17 +267,18 @@ class OverflowCounter:
     _on_their_way: list[_Copied] = []
     _lock = threading.Lock()  # passes of several threads share the list
 
-    def __init__(self, stream: StreamFormat) -> None:
-        self.stream = stream
+    def __init__(self, stream: StreamFormat, steps: Sequence[str] = ()) -> None:
+        self.stream, self.steps = stream, steps
         self.counts: dict[int, Tensor] = {}
 
-    def of(self, level: int, device: torch.device) -> Tensor | None:
-        """What :func:`revkernels.couple_` adds to; None for floats."""
+    def of(self, level: int, device: torch.device, position: int = 0) -> Tensor | None:
+        """What :func:`revkernels.couple_` adds to at a position of the pass; None for floats."""
         if not self.stream.exact:
             return None
+        last = max(len(self.steps) - 1, 0)
         if level not in self.counts:
-            self.counts[level] = torch.zeros(1, dtype=torch.int64, device=device)
-        return self.counts[level]
+            self.counts[level] = torch.zeros(last + 1, dtype=torch.int64, device=device)
+        return self.counts[level].narrow(0, min(position, last), 1)
 
     def report(self) -> None:
         """Warn of what has been counted, now or once it is there."""
@@ -283,20 +289,20 @@ class OverflowCounter:
             if _capture.counters is not None:
                 _capture.counters.append(self)
         elif device.type != "cuda":
-            _warn(self.stream, self.counts)
+            _warn(self.stream, self.counts, self.steps)
         else:
             for copied in self._exchange(self._copy(device)):
-                _warn(copied.stream, copied.counts)
+                _warn(copied.stream, copied.counts, copied.steps)
 
     def _copy(self, device: torch.device) -> _Copied:
         with torch.cuda.device(device):  # whose current stream computes the counts: the event belongs there
             counts = {
-                level: torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
+                level: torch.empty(count.shape, dtype=torch.int64, pin_memory=True).copy_(count, non_blocking=True)
                 for level, count in self.counts.items()
             }
             event = torch.cuda.Event()
             event.record()
-        return _Copied(event, self.stream, counts)
+        return _Copied(event, self.stream, counts, self.steps)
 
     @classmethod
     def _exchange(cls, copied: _Copied) -> list[_Copied]:
@@ -315,10 +321,14 @@ def has_values(x: Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor))
 
 
-def _warn(stream: StreamFormat, counts: dict[int, Tensor]) -> None:
-    found = [level for level, count in sorted(counts.items()) if int(count)]
+def _warn(stream: StreamFormat, counts: dict[int, Tensor], steps: Sequence[str]) -> None:
+    found = [level for level, count in sorted(counts.items()) if count.any()]
     if found:
         levels = ", ".join(f"level {level} (|y| < {stream.limit(level):g})" for level in found)
+        if steps:
+            names = [name for i, name in enumerate(steps) if any(counts[level][i] for level in found)]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            levels = f"{', '.join(names[:3])}{more} (|x| < {stream.limit(found[0]):g})"
         consequence = (
             "branches read wrong values there" if stream.name in INTEGERS else "its inversion is not exact there"
         )

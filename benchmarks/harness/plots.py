@@ -235,3 +235,45 @@ def memory_parts(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             axis.set_yticks(range(len(own)), [f"{r['model']}, {r['variant']}" for r in own], fontsize=8)
             axis.set_xlabel("MiB at the peak of a step of one image; optimizer: SGD with momentum")
+
+
+def losses(rows: Sequence[Any], every: int, path: Path) -> None:
+    """Training loss over steps, a panel per seed, a line per way; ``every`` steps are one point."""
+    colours = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")
+    ways, seeds = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("way", "seed"))
+    with panels(path, [f"fine-tuning, seed {seed}" for seed in seeds], 4.4, sharey=True) as axes:
+        for axis, seed in zip(axes, seeds, strict=True):
+            for row in (row for row in rows if row.seed == seed):
+                i = ways.index(row.way)
+                steps = [every * (n + 1) for n in range(len(row.losses))]
+                style = {"color": colours[i % len(colours)], "linestyle": "--" if i % 2 else "-"}
+                axis.plot(steps, row.losses, label=row.way, marker=MARKERS[i], markersize=3, **style)
+            axis.set_yscale("log")
+            axis.set_xlabel("step")
+        axes[0].set_ylabel("training loss")
+
+
+def ways_to_train(rows: Sequence[Any], path: Path) -> None:
+    """Kept memory, peak and time relative to checkpointing: panels; lines are networks and dtypes, dots are ways."""
+    titles = {
+        "kept_ratio": "kept between forward and backward, to checkpointed per block",
+        "peak_ratio": "peak of a step, to checkpointed per block",
+        "time_ratio": "CPU time of a step, to checkpointed per block",
+    }
+    titles = {name: title for name, title in titles.items() if any(getattr(row, name) for row in rows)}
+    lines = list(dict.fromkeys((row.network, row.pixels, row.dtype) for row in rows))[::-1]
+    ways = list(dict.fromkeys(row.way for row in rows))
+    colours = {"ordinary": "#000000", "checkpointed": "#009E73", "float": "#D55E00"}
+    colours |= {"int32": "#0072B2", "fixed16": "#CC79A7"}
+    with panels(path, list(titles.values()), 1.8 + 0.26 * len(lines)) as axes:
+        for axis, name in zip(axes, titles, strict=True):
+            for i, way in enumerate(ways):
+                own = [row for row in rows if row.way == way and getattr(row, name)]
+                x = [getattr(row, name) for row in own]
+                y = [lines.index((row.network, row.pixels, row.dtype)) for row in own]
+                style = {"color": colours[way.split()[0]], "marker": MARKERS[i], "markersize": 5}
+                axis.plot(x, y, label=way, linestyle="none", markerfacecolor="none", **style)
+            axis.set_yticks(range(len(lines)), [f"{n}/{pixels} {d}" for n, pixels, d in lines], fontsize=8)
+            if name != "time_ratio":
+                axis.set_xscale("log", base=2)
+                _plain_numbers(axis.xaxis)

@@ -127,6 +127,18 @@ def write_json(path: Path, record: Environment, settings: dict[str, Any], rows: 
     path.write_text(to_json({"environment": record, "settings": settings, "rows": rows}))
 
 
+def earlier_rows(stem: Path, record: Environment, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of results that were made with this commit, machine and torch, and with these settings; or none."""
+    path = _with(stem, ".json")
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    same = [name for name in record if name != "date"]
+    if earlier["settings"] != settings or any(earlier["environment"].get(name) != record[name] for name in same):
+        return []
+    return earlier["rows"]
+
+
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], lineterminator: str = "\r\n") -> None:
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator=lineterminator).writerows(rows)

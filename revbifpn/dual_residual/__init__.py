@@ -26,7 +26,7 @@ Source: Zhao et al., Dr2Net, arXiv 2401.04105. The exact streams are not in it.
 """
 
 from revbifpn.dual_residual.convert import Report, convert, revert, runs_of, set_coefficients
-from revbifpn.dual_residual.precision import PrecisionWarning, error_growth, predicted_error
+from revbifpn.dual_residual.precision import PrecisionWarning, error_growth, precise_beta, predicted_error
 from revbifpn.dual_residual.schedule import Schedule
 from revbifpn.dual_residual.sequence import DualResidualSequence, DualStreams
 
@@ -38,6 +38,7 @@ __all__ = [
     "Schedule",
     "convert",
     "error_growth",
+    "precise_beta",
     "predicted_error",
     "revert",
     "runs_of",

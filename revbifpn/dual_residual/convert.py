@@ -8,6 +8,7 @@ with the pass. So nothing outlives a call, and nothing is registered in the mode
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -178,8 +179,9 @@ def convert(
 ) -> Report:
     """Make runs of equal-shaped blocks of a model reversible, in place.
 
-    A run is a maximal sequence of at least two children of a ``Sequential`` or ``ModuleList`` that are of one class and
-    whose parameters have the same names and shapes. Parameters, buffers and their names stay as they are.
+    A run is a maximal sequence of at least two children of a container that are of one class and whose parameters have
+    the same names and shapes. Containers are a ``Sequential``, a ``ModuleList``, and a module all of whose children are
+    numbered (``b1``, ``b2``, ...). Parameters, buffers and their names stay as they are.
 
     Args:
         model: left as it is but for the class of the converted blocks.
@@ -208,8 +210,9 @@ def convert(
     if not runs:
         why = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
         raise ValueError(
-            "model: expected a Sequential or ModuleList with at least two blocks of one class and equal parameters one "
-            f"after another, found none; name them with blocks=, or use DualResidualSequence{why}"
+            "model: expected a Sequential, ModuleList or module of numbered children with at least two blocks of one "
+            "class and equal parameters one after another, found none; name them with blocks=, or use "
+            f"DualResidualSequence{why}"
         )
     stream = stream_of(exact)
     stacks = [DualResidualSequence(*run, alpha=alpha, beta=beta, exact=stream, reversible=reversible) for run in runs]
@@ -262,7 +265,10 @@ def _found(model: nn.Module, left: dict[str, str]) -> list[list[nn.Module]]:
     runs: list[list[nn.Module]] = []
     taken: set[int] = set()
     for name, container in model.named_modules():
-        if not isinstance(container, (nn.Sequential, nn.ModuleList)) or id(container) in taken:
+        if isinstance(container, Reversible) and id(container) not in taken:
+            left[name or type(container).__name__] = "it is reversible already"
+            taken |= {id(m) for m in container.modules()}
+        if not _is_container(container) or id(container) in taken:
             continue
         groups: list[list[tuple[str, nn.Module]]] = []
         for child_name, child in container.named_children():
@@ -285,7 +291,18 @@ def _found(model: nn.Module, left: dict[str, str]) -> list[list[nn.Module]]:
 
 def _has_runs(module: nn.Module) -> bool:
     """Whether there are containers in a module, which are looked into on their own."""
-    return any(isinstance(m, (nn.Sequential, nn.ModuleList)) for m in module.modules())
+    return any(map(_is_container, module.modules()))
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module's children are called one after another."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return True
+    parts = [re.fullmatch(r"(.*?)(\d+)", name) for name, _ in module.named_children()]
+    if len(parts) < 2 or len({part[1] if part else None for part in parts}) > 1 or parts[0] is None:
+        return False
+    numbers = [int(part[2]) for part in parts if part]
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def _chosen(model: nn.Module, names: dict[int, str], blocks: Iterable[str | nn.Module]) -> list[list[nn.Module]]:
@@ -296,7 +313,7 @@ def _chosen(model: nn.Module, names: dict[int, str], blocks: Iterable[str | nn.M
         if found is None or id(found) not in names or found is model:
             name = block if isinstance(block, str) else type(block).__name__
             raise ValueError(f"blocks: expected names or modules of blocks in the model, got {name!r}")
-        if isinstance(found, (nn.Sequential, nn.ModuleList)):
+        if _is_container(found):
             chosen += found.children()
         else:
             chosen.append(found)

@@ -34,6 +34,17 @@ def predicted_error(alpha: float, beta: float, depth: int, dtype: torch.dtype = 
     return math.exp(min(log, 0.0))
 
 
+def precise_beta(depth: int, error: float, dtype: torch.dtype = torch.float32) -> float:
+    """The smallest beta, with ``alpha = 1 - beta``, at which :func:`predicted_error` is at most ``error``.
+
+    ``(eps / error)^(1 / (depth - 1))``, and no less than ``2^-7``, where a network is the pretrained one for practical
+    purposes; 1 where no beta is precise enough.
+    """
+    if depth < 2:
+        return 2.0**-7
+    return min(max((torch.finfo(dtype).eps / error) ** (1 / (depth - 1)), 2.0**-7), 1.0)
+
+
 def warn_if_useless(alpha: float, beta: float, depth: int, dtype: torch.dtype, name: str) -> None:
     """Say what error to expect where float streams of ``dtype`` are inverted too inexactly to train on."""
     error = predicted_error(alpha, beta, depth, dtype)

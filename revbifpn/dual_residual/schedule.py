@@ -9,7 +9,21 @@ from typing import Any
 from torch import nn
 
 from revbifpn.dual_residual.convert import runs_of
+from revbifpn.dual_residual.precision import precise_beta
 from revbifpn.dual_residual.sequence import check_coefficients
+
+PREDICTED_ERRORS = (1e-2, 1e-4)  # at the start and the end of a schedule of float streams
+
+
+def default_steps(training_steps: float) -> int:
+    """How long a schedule takes in a training of that many steps: half of it.
+
+    Raises:
+        ValueError: the training has no last step.
+    """
+    if not 0 < training_steps < math.inf:
+        raise ValueError(f"steps: expected a number, as the training has no last step, got None and {training_steps}")
+    return max(1, round(training_steps / 2))
 
 
 class Schedule:
@@ -23,8 +37,10 @@ class Schedule:
     Args:
         model: converted, or with a :class:`DualResidualSequence` in it; or several (a model and its average).
         steps: calls of :meth:`step` until ``end`` is reached; it stays there.
-        start, end: ``(alpha, beta)``. By default ``(3/4, 1/4)`` and ``(1/2, 1/2)`` for float streams, and k = 7 and
-            k = 1, ``(127/128, 1/128)`` and ``(1/2, 1/2)``, for exact ones.
+        start, end: ``(alpha, beta)``. By default, for exact streams, k = 7 and k = 1, ``(127/128, 1/128)`` and
+            ``(1/2, 1/2)``; for float streams ``(1 - beta, beta)`` with the smallest beta at which the deepest stack's
+            :func:`predicted_error` in float32 is at most 1e-2, and at most 1e-4: at depth 6 beta = 0.10 and 0.26, at
+            depth 12 0.36 and 0.54, at depth 24 0.61 and 0.75.
 
     Raises:
         ValueError: no stack in the model; float and exact stacks in one; steps below 1; coefficients without
@@ -54,8 +70,10 @@ class Schedule:
         if len(kinds) > 1:
             raise ValueError("model: expected stacks of one kind, got float and exact ones; take a Schedule for each")
         (self.exact,) = kinds
-        default = (1 - 2.0**-7, 2.0**-7) if self.exact else (0.75, 0.25)
-        self.start, self.end, self.steps, self.count = start or default, end or (0.5, 0.5), steps, 0
+        deepest = max(len(stack.labels) for stack in self._stacks)
+        first, last = (2.0**-7, 0.5) if self.exact else (precise_beta(deepest, error) for error in PREDICTED_ERRORS)
+        self.start, self.end = start or (1 - first, first), end or (1 - last, last)
+        self.steps, self.count = steps, 0
         for point in (self.start, self.end):
             for stack in self._stacks:
                 check_coefficients(*point, stack._format)
@@ -76,9 +94,9 @@ class Schedule:
         beta = 2.0**-k
         return self.end if k == last else self.start if k == first else (1 - beta, beta)
 
-    def step(self) -> None:
-        """One training step is done."""
-        self.count += 1
+    def step(self, count: int | None = None) -> None:
+        """One training step is done; or ``count`` are, from the first one, where a trainer counts them."""
+        self.count = self.count + 1 if count is None else count
         self._set()
 
     def _set(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revbifpn.dual_residual.precision import warn_if_useless
-from revbifpn.dual_residual.step import Bound, DualCoupler
+from revbifpn.dual_residual.step import Bound, DualCoupler, refuse_caches
 from revbifpn.engine.anomaly import names_of
 from revbifpn.engine.coupling import Coupling, Levels, Part
 from revbifpn.engine.lowered import Coupler
@@ -293,6 +293,8 @@ class Pass:
     def step(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Bound:
         """Run the next block; returns it as it was called."""
         i, stack = self.position, self.stack
+        if isinstance(self.tape, Tape) and self.tape.token is not None and not self.tape.state.stored:
+            refuse_caches(stack.labels[i], (*args, *(kwargs or {}).values()))
         check = stack.self_check and not stack._format.exact
         bound = Bound(stack.blocks[i], stack.labels[i], args, kwargs, stack.calls[i], check=check)
         self.tape.step(stack.coupling(i, bound, self.coefficients))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,7 +33,7 @@ class Bound(nn.Module):
 
     Attributes:
         others: the tensors that want a gradient; the module is called with x and these.
-        rest: what the block returned besides its first result.
+        rest: what the block returned besides its first result; an argument that it passes on is the caller's.
         kind: tuple, list or None: in what.
     """
 
@@ -54,7 +55,7 @@ class Bound(nn.Module):
         wanting = torch.is_grad_enabled()
         self.others = tuple(t for t in arguments if wanting and isinstance(t, Tensor) and t.requires_grad)
         self._versions = [(t, t._version) for t in arguments if isinstance(t, Tensor) and not t.is_inference()]
-        self.rest: Sequence[Any] = ()
+        self.rest: list[Any] = []
         self.kind: type | None = None
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
@@ -70,6 +71,8 @@ class Bound(nn.Module):
         if isinstance(result, (tuple, list)) and result:
             self.kind = type(result)
             result, *self.rest = result
+            passed_on = {id(other): t for t, other in zip(self.others, others, strict=True)}
+            self.rest = [passed_on.get(id(t), t) for t in self.rest]
         self._check(x, result)
         return result
 
@@ -82,12 +85,28 @@ class Bound(nn.Module):
                 f"{tuple(x.shape)}, {x.dtype}, got {found}; leave it out of blocks="
             )
         for t in self.rest:
-            if isinstance(t, Tensor) and t.requires_grad and x.requires_grad and t.is_floating_point():
+            own = isinstance(t, Tensor) and not any(t is other for other in self.others)
+            if own and t.requires_grad and x.requires_grad and t.is_floating_point():
                 raise ValueError(
                     f"{self.label} ({type(self.block).__name__}): returns a second tensor of shape {tuple(t.shape)} "
                     "that wants a gradient, which a reversible block cannot give it; do not ask for it in training, "
                     "or leave the block out of blocks="
                 )
+
+
+def refuse_caches(name: str, arguments: Sequence[Any]) -> None:
+    """Refuse to train a block that appends its keys and values to an argument: backward would append them again.
+
+    Raises:
+        RuntimeError: a cache of transformers is among the arguments.
+    """
+    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+    for argument in arguments:
+        if isinstance(argument, cache):
+            raise RuntimeError(
+                f"{name}: got a cache ({type(argument).__name__}), to which backward, calling the block again, would "
+                "append its keys and values once more; pass use_cache=False in training (model.config.use_cache)"
+            )
 
 
 class BlockBranch(ModuleBranch):

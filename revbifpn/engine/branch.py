@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.parameter import is_lazy
 
-from revbifpn.engine.anomaly import check_finite
+from revbifpn.engine.anomaly import check_finite, label
 from revbifpn.engine.coupling import Upsampled
 from revbifpn.engine.record import (
     Record,
@@ -318,7 +318,7 @@ def _check_graph(p: Tensor, known: set[int] | None, module: nn.Module) -> bool:
         leaf = getattr(node, "variable", None)
         if leaf is not None and known is not None and id(leaf) not in known:
             raise RuntimeError(
-                f"{type(module).__name__} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
+                f"{label(module)} uses a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
                 "neither its input nor one of its parameters, so a reversible block cannot give it one: register it "
                 "as a parameter, or detach it"
             )

@@ -93,7 +93,7 @@ class State:
     backends_changed: bool = False  # since the forward, as the backward call found them
 
     def __post_init__(self) -> None:
-        self.overflow = OverflowCounter(self.format)
+        self.overflow = OverflowCounter(self.format, getattr(self.root, "labels", ()))
         self.observer: Observer | None = getattr(self.root, "observer", None)
         self.checks = self.format.exact and not self.stored and getattr(self.root, "self_check", False)
 
@@ -149,7 +149,7 @@ class State:
         bits = self.format.bits(level)
         if bits is None:
             return None
-        return Grid(bits, self.overflow.of(level, self.streams[level].device) if counted else None)
+        return Grid(bits, self.overflow.of(level, self.streams[level].device, self.position) if counted else None)
 
     def _linear(self, lowered: Lowered) -> list[Values]:
         return [self.read(source) for source, _ in lowered.coupling.linear]

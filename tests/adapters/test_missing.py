@@ -9,6 +9,8 @@ ADAPTERS = {
     "revbifpn.adapters.torchvision": ("torchvision", "revbifpn-fast[torchvision]"),
     "revbifpn.detection": ("torchvision", "revbifpn-fast[torchvision]"),
     "revbifpn.adapters.mmengine": ("mmengine", "revbifpn-fast[mmengine]"),
+    "revbifpn.adapters.lightning": ("lightning", "lightning"),
+    "revbifpn.adapters.transformers": ("transformers", "transformers[torch]"),
     "revbifpn.adapters.detectron2": ("detectron2", "git+https://github.com/facebookresearch/detectron2.git"),
 }
 

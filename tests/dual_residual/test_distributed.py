@@ -38,7 +38,7 @@ def inputs(rank, step, part):
 
 def replicated(rank, exact, accumulate):
     net = DistributedDataParallel(model(exact))
-    train(net, lambda step, part: [inputs(rank, step, part)], int(accumulate))
+    train(net, lambda step, part: [inputs(rank, step, part)], accumulate)
     return dict(net.module.named_parameters())
 
 
@@ -47,29 +47,37 @@ def sharded(rank, exact, accumulate):
     for layer in net.layers:
         fully_shard(layer)
     fully_shard(net)
-    train(net, lambda step, part: [inputs(rank, step, part)], int(accumulate))
+    train(net, lambda step, part: [inputs(rank, step, part)], accumulate)
     return {name: p.full_tensor().detach() for name, p in net.named_parameters()}
 
 
 SETUPS = {"replicated": replicated, "sharded": sharded}
+CASES = [(exact, accumulate) for exact in EXACT for accumulate in (1, 2)]
 
 
-@pytest.mark.parametrize("exact", EXACT)
-@pytest.mark.parametrize("setup, accumulate", [("replicated", 1), ("sharded", 1), ("replicated", 2), ("sharded", 2)])
-def test_two_processes_train_as_one_on_their_batches(setup, accumulate, exact, tmp_path):
-    alone = model(exact)
-    scaled = [torch.optim.SGD(alone.parameters(), lr=1e-3)]
-    for step in range(2):
-        scaled[0].zero_grad()
-        for part in range(accumulate):
-            (sum(loss_of(alone(inputs(rank, step, part))) for rank in range(2)) / 2).backward()
-        scaled[0].step()
-        set_coefficients(alone, 0.75, 0.25)
-    for found in processes.run(__file__, tmp_path, setup, exact, str(accumulate)):
-        assert found.keys() == dict(alone.named_parameters()).keys()
-        assert difference([found[name] for name, _ in alone.named_parameters()], list(alone.parameters())) < 1e-5
+def every_case(rank, setup):
+    return {case: SETUPS[setup](rank, *case) for case in CASES}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_two_processes_train_as_one_on_their_batches(setup, tmp_path):
+    found = processes.run(__file__, tmp_path, setup)
+    for exact, accumulate in CASES:
+        alone = model(exact)
+        optimizer = torch.optim.SGD(alone.parameters(), lr=1e-3)
+        for step in range(2):
+            optimizer.zero_grad()
+            for part in range(accumulate):
+                (sum(loss_of(alone(inputs(rank, step, part))) for rank in range(2)) / 2).backward()
+            optimizer.step()
+            set_coefficients(alone, 0.75, 0.25)
+        wanted = dict(alone.named_parameters())
+        for of_rank in found:
+            parameters = of_rank[exact, accumulate]
+            assert parameters.keys() == wanted.keys()
+            assert difference([parameters[name] for name in wanted], list(wanted.values())) < 1e-5
 
 
 if __name__ == "__main__":
-    processes.worker(lambda rank, setup, *arguments: SETUPS[setup](rank, *arguments))
+    processes.worker(every_case)
     sys.exit()

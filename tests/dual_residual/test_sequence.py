@@ -388,6 +388,20 @@ def test_an_overflow_is_reported_and_still_inverts(exact):
         net.train()(x)
 
 
+@EXACT
+@pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
+def test_the_blocks_where_an_overflow_begins_are_named(exact, value):
+    net = DualResidualSequence(*(nn.Linear(16, 16) for _ in range(8)), alpha=0.5, beta=0.5, exact=exact).eval()
+    with torch.no_grad():
+        net.blocks[3].bias.fill_(value)
+        with pytest.warns(StreamOverflowWarning, match=r", in 3(, 4, 5.*| and .*)? \(\|x\| < "):
+            net(tokens())
+        for block in net.blocks:
+            block.bias.fill_(value)
+        with pytest.warns(StreamOverflowWarning, match=", in 0, 1, 2 and 5 more"):
+            net(tokens())
+
+
 def test_useless_float_streams_are_warned_of_and_the_exact_ones_named():
     with pytest.warns(PrecisionWarning, match=r"blocks at alpha = 1, beta = 0.0078125 in torch.float32 .*exact=True"):
         stack(1.0, 1 / 128, 12)(tokens())
