@@ -278,7 +278,8 @@ class OverflowCounter:
         last = max(len(self.steps) - 1, 0)
         if level not in self.counts:
             self.counts[level] = torch.zeros(last + 1, dtype=torch.int64, device=device)
-        return self.counts[level].narrow(0, min(position, last), 1)
+        counts = self.counts[level]
+        return counts.narrow(0, min(position, last), 1) if last else counts
 
     def report(self) -> None:
         """Warn of what has been counted, now or once it is there."""
