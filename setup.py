@@ -125,7 +125,7 @@ def extras() -> dict[str, list[str]]:
         "bench": ["timm", torchvision_requirement(), "matplotlib", "rich", "scikit-learn"],
         "test": [
             *"pytest pytest-benchmark pytest-xdist hypothesis numpy setuptools>=77 ninja pybind11".split(),
-            *"timm segmentation-models-pytorch huggingface_hub mmengine pycocotools".split(),
+            *"timm segmentation-models-pytorch huggingface_hub mmengine pycocotools scikit-image".split(),
             *"onnx onnxscript onnxruntime".split(),
             *[*training, torchvision_requirement(), triton],
         ],

@@ -38,7 +38,10 @@ myst_enable_extensions = ["colon_fence"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["timm", "torchvision", "huggingface_hub", "mmengine", "detectron2"]  # read, not called
+autodoc_mock_imports = [  # read, not called
+    *("timm", "torchvision", "huggingface_hub", "mmengine", "detectron2"),
+    *("lightning", "torchmetrics", "torchdata", "tensorboard", "webdataset", "matplotlib", "PIL", "yaml", "numpy"),
+]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
