@@ -115,10 +115,28 @@ def textures(few: int, seed: int, common: int = 300, tested: int = 100) -> Data:
 DATA = {"digits": digits, "textures": textures}
 
 
+NETWORK = {
+    "channels": (16, 32, 48),
+    "dwk": (3, 5, 5),
+    "dwkp": (0, 0, 0),
+    "expand_ratios": (1, 1, 2),
+    "se_ratios": (0.25, 0.25, 0.125),
+    "inv_blk_rep": 1,
+    "num_ext_layers": 0,
+    "head_channels": (16, 32, 48),
+    "head_dwk": (3, 3, 3),
+    "head_dwkp": (2, 2, 2),
+    "head_expand_ratios": (1, 2, 2),
+    "head_se_ratios": (0.25, 0.25, 0.125),
+    "fc_features": 64,
+    "head_dropout": 0.0,
+    "in_chans": 1,
+}
+
+
 def network(classes: int) -> RevBiFPN:
-    """A narrow RevBiFPN of four levels for grey images."""
-    heads = {"head_channels": [16, 24, 32, 48], "fc_features": 64, "head_dropout": 0.0}
-    return RevBiFPN(channels=[16, 24, 32, 48], num_ext_layers=0, inv_blk_rep=1, in_chans=1, classes=classes, **heads)
+    """A narrow RevBiFPN of three levels for grey images."""
+    return RevBiFPN(**NETWORK, classes=classes)
 
 
 def classify(model: RevBiFPN, streams: Sequence[Tensor]) -> Tensor:
@@ -287,8 +305,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--output", type=Path, default=Path("latent"), metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=64, help="images in a step; half as many features besides")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=32, help="images in a step; half as many features besides")
     parser.add_argument("--few", type=int, default=8, help="training images of a rare class")
     parser.add_argument("--hard", type=float, default=0.1, help="share of the training samples that counts as hard")
     args = parser.parse_args()

@@ -104,22 +104,30 @@ class Tiles:
         return anchors, neighbours, distant
 
 
+NETWORK = {
+    "dwk": (3, 5, 5),
+    "dwkp": (0, 0, 0),
+    "expand_ratios": (1, 1, 2),
+    "se_ratios": (0.25, 0.25, 0.125),
+    "inv_blk_rep": 1,
+    "num_ext_layers": 0,
+    "head_channels": (32, 32, 48),
+    "head_dwk": (3, 3, 3),
+    "head_dwkp": (2, 2, 2),
+    "head_expand_ratios": (1, 2, 2),
+    "head_se_ratios": (0.25, 0.25, 0.125),
+    "fc_features": 64,
+    "head_dropout": 0.0,
+}
+
+
 class Encoder(nn.Module):
-    """A RevBiFPN whose classifier is the embedding."""
+    """A RevBiFPN of three levels whose classifier is the embedding."""
 
     def __init__(self, channels: int, features: int) -> None:
         super().__init__()
-        streams = [16 * max(3, channels), 32, 48, 64]  # the stem repeats the raster's channels in the first stream
-        heads = {"head_channels": [32, 32, 48, 64], "fc_features": 64}
-        self.network = RevBiFPN(
-            channels=streams,
-            num_ext_layers=0,
-            inv_blk_rep=1,
-            in_chans=channels,
-            classes=features,
-            head_dropout=0.0,
-            **heads,
-        )
+        streams = (16 * max(3, channels), 32, 48)  # the stem repeats the raster's channels in the first stream
+        self.network = RevBiFPN(channels=streams, in_chans=channels, classes=features, **NETWORK)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
