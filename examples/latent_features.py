@@ -14,14 +14,15 @@ set are the hard ones (``--hard``, a share). A hard sample's streams are moved a
 
     s' = s + (t - m(s)) g / ||g||^2,
 
-in a few such steps, to a margin t between its own one and ``-BAND``: features about the boundary that still are of
-class y. In the second half of the training neck and head learn them together with the ordinary batches. Nothing
+in a few such steps, to a margin t between its own one and 0: features nearer to the boundary that still are of class
+y. In the second half of the training neck and head learn them together with the ordinary batches. Nothing
 of this knows how frequent a class is. ``model.inverse(s')`` shows the image that a generated feature stands for.
 
 Compared are plain training, class weights n / (C n_y), the focal loss (Lin et al., arXiv 1708.02002, gamma = 2), and,
 to tell what the moving does from what the mere repetition does, the hard samples' features repeated as they are. Data:
 scikit-learn's digits, half of the classes with ``--few`` images each, and patches of scikit-image's brick, grass and
-gravel, of which two have so few; test images are balanced. Results are written as JSON and as a picture.
+gravel, of which two have so few; test images are balanced. Results are written as JSON and
+as a picture, for each of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torch.nn import functional as F
 from revbifpn.fast import RevBiFPN
 
 SIDE = 32  # pixels
-BAND = 2.0  # how far, in logits, generated features reach beyond the boundary
+BEYOND = -2.0  # margin of the features that the picture shows beyond the boundary; training's end on it
 NEWTON = 3  # steps of a move
 GAMMA = 2.0  # of the focal loss
 PLAIN, WEIGHTED, FOCAL, REPEATED, GENERATED = "plain", "class weights", "focal loss", "repeated", "generated"
@@ -177,7 +178,7 @@ def hard_samples(model: RevBiFPN, data: Data, share: float) -> Tensor:
 
 
 def features(model: RevBiFPN, images: Tensor, labels: Tensor, generator: torch.Generator | None) -> list[Tensor]:
-    """Streams of images in eval mode; with a generator moved to margins between their own ones and -BAND."""
+    """Streams of images in eval mode; with a generator moved to margins between their own ones and 0."""
     model.eval()
     with torch.no_grad():
         streams = list(model.forward_streams(images))
@@ -185,8 +186,7 @@ def features(model: RevBiFPN, images: Tensor, labels: Tensor, generator: torch.G
         return streams
     with torch.no_grad():
         own = margins(classify(model, streams), labels)
-    targets = own - torch.rand(len(images), generator=generator) * (own + BAND)
-    return move(model, streams, labels, targets)
+    return move(model, streams, labels, torch.rand(len(images), generator=generator) * own)
 
 
 def train(data: Data, method: str, seed: int, steps: int, batch: int, share: float) -> RevBiFPN:
@@ -238,7 +238,7 @@ def evaluate(model: RevBiFPN, data: Data) -> dict[str, float]:
 
 
 def shown(model: RevBiFPN, data: Data, share: float, n: int = 256) -> tuple[list[Tensor], dict[str, float]]:
-    """Hard samples' images, and the images of their features moved to margins of 0 and -BAND; and what became of them.
+    """Hard samples' images, and the images of their features moved to margins of 0 and BEYOND; and what became of them.
 
     A feature's image has streams of its own: those of an image fill a part of all streams only, since the stack makes
     more values than an image has. ``margin of images`` is therefore not ``margin of features``.
@@ -249,7 +249,7 @@ def shown(model: RevBiFPN, data: Data, share: float, n: int = 256) -> tuple[list
     made, about = [images], {"inverse_error": (model.inverse(streams) - images).abs().max().item()}
     with torch.no_grad():
         about["margin"] = margins(classify(model, streams), labels).mean().item()
-    for target in (0.0, -BAND):
+    for target in (0.0, BEYOND):
         moved = move(model, streams, labels, torch.full(labels.shape, target))
         image = model.inverse(moved)
         with torch.no_grad():
@@ -260,42 +260,37 @@ def shown(model: RevBiFPN, data: Data, share: float, n: int = 256) -> tuple[list
     return made, about
 
 
-def picture(path: Path, rows: list[dict], examples: dict[str, list[Tensor]]) -> None:
+def picture(path: Path, name: str, rows: list[dict], examples: list[Tensor]) -> None:
     """Accuracy by method and seed; below, hard samples, the images of their moved features, and the differences."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = 5
-    figure = plt.figure(figsize=(6 * len(examples), 9), layout="constrained")
-    for half, (name, (images, boundary, beyond)) in zip(
-        np.atleast_1d(figure.subfigures(1, len(examples))), examples.items(), strict=True
-    ):
-        top, bottom = half.subfigures(2, 1, height_ratios=[1, 2])
-        axis = top.subplots()
-        for x, method in enumerate(METHODS):
-            values = [row["rare"] for row in rows if (row["data"], row["method"]) == (name, method)]
-            axis.bar(x, np.mean(values), yerr=np.std(values), color="tab:blue", alpha=0.4, capsize=4)
-            axis.plot([x] * len(values), values, "k.", markersize=4)
-        axis.set_xticks(range(len(METHODS)), METHODS, fontsize=9)
-        axis.set(title=name, ylabel="accuracy of rare classes, %", ylim=(0, 100))
-        titles = ("hard sample", "on the boundary", "difference", "beyond it", "difference")
-        grid = bottom.subplots(5, columns)
-        for line, i in zip(grid, np.linspace(0, len(images) - 1, 5).astype(int), strict=True):
-            image = images[i, 0]
-            limit = (beyond[i, 0] - image).abs().max().clamp_min(1e-6)
-            for axis, title, seen in zip(
-                line,
-                titles,
-                (image, boundary[i, 0], boundary[i, 0] - image, beyond[i, 0], beyond[i, 0] - image),
-                strict=True,
-            ):
-                low, high = (-limit, limit) if title == "difference" else (image.min(), image.max())
-                axis.imshow(seen, cmap="RdBu" if title == "difference" else "gray", vmin=low, vmax=high)
-                axis.set_axis_off()
-                if line is grid[0]:
-                    axis.set_title(title, fontsize=9)
+    figure = plt.figure(figsize=(8, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
+    axis = top.subplots()
+    for x, method in enumerate(METHODS):
+        values = [row["rare"] for row in rows if row["method"] == method]
+        axis.bar(x, np.mean(values), yerr=np.std(values), color="tab:blue", alpha=0.4, capsize=4)
+        axis.plot([x] * len(values), values, "k.", markersize=4)
+    axis.set_xticks(range(len(METHODS)), METHODS)
+    axis.set(title=name, ylabel="accuracy of rare classes, %", ylim=(0, 100))
+
+    images, boundary, beyond = (made[:, 0].numpy() for made in examples)
+    titles = ("hard sample", "on the boundary", "difference", "beyond it", "difference")
+    grid = bottom.subplots(5, len(titles))
+    for line, i in zip(grid, np.linspace(0, len(images) - 1, 5).astype(int), strict=True):
+        limit = np.abs(beyond[i] - images[i]).max() + 1e-6
+        seen = (images[i], boundary[i], boundary[i] - images[i], beyond[i], beyond[i] - images[i])
+        for axis, title, image in zip(line, titles, seen, strict=True):
+            if title == "difference":
+                axis.imshow(image, cmap="RdBu", vmin=-limit, vmax=limit)
+            else:
+                axis.imshow(image, cmap="gray", vmin=images[i].min(), vmax=images[i].max())
+            axis.set_axis_off()
+            if line is grid[0]:
+                axis.set_title(title, fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -305,37 +300,38 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--output", type=Path, default=Path("latent"), metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=32, help="images in a step; half as many features besides")
     parser.add_argument("--few", type=int, default=8, help="training images of a rare class")
     parser.add_argument("--hard", type=float, default=0.1, help="share of the training samples that counts as hard")
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    rows, examples = [], {}
     for name in args.data:
+        rows, examples = [], []
         for seed in range(args.seeds):
             data = DATA[name](args.few, seed)
             for method in METHODS:
                 began = time.perf_counter()
                 model = train(data, method, seed, args.steps, args.batch, args.hard)
-                row = {"data": name, "seed": seed, "method": method} | evaluate(model, data)
+                row = {"seed": seed, "method": method} | evaluate(model, data)
                 if method == GENERATED:
                     made, about = shown(model, data, args.hard)
-                    examples.setdefault(name, made)
+                    examples = examples or made  # of the first seed
                     row |= about
                 rows.append(row | {"seconds": time.perf_counter() - began})
-                print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in rows[-1].items()))
-    content = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "rows": rows,
-    }
-    (args.output / "latent_features.json").write_text(json.dumps(content, indent=1) + "\n")
-    picture(args.output / "latent_features.png", rows, examples)
-    print(f"written: {args.output}/latent_features.json, latent_features.png")
+                print(name, json.dumps(rows[-1]), flush=True)
+        content = {
+            "date": datetime.date.today().isoformat(),
+            "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "settings": {key: value for key, value in vars(args).items() if key not in ("data", "output")},
+            "rows": rows,
+        }
+        file = args.output / f"latent_features_{name}"
+        file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        picture(file.with_suffix(".png"), name, rows, examples)
+        print(f"written: {file}.json, .png")
 
 
 if __name__ == "__main__":
