@@ -45,7 +45,7 @@ from revbifpn.fast import RevBiFPN
 
 SIDE = 32  # pixels
 BEYOND = -2.0  # margin of the features that the picture shows beyond the boundary; training's end on it
-NEWTON = 3  # steps of a move
+NEWTON = 5  # steps of a move
 GAMMA = 2.0  # of the focal loss
 PLAIN, WEIGHTED, FOCAL, REPEATED, GENERATED = "plain", "class weights", "focal loss", "repeated", "generated"
 METHODS = (PLAIN, WEIGHTED, FOCAL, REPEATED, GENERATED)

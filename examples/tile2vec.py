@@ -55,7 +55,7 @@ def landscape(path: Path, seed: int = 0, side: int = SIDE) -> np.ndarray:
 
     The class of a pixel is the largest of several smooth fields. Classes 0 and 1 have one spectrum and differ in
     texture alone, as do 2 and 3; 0 and 2 have one texture, as have 1 and 3. Noise is as large as the differences of
-    spectra.
+    spectra and as the furrows of the first texture.
     """
     rng = np.random.default_rng(seed)
     classes = np.argmax([smooth(rng, side, 96) for _ in range(CLASSES)], 0)
@@ -68,7 +68,7 @@ def landscape(path: Path, seed: int = 0, side: int = SIDE) -> np.ndarray:
     raster = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(CHANNELS, side, side))
     for c in range(CHANNELS):
         texture = np.choose(classes, [t.astype(np.float32) for t in textures])
-        raster[c] = spectra[classes, c] + 0.7 * texture + light + 0.7 * rng.normal(size=(side, side))
+        raster[c] = spectra[classes, c] + texture + light + 0.7 * rng.normal(size=(side, side))
     raster.flush()
     return classes.astype(np.int64)
 
@@ -173,19 +173,22 @@ def train(tiles: Tiles, seed: int, steps: int, batch: int, near: int, features: 
 
 def probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:
     """Accuracy in per cent of logistic regression on standardised features; its strength by cross-validation."""
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    regression = LogisticRegressionCV(Cs=[1e-3, 1e-2, 1e-1, 1.0, 10.0], cv=3, max_iter=300)
-    return 100 * float(make_pipeline(StandardScaler(), regression).fit(train_x, train_y).score(test_x, test_y))
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    search = GridSearchCV(regression, {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0, 10.0]}, cv=3)
+    return 100 * float(search.fit(train_x, train_y).score(test_x, test_y))
 
 
 def analogy(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Random questions "a is to b as c is to what?" of tiles with features x and classes y: indices of the three and
     of the tile, other than these, nearest to ``a - b + c`` [n, 4], and the classes that are right [n]."""
     of_class = [np.flatnonzero(y == c) for c in range(CLASSES)]
-    asked = np.array(ANALOGIES)[rng.integers(0, len(ANALOGIES), n)]  # [n, 4]
+    known = [order for order in ANALOGIES if all(len(of_class[c]) for c in order)]
+    asked = np.array(known)[rng.integers(0, len(known), n)]  # [n, 4]
     a, b, c = (np.array([rng.choice(of_class[k]) for k in column]) for column in asked.T[:3])
     distance = np.stack([((point - x) ** 2).sum(1) for point in x[a] - x[b] + x[c]])  # [n, tiles]
     for used in (a, b, c):
@@ -303,7 +306,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=24, help="triplets in a step")
-    parser.add_argument("--near", type=int, default=40, help="pixels between an anchor and its neighbour, at most")
+    parser.add_argument("--near", type=int, default=24, help="pixels between an anchor and its neighbour, at most")
     parser.add_argument("--features", type=int, default=32)
     parser.add_argument("--labels", type=int, default=200, help="labelled tiles that the probe is trained on")
     args = parser.parse_args()
