@@ -117,26 +117,26 @@ DATA = {"digits": digits, "textures": textures}
 
 
 NETWORK = {
-    "channels": (16, 32, 48),
-    "dwk": (3, 5, 5),
-    "dwkp": (0, 0, 0),
-    "expand_ratios": (1, 1, 2),
-    "se_ratios": (0.25, 0.25, 0.125),
+    "dwk": (3, 5),
+    "dwkp": (0, 0),
+    "expand_ratios": (1, 1),
+    "se_ratios": (0.25, 0.25),
     "inv_blk_rep": 1,
     "num_ext_layers": 0,
-    "head_channels": (16, 32, 48),
-    "head_dwk": (3, 3, 3),
-    "head_dwkp": (2, 2, 2),
-    "head_expand_ratios": (1, 2, 2),
-    "head_se_ratios": (0.25, 0.25, 0.125),
+    "head_channels": (16, 32),
+    "head_dwk": (3, 3),
+    "head_dwkp": (2, 2),
+    "head_expand_ratios": (1, 2),
+    "head_se_ratios": (0.25, 0.25),
     "fc_features": 64,
     "head_dropout": 0.0,
+    "channels": (16, 32),
     "in_chans": 1,
 }
 
 
 def network(classes: int) -> RevBiFPN:
-    """A narrow RevBiFPN of three levels for grey images."""
+    """A narrow RevBiFPN of two levels for grey images."""
     return RevBiFPN(**NETWORK, classes=classes)
 
 
@@ -280,8 +280,10 @@ def picture(path: Path, name: str, rows: list[dict], examples: list[Tensor]) -> 
     images, boundary, beyond = (made[:, 0].numpy() for made in examples)
     titles = ("hard sample", "on the boundary", "difference", "beyond it", "difference")
     grid = bottom.subplots(5, len(titles))
+    for axis, title in zip(grid[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
     for line, i in zip(grid, np.linspace(0, len(images) - 1, 5).astype(int), strict=True):
-        limit = np.abs(beyond[i] - images[i]).max() + 1e-6
+        limit = max(np.abs(made[i] - images[i]).max() for made in (boundary, beyond)) + 1e-6
         seen = (images[i], boundary[i], boundary[i] - images[i], beyond[i], beyond[i] - images[i])
         for axis, title, image in zip(line, titles, seen, strict=True):
             if title == "difference":
@@ -289,8 +291,6 @@ def picture(path: Path, name: str, rows: list[dict], examples: list[Tensor]) -> 
             else:
                 axis.imshow(image, cmap="gray", vmin=images[i].min(), vmax=images[i].max())
             axis.set_axis_off()
-            if line is grid[0]:
-                axis.set_title(title, fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -299,36 +299,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--output", type=Path, default=Path("latent"), metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=5, help="of which those in the output's file are not run again")
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=32, help="images in a step; half as many features besides")
     parser.add_argument("--few", type=int, default=8, help="training images of a rare class")
     parser.add_argument("--hard", type=float, default=0.1, help="share of the training samples that counts as hard")
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(args).items() if key not in ("data", "output", "seeds")}
     for name in args.data:
-        rows, examples = [], []
-        for seed in range(args.seeds):
+        file, rows, examples = args.output / f"latent_features_{name}", [], []
+        if file.with_suffix(".json").exists():
+            earlier = json.loads(file.with_suffix(".json").read_text())
+            rows = earlier["rows"] if earlier["settings"] == settings else []
+        for seed in sorted(set(range(args.seeds)) - {row["seed"] for row in rows}):
             data = DATA[name](args.few, seed)
             for method in METHODS:
-                began = time.perf_counter()
+                began = time.process_time()
                 model = train(data, method, seed, args.steps, args.batch, args.hard)
                 row = {"seed": seed, "method": method} | evaluate(model, data)
                 if method == GENERATED:
-                    made, about = shown(model, data, args.hard)
-                    examples = examples or made  # of the first seed
+                    examples, about = shown(model, data, args.hard)
                     row |= about
-                rows.append(row | {"seconds": time.perf_counter() - began})
+                rows.append(row | {"cpu_seconds": time.process_time() - began})
                 print(name, json.dumps(rows[-1]), flush=True)
+        if not examples:
+            continue
         content = {
             "date": datetime.date.today().isoformat(),
             "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
-            "settings": {key: value for key, value in vars(args).items() if key not in ("data", "output")},
+            "settings": settings,
             "rows": rows,
         }
-        file = args.output / f"latent_features_{name}"
         file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         picture(file.with_suffix(".png"), name, rows, examples)
         print(f"written: {file}.json, .png")

@@ -105,28 +105,28 @@ class Tiles:
 
 
 NETWORK = {
-    "dwk": (3, 5, 5),
-    "dwkp": (0, 0, 0),
-    "expand_ratios": (1, 1, 2),
-    "se_ratios": (0.25, 0.25, 0.125),
+    "dwk": (3, 5),
+    "dwkp": (0, 0),
+    "expand_ratios": (1, 1),
+    "se_ratios": (0.25, 0.25),
     "inv_blk_rep": 1,
     "num_ext_layers": 0,
-    "head_channels": (32, 32, 48),
-    "head_dwk": (3, 3, 3),
-    "head_dwkp": (2, 2, 2),
-    "head_expand_ratios": (1, 2, 2),
-    "head_se_ratios": (0.25, 0.25, 0.125),
+    "head_channels": (32, 32),
+    "head_dwk": (3, 3),
+    "head_dwkp": (2, 2),
+    "head_expand_ratios": (1, 2),
+    "head_se_ratios": (0.25, 0.25),
     "fc_features": 64,
     "head_dropout": 0.0,
 }
 
 
 class Encoder(nn.Module):
-    """A RevBiFPN of three levels whose classifier is the embedding."""
+    """A RevBiFPN of two levels whose classifier is the embedding."""
 
     def __init__(self, channels: int, features: int) -> None:
         super().__init__()
-        streams = (16 * max(3, channels), 32, 48)  # the stem repeats the raster's channels in the first stream
+        streams = (16 * max(3, channels), 32)  # the stem repeats the raster's channels in the first stream
         self.network = RevBiFPN(channels=streams, in_chans=channels, classes=features, **NETWORK)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--raster", type=Path, help="an .npy file [C, H, W] (default: a generated landscape)")
     parser.add_argument("--classes", type=Path, help="its classes, an .npy file [H, W] of integers, to evaluate with")
     parser.add_argument("--output", type=Path, default=Path("tile2vec"), metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of which those in the output's file are not run again")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=24, help="triplets in a step")
     parser.add_argument("--near", type=int, default=24, help="pixels between an anchor and its neighbour, at most")
@@ -315,15 +315,21 @@ def main() -> None:
     raster = args.raster or args.output / "landscape.npy"
     classes = landscape(raster) if args.raster is None else args.classes and np.load(args.classes)
     tiles, rows = Tiles(raster), []
-    for seed in range(args.seeds):
-        began = time.perf_counter()
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "seeds"}
+    if (args.output / "tile2vec.json").exists():
+        earlier = json.loads((args.output / "tile2vec.json").read_text())
+        rows = earlier["rows"] if earlier["settings"] == settings else []
+    encoder = None
+    for seed in sorted(set(range(args.seeds)) - {row["seed"] for row in rows}):
+        began = time.process_time()
         untrained, encoder, losses = train(tiles, seed, args.steps, args.batch, args.near, args.features)
         row = {"seed": seed, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
         if classes is not None:
             row |= evaluate(tiles, classes, seed, untrained, encoder, args.labels, args.raster is None)
-        rows.append(row | {"seconds": time.perf_counter() - began})
+        rows.append(row | {"cpu_seconds": time.process_time() - began})
         print(json.dumps(rows[-1]), flush=True)
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, int)}
+    if encoder is None:
+        return
     content = {
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
