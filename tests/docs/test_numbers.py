@@ -64,3 +64,58 @@ def test_a_table_of_decimals_names_its_file(page):
         if len(numbers) > 2:
             assert named, f"{page}, {heading}: {numbers}"
             assert all(any(RESULTS.glob(name)) for name in named), f"{page}, {heading}: not all of {named} are there"
+
+
+def test_start_shows_what_was_printed():
+    shown = re.search(r"(?:^ {4}.*\n)+", (ROOT / "docs" / "start.md").read_text(), re.MULTILINE)[0]
+    assert (
+        "".join(line[4:] for line in shown.splitlines(keepends=True)) in (RESULTS / "train_digits_cpu.txt").read_text()
+    )
+
+
+def test_map_tiles_are_what_was_measured():
+    rows = rows_of("tile2vec_cpu.json")
+    probes, analogies = tables(sections("docs/recipes.md")["Map tiles without labels"])
+    for table, measured in ((probes, rows), (analogies, [row["analogies"] for row in rows])):
+        (_, *names), *lines = table
+        assert [int(line[0]) for line in lines] == [row["seed"] for row in rows] == [0, 1, 2]
+        for line, row in zip(lines, measured, strict=True):
+            for name, cell in zip(names, line[1:], strict=True):
+                assert_is(cell, row[name], name)
+
+
+def test_latent_features_are_what_was_measured():
+    rows = {name: rows_of(f"latent_features_{name}_cpu.json") for name in ("digits", "textures")}
+    ((head, *lines),) = tables(sections("docs/recipes.md")["Hard samples and rare classes"])
+    assert len(lines) == 5
+    for method, *cells in lines:
+        for about, cell in zip(head[1:], cells, strict=True):
+            name, classes = about.split(", ")
+            values = [row[classes.split()[0]] for row in rows[name] if row["method"] == method]
+            assert len(values) == 5
+            for number, value in zip(cell.split(", "), (fmean(values), stdev(values)), strict=True):
+                assert_is(number, value, (method, about))
+
+
+def test_gradients_in_16_bits_are_what_was_measured():
+    keys = ("module", "branches", "stream", "reversible")
+    found = {
+        tuple(r[k] for k in keys): r["difference"] for r in rows_of("precision_cpu.json") if r["part"] == "16 bits"
+    }
+    ((_, *lines),) = tables(sections("docs/recipes.md")["Sixteen bits"])
+    modules = ["revbifpn", "revbifpn", "revbifpn.fast", "revbifpn.fast"]
+    for module, (_, stream, *cells) in zip(modules, lines, strict=True):
+        stream = "float32" if "float32" in stream else "default"
+        columns = [(dtype, reversible) for dtype in ("bfloat16", "float16") for reversible in (True, False)]
+        for (dtype, reversible), cell in zip(columns, cells, strict=True):
+            assert_is(cell, found[module, dtype, stream, reversible], (module, dtype, stream, reversible))
+
+
+def test_memory_by_streams_is_what_was_measured():
+    rows = [row for row in rows_of("precision_cpu.json") if row["part"] == "memory"]
+    found = {(r["branches"], r["stream"], r["reversible"]): r["mib_per_sample"] for r in rows}
+    ((_, *lines),) = tables(sections("docs/streams.md")["What it costs"])
+    columns = [("float32", True), ("fixed32", True), ("fixed16", True), ("float32", False)]
+    for branches, *cells in lines:
+        for (stream, reversible), cell in zip(columns, cells, strict=True):
+            assert_is(cell.split(",")[0], found[branches.split()[0], stream, reversible], (branches, stream))
