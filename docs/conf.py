@@ -24,11 +24,12 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|os|pathlib|fractions|timm|torchvision|huggingface_hub|mmengine)\..*"),  # others'
+    ("py:.*", r"(argparse|collections|os|pathlib|fractions|PIL|torch)\..*"),  # others'
+    ("py:.*", r"(timm|torchvision|torchmetrics|lightning|huggingface_hub|mmengine)\..*"),
     ("py:.*", r"revbifpn\.(engine|fused|mbconv|parts|build|adapters\.levels)\b.*|revkernels\..*"),  # no page
     (
         "py:.*",
-        r".*\.(T|M|ByArch|Encoded|Pass)|check_coefficients|ExtraFPNBlock|LastLevelMaxPool|Stem|Module|RevBiFPN|StreamFormat|Reversible.stream",
+        r".*\.(T|M|ByArch|Encoded|Pass)|check_coefficients|ExtraFPNBlock|LastLevelMaxPool|(.*\.)?(DataError|IGNORED|Key|Transform)|Stem|Module|RevBiFPN|StreamFormat|Reversible.stream",
     ),
     ("py:class", r".* .*|[a-z_]+"),  # the first words of what an attribute or a result is
 ]
@@ -38,7 +39,10 @@ myst_enable_extensions = ["colon_fence"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["timm", "torchvision", "huggingface_hub", "mmengine", "detectron2"]  # read, not called
+autodoc_mock_imports = [  # read, not called
+    *("timm", "torchvision", "huggingface_hub", "mmengine", "detectron2"),
+    *("lightning", "torchmetrics", "torchdata", "tensorboard", "webdataset", "matplotlib", "PIL", "yaml", "numpy"),
+]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

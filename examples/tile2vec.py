@@ -13,13 +13,17 @@ cover in patches, each with its spectrum and its texture, under light that varie
 .npy file of your own; without ``--classes`` nothing is evaluated.
 
 A linear probe on the embeddings of labelled tiles is compared with the same probe on the tiles' mean spectra and raw
-pixels, on their principal components, and on the untrained encoder. Results are written as JSON and as a picture.
+pixels, on their principal components, and on the untrained encoder. On the generated landscape analogies are asked
+as well: of three of the classes {two spectra} x {two textures} the embeddings' a - b + c should be nearest to a tile of
+the fourth. Results are written as JSON and as a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import time
 from pathlib import Path
 
@@ -32,6 +36,11 @@ from revbifpn.fast import RevBiFPN
 
 CLASSES, CHANNELS, SIDE = 5, 6, 1536
 TILE, MARGIN, NORM = 32, 10.0, 0.01
+PAIRS = [
+    (1, 0, 2, 3),
+    (2, 0, 1, 3),
+]  # a - b + c = d: another texture on c's spectrum, another spectrum with c's texture
+ANALOGIES = [order for a, b, c, d in PAIRS for order in ((a, b, c, d), (b, a, d, c), (d, c, b, a), (c, d, a, b))]
 
 
 def smooth(rng: np.random.Generator, side: int, scale: int) -> np.ndarray:
@@ -45,19 +54,21 @@ def landscape(path: Path, seed: int = 0, side: int = SIDE) -> np.ndarray:
     """Write a raster [CHANNELS, side, side] to ``path``; returns its classes [side, side].
 
     The class of a pixel is the largest of several smooth fields. Classes 0 and 1 have one spectrum and differ in
-    texture alone, as do 2 and 3. Noise is as large as the differences of spectra.
+    texture alone, as do 2 and 3; 0 and 2 have one texture, as have 1 and 3. Noise is as large as the differences of
+    spectra and as the furrows of the first texture.
     """
     rng = np.random.default_rng(seed)
     classes = np.argmax([smooth(rng, side, 96) for _ in range(CLASSES)], 0)
     spectra = rng.normal(size=(CLASSES, CHANNELS)).astype(np.float32)
     spectra[1], spectra[3] = spectra[0], spectra[2]
-    rows, columns = np.mgrid[:side, :side].astype(np.float32)
-    textures = [np.sin(rows / 1.5), np.sin(columns / 1.5), np.sin((rows + columns) / 3), smooth(rng, side, 4), 0 * rows]
+    rows, _ = np.mgrid[:side, :side].astype(np.float32)
+    furrows, trees = np.sin(rows / 1.5), smooth(rng, side, 4)
+    textures = [furrows, trees, furrows, trees, 0 * rows]
     light = 0.3 * smooth(rng, side, 256)
     raster = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(CHANNELS, side, side))
     for c in range(CHANNELS):
         texture = np.choose(classes, [t.astype(np.float32) for t in textures])
-        raster[c] = spectra[classes, c] + 0.7 * texture + light + 0.7 * rng.normal(size=(side, side))
+        raster[c] = spectra[classes, c] + texture + light + 0.7 * rng.normal(size=(side, side))
     raster.flush()
     return classes.astype(np.int64)
 
@@ -93,16 +104,30 @@ class Tiles:
         return anchors, neighbours, distant
 
 
+NETWORK = {
+    "dwk": (3, 5),
+    "dwkp": (0, 0),
+    "expand_ratios": (1, 1),
+    "se_ratios": (0.25, 0.25),
+    "inv_blk_rep": 1,
+    "num_ext_layers": 0,
+    "head_channels": (32, 32),
+    "head_dwk": (3, 3),
+    "head_dwkp": (2, 2),
+    "head_expand_ratios": (1, 2),
+    "head_se_ratios": (0.25, 0.25),
+    "fc_features": 64,
+    "head_dropout": 0.0,
+}
+
+
 class Encoder(nn.Module):
-    """A RevBiFPN whose classifier is the embedding."""
+    """A RevBiFPN of two levels whose classifier is the embedding."""
 
     def __init__(self, channels: int, features: int) -> None:
         super().__init__()
-        streams = [16 * max(3, channels), 32, 48, 64]  # the stem repeats the raster's channels in the first stream
-        heads = {"head_channels": [32, 32, 48, 64], "fc_features": 64}
-        self.network = RevBiFPN(
-            channels=streams, num_ext_layers=0, in_chans=channels, classes=features, head_dropout=0.0, **heads
-        )
+        streams = (16 * max(3, channels), 32)  # the stem repeats the raster's channels in the first stream
+        self.network = RevBiFPN(channels=streams, in_chans=channels, classes=features, **NETWORK)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
@@ -147,13 +172,28 @@ def train(tiles: Tiles, seed: int, steps: int, batch: int, near: int, features: 
 
 
 def probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> float:
-    """Accuracy in per cent of logistic regression on standardised features."""
+    """Accuracy in per cent of logistic regression on standardised features; its strength by cross-validation."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
-    return 100 * float(model.fit(train_x, train_y).score(test_x, test_y))
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    search = GridSearchCV(regression, {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0, 10.0]}, cv=3)
+    return 100 * float(search.fit(train_x, train_y).score(test_x, test_y))
+
+
+def analogy(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Random questions "a is to b as c is to what?" of tiles with features x and classes y: indices of the three and
+    of the tile, other than these, nearest to ``a - b + c`` [n, 4], and the classes that are right [n]."""
+    of_class = [np.flatnonzero(y == c) for c in range(CLASSES)]
+    known = [order for order in ANALOGIES if all(len(of_class[c]) for c in order)]
+    asked = np.array(known)[rng.integers(0, len(known), n)]  # [n, 4]
+    a, b, c = (np.array([rng.choice(of_class[k]) for k in column]) for column in asked.T[:3])
+    distance = np.stack([((point - x) ** 2).sum(1) for point in x[a] - x[b] + x[c]])  # [n, tiles]
+    for used in (a, b, c):
+        distance[np.arange(n), used] = np.inf
+    return np.stack([a, b, c, distance.argmin(1)], 1), asked[:, 3]
 
 
 def labelled(tiles: Tiles, classes: np.ndarray, rng: np.random.Generator, n: int, rows: tuple[float, float]):
@@ -168,8 +208,13 @@ def labelled(tiles: Tiles, classes: np.ndarray, rng: np.random.Generator, n: int
     return tiles.at(np.array(found)), np.array(labels)
 
 
-def evaluate(tiles: Tiles, classes: np.ndarray, seed: int, untrained: nn.Module, encoder: nn.Module, n: int) -> dict:
-    """Accuracy of the probe by features; test tiles lie in the lower third of the map, training tiles above it."""
+def evaluate(
+    tiles: Tiles, classes: np.ndarray, seed: int, untrained: nn.Module, encoder: nn.Module, n: int, generated: bool
+) -> dict:
+    """Accuracy of the probe by features, and of analogies where the landscape is ``generated``.
+
+    Test tiles lie in the lower third of the map, training tiles above it.
+    """
     from sklearn.decomposition import PCA
 
     rng = np.random.default_rng(1000 + seed)
@@ -185,11 +230,17 @@ def evaluate(tiles: Tiles, classes: np.ndarray, seed: int, untrained: nn.Module,
         "untrained encoder": [embed(untrained, x) for x in (train_x, test_x)],
         "Tile2Vec": [embed(encoder, x) for x in (train_x, test_x)],
     }
-    return {name: probe(a, train_y, b, test_y) for name, (a, b) in pairs.items()}
+    row = {name: probe(a, train_y, b, test_y) for name, (a, b) in pairs.items()}
+    if generated:
+        row["analogies"] = {}
+        for name, (a, b) in pairs.items():
+            found, right = analogy((b - a.mean(0)) / (a.std(0) + 1e-6), test_y, np.random.default_rng(seed))
+            row["analogies"][name] = 100 * float((test_y[found[:, 3]] == right).mean())
+    return row
 
 
-def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Module) -> None:
-    """The map, its classes and its embedding in colours; below, tiles with their nearest neighbours by embedding."""
+def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Module, generated: bool) -> None:
+    """The map, its classes and its embedding in colours; below, tiles with their nearest neighbours, and analogies."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,12 +252,20 @@ def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Mo
     grid = np.array([(y, x) for y in rows for x in columns])
     images = tiles.at(grid)
     vectors = embed(encoder, images)
+    vectors = (vectors - vectors.mean(0)) / (vectors.std(0) + 1e-6)
     colours = PCA(3, random_state=0).fit_transform(vectors)
     low, high = np.percentile(colours, [2, 98], 0)
     colours = np.clip((colours - low) / (high - low), 0, 1).reshape(len(rows), len(columns), 3)
+    of_tile = None if classes is None else np.array([classes[y + TILE // 2, x + TILE // 2] for y, x in grid])
+    rng = np.random.default_rng(0)
 
-    figure = plt.figure(figsize=(12, 10), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[4, 5])
+    def show(axis, i: int, title: str) -> None:
+        axis.imshow(np.clip(images[i, :3].numpy().transpose(1, 2, 0) / 4 + 0.5, 0, 1))
+        axis.set_title(title if of_tile is None else f"{title}class {of_tile[i]}", fontsize=9)
+
+    parts = [4, 5, 4] if generated else [4, 5]
+    figure = plt.figure(figsize=(12, 3 * len(parts) + 4), layout="constrained")
+    top, middle, *bottom = figure.subfigures(len(parts), 1, height_ratios=parts)
     overview = top.subplots(1, 3)
     step = max(1, height // 512)
     seen = tiles.raster[:3, ::step, ::step]
@@ -218,16 +277,22 @@ def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Mo
     overview[1].set_title("classes, which training never sees")
     overview[2].imshow(colours)
     overview[2].set_title("embedding of every tile, three components")
-    chosen = np.random.default_rng(0).choice(len(grid), 4, replace=False)
-    below = bottom.subplots(4, 6)
-    for line, i in zip(below, chosen, strict=True):
-        nearest = np.argsort(((vectors - vectors[i]) ** 2).sum(1))[:6]
-        for axis, j in zip(line, nearest, strict=True):
-            axis.imshow(np.clip(images[j, :3].numpy().transpose(1, 2, 0) / 4 + 0.5, 0, 1))
-            y, x = grid[j] + TILE // 2
-            axis.set_title("" if classes is None else f"class {classes[y, x]}", fontsize=9)
-    bottom.suptitle("a tile, and its five nearest of the whole map")
-    for axis in (*overview, *below.ravel()):
+    axes = [*overview]
+    neighbours = middle.subplots(4, 6)
+    middle.suptitle("a tile, and its five nearest of the whole map")
+    for line, i in zip(neighbours, rng.choice(len(grid), 4, replace=False), strict=True):
+        for axis, j in zip(line, np.argsort(((vectors - vectors[i]) ** 2).sum(1))[:6], strict=True):
+            show(axis, j, "")
+    axes += [*neighbours.ravel()]
+    for part in bottom:
+        found, _ = analogy(vectors, of_tile, rng, n=3)
+        lines = part.subplots(3, 4)
+        part.suptitle("analogies: the first tile, minus the second, plus the third, is nearest to the fourth")
+        for line, indices in zip(lines, found, strict=True):
+            for axis, i, sign in zip(line, indices, ("", "- ", "+ ", "= "), strict=True):
+                show(axis, i, sign)
+        axes += [*lines.ravel()]
+    for axis in axes:
         axis.set_axis_off()
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -238,10 +303,10 @@ def main() -> None:
     parser.add_argument("--raster", type=Path, help="an .npy file [C, H, W] (default: a generated landscape)")
     parser.add_argument("--classes", type=Path, help="its classes, an .npy file [H, W] of integers, to evaluate with")
     parser.add_argument("--output", type=Path, default=Path("tile2vec"), metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of which those in the output's file are not run again")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=24, help="triplets in a step")
-    parser.add_argument("--near", type=int, default=40, help="pixels between an anchor and its neighbour, at most")
+    parser.add_argument("--near", type=int, default=24, help="pixels between an anchor and its neighbour, at most")
     parser.add_argument("--features", type=int, default=32)
     parser.add_argument("--labels", type=int, default=200, help="labelled tiles that the probe is trained on")
     args = parser.parse_args()
@@ -250,19 +315,31 @@ def main() -> None:
     raster = args.raster or args.output / "landscape.npy"
     classes = landscape(raster) if args.raster is None else args.classes and np.load(args.classes)
     tiles, rows = Tiles(raster), []
-    for seed in range(args.seeds):
-        began = time.perf_counter()
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "seeds"}
+    if (args.output / "tile2vec.json").exists():
+        earlier = json.loads((args.output / "tile2vec.json").read_text())
+        rows = earlier["rows"] if earlier["settings"] == settings else []
+    encoder = None
+    for seed in sorted(set(range(args.seeds)) - {row["seed"] for row in rows}):
+        began = time.process_time()
         untrained, encoder, losses = train(tiles, seed, args.steps, args.batch, args.near, args.features)
         row = {"seed": seed, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
         if classes is not None:
-            row |= evaluate(tiles, classes, seed, untrained, encoder, args.labels)
-        rows.append(row | {"seconds": time.perf_counter() - began})
-        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-    settings = {name: value for name, value in vars(args).items() if isinstance(value, int)}
-    content = {"torch": torch.__version__, "settings": settings, "rows": rows}
+            row |= evaluate(tiles, classes, seed, untrained, encoder, args.labels, args.raster is None)
+        rows.append(row | {"cpu_seconds": time.process_time() - began})
+        print(json.dumps(rows[-1]), flush=True)
+    if encoder is None:
+        return
+    content = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "settings": settings,
+        "rows": rows,
+    }
     (args.output / "tile2vec.json").write_text(json.dumps(content, indent=1) + "\n")
     torch.save(encoder.state_dict(), args.output / "encoder.pt")
-    picture(args.output / "tile2vec.png", tiles, classes, encoder)
+    picture(args.output / "tile2vec.png", tiles, classes, encoder, args.raster is None)
     print(f"written: {args.output}/tile2vec.json, tile2vec.png, encoder.pt")
 
 

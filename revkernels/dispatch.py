@@ -74,8 +74,24 @@ def _why_not_built(name: str, module: str) -> str:
     others = [path.name for path in Path(__file__).parent.glob(f"{module}.*.so")]
     if others:
         return f"{others[0]} is for another Python than {sys.implementation.cache_tag}; {REBUILD}"
+    if installed := hidden_installation():
+        return f"this source tree hides the package that is installed in {installed}: start Python in another folder"
     reason = left_out().get(name, "this is a source tree, which `pip install -e .` builds in")
     return f"revkernels.{module} was not built: {reason}"
+
+
+def hidden_installation() -> Path | None:
+    """Where a later folder of ``sys.path`` has this package with native modules, while this is the one imported.
+
+    ``python -m``, ``python -c`` and an interactive Python put the working directory first: in a checkout they import
+    its sources rather than what was installed from them.
+    """
+    here = Path(__file__).parent
+    for folder in sys.path:
+        other = Path(folder, here.name)
+        if any(other.glob("_C*.so")) and not other.samefile(here):
+            return other
+    return None
 
 
 def _has_gpu() -> bool:

@@ -1,5 +1,6 @@
 """Tile2Vec: tiles are what the raster has, triplets are near and far, the loss is the paper's, and the script runs."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_the_landscape_has_its_classes_and_two_pairs_that_differ_in_texture_alon
     spectra = [raster[:, classes == c].mean(1) for c in range(example.CLASSES)]
     between = np.linalg.norm(spectra[0] - spectra[2])
     assert max(np.linalg.norm(spectra[0] - spectra[1]), np.linalg.norm(spectra[2] - spectra[3])) < 0.5 * between
+    steps = [np.abs(np.diff(raster.mean(0)))[classes[:, 1:] == c].mean() for c in range(4)]
+    assert max(steps[0], steps[2]) < 0.9 * min(steps[1], steps[3]), "furrows do not change along a row, trees do"
 
 
 def test_tiles_are_windows_of_the_file_normalised_by_channel(example, landscape):
@@ -71,13 +74,26 @@ def test_a_raster_that_is_none_is_refused(example, tmp_path):
         example.Tiles(tmp_path / "flat.npy")
 
 
-def test_the_script_ends_in_numbers_and_a_picture(example, landscape, tmp_path, monkeypatch):
+def test_analogies_are_right_where_spectrum_and_texture_add_up(example):
+    classes = np.arange(100) % example.CLASSES
+    spectrum, texture = np.eye(3)[classes // 2], np.eye(2)[classes % 2]
+    found, right = example.analogy(np.concatenate([spectrum, texture], 1), classes, np.random.default_rng(0), n=100)
+    assert (classes[found[:, 3]] == right).all() and set(right) == {0, 1, 2, 3}
+    assert all(len(set(line)) == 4 for line in found)
+    found, right = example.analogy(spectrum, classes, np.random.default_rng(0), n=100)
+    assert (classes[found[:, 3]] == right).mean() < 0.8
+
+
+@pytest.mark.parametrize("generated", [True, False], ids=["generated", "a file of one's own"])
+def test_the_script_ends_in_numbers_and_a_picture(example, landscape, tmp_path, monkeypatch, generated):
     np.save(tmp_path / "classes.npy", landscape[1])
-    arguments = f"--raster={landscape[0]} --classes={tmp_path / 'classes.npy'} --output={tmp_path / 'out'}"
+    own = [] if generated else [f"--raster={landscape[0]}", f"--classes={tmp_path / 'classes.npy'}"]
     short = "--seeds=1 --steps=2 --batch=4 --labels=40 --features=8"
-    monkeypatch.setattr("sys.argv", ["tile2vec.py", *arguments.split(), *short.split()])
+    monkeypatch.setattr(example, "landscape", functools.partial(example.landscape, side=640))
+    monkeypatch.setattr("sys.argv", ["tile2vec.py", *own, f"--output={tmp_path / 'out'}", *short.split()])
     example.main()
     (row,) = json.loads((tmp_path / "out" / "tile2vec.json").read_text())["rows"]
     probes = {"mean spectrum", "raw pixels", "PCA", "untrained encoder", "Tile2Vec"}
     assert probes < row.keys() and all(0 <= row[name] <= 100 for name in probes)
+    assert row.get("analogies", {}).keys() == (probes if generated else set())
     assert (tmp_path / "out" / "tile2vec.png").read_bytes()[:4] == b"\x89PNG"

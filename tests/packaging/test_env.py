@@ -64,3 +64,21 @@ def test_report_works_without_native_code_and_gives_the_reason(tmp_path, disable
 def test_report_shows_what_the_installation_left_out(monkeypatch):
     monkeypatch.setattr(dispatch, "left_out", lambda: {"cuda": "no nvcc"})
     assert "no nvcc" in env.render(env.collect())
+
+
+def test_sources_that_hide_an_installation_say_so(tmp_path, monkeypatch):
+    sources, installed = tmp_path / "checkout" / "revkernels", tmp_path / "installed" / "revkernels"
+    for folder in (sources, installed):
+        folder.mkdir(parents=True)
+    (installed / "_C.abi3.so").touch()
+    monkeypatch.setattr(dispatch, "__file__", str(sources / "dispatch.py"))
+    monkeypatch.setattr(sys, "path", [str(sources.parent), "missing", str(installed.parent)])
+    reason = dispatch._why_not_built("cpp", "_C")
+    assert (
+        reason == f"this source tree hides the package that is installed in {installed}: start Python in another folder"
+    )
+    monkeypatch.setattr(sys, "path", [str(sources.parent)])
+    assert "this is a source tree, which `pip install -e .` builds in" in dispatch._why_not_built("cpp", "_C")
+    (sources / "_C.abi3.so").touch()
+    monkeypatch.setattr(sys, "path", [str(sources.parent)])
+    assert dispatch.hidden_installation() is None
