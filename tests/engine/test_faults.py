@@ -84,7 +84,7 @@ def after_a_call(model):
     """The model, with what it makes at its first calls, with gradients and without; its statistics are as before."""
     training = model.training
     for mode in (torch.enable_grad, torch.no_grad):
-        with mode():
+        with mode(), reduced(model):
             model.eval()(image())
     return model.train(training)
 
@@ -93,11 +93,16 @@ def image():
     return networks.image(F32, 3, 16, 16)
 
 
+def reduced(model):
+    """Autocast, where streams are of 16 bits."""
+    enabled = model.stream is not None and model.stream.name == "fixed16"
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
 def forward(model):
     """A loss, under autocast where streams are of 16 bits."""
     torch.manual_seed(2)
-    reduced = model.stream is not None and model.stream.name == "fixed16"
-    with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+    with reduced(model):
         kept = modes(model)
         try:
             logits = model(image())
