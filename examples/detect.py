@@ -134,7 +134,8 @@ def draw(outcome: Outcome, dataset: CocoFolder, folder: Path, pictures: int) -> 
 
 
 def options(argv: list[str] | None) -> Options:
-    p = parser(__doc__, resolution=64, batch=4, epochs=10, warmup_epochs=1, weight_decay=1e-2, clip_norm=10.0, workers=0)
+    step = {"batch": 4, "epochs": 10, "warmup_epochs": 1, "weight_decay": 1e-2, "clip_norm": 10.0}
+    p = parser(__doc__, resolution=64, workers=0, **step)
     g = p.add_argument_group("detector")
     g.add_argument("--train", default="train", help="split to train on")
     g.add_argument("--val", default="val", help="split to evaluate on")
