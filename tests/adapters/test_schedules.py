@@ -142,4 +142,5 @@ def test_transformers_counts_accumulated_batches_as_one_step_and_takes_half_of_t
     assert model.betas == [beta for beta in betas_of(True) for _ in range(2)]
 
 
-pytestmark = covering
+# xdist sends warnings by class: the receiving process would import Lightning for its own.
+pytestmark = [covering, pytest.mark.filterwarnings("ignore")]
