@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -169,13 +168,6 @@ def _unpack(streams: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
 Terms = tuple[tuple[Part, nn.Module], ...]  # of a coupling: what its transforms read, and they
 
 
-@lru_cache
-def _into(target: int, levels: int, up: bool) -> tuple[tuple[Part, str], ...]:
-    """The sources that may add to ``target``, and the names of their transforms, in the order of these."""
-    sources, count = (range(levels - 1, target, -1), levels - 1) if up else (range(target), 0)
-    return tuple((Part(i), f"xform_{abs(count - i)}_{abs(count - target)}") for i in sources)
-
-
 class HalfSilo(nn.Module):
     """The transforms ``xform_{i}_{j}`` of one direction, from stream i to stream j > i, counted in that direction.
 
@@ -197,13 +189,19 @@ class HalfSilo(nn.Module):
         for (source, target), transform in sorted(transforms.items(), key=lambda item: self._count(*item[0])):
             i, j = self._count(source, target)
             self.add_module(f"xform_{i}_{j}", transform)
+        self._into = [self._names_into(target) for target in range(levels)]
 
     def _count(self, *levels: int) -> tuple[int, ...]:
         return tuple(self.levels - 1 - level for level in levels) if self.up else levels
 
+    def _names_into(self, target: int) -> list[tuple[Part, str]]:
+        """The sources that may add to ``target``, and the names of their transforms, in the order of these."""
+        sources = range(self.levels - 1, target, -1) if self.up else range(target)
+        return [(Part(source), "xform_{}_{}".format(*self._count(source, target))) for source in sources]
+
     def into(self, target: int) -> Terms:
         """The (source, transform) pairs that add to ``target``, in the order of their names."""
-        terms = [(part, self._modules.get(name)) for part, name in _into(target, self.levels, self.up)]
+        terms = [(part, self._modules.get(name)) for part, name in self._into[target]]
         return tuple([(part, transform) for part, transform in terms if transform is not None])
 
     def leave_out(self, target: int) -> None:
@@ -218,6 +216,8 @@ _couplings: WeakKeyDictionary[HalfSilo, dict[Part, Coupling]] = WeakKeyDictionar
 
 def _coupling(silo: HalfSilo, target: Part, terms: Terms, creates: bool = False) -> Coupling:
     """One of a half silo's couplings, by target: the same in every pass, as making and checking one takes its time."""
+    if is_traced():
+        return Coupling(target, terms, creates)
     known = _couplings.setdefault(silo, {})
     coupling = known.get(target)
     if coupling is None or coupling.terms != terms or coupling.creates != creates:

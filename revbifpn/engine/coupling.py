@@ -16,8 +16,7 @@ coefficients s and c are those of dual-residual networks (``x_i = B(x_{i-1}) + (
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -85,6 +84,7 @@ class Coupling:
     creates: bool = False
     linear: tuple[tuple[Part, float], ...] = ()
     scale: float = 1.0
+    _moved: dict[int, Coupling] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for argument, sources in (("terms", self.sources), ("linear", [source for source, _ in self.linear])):
@@ -99,18 +99,14 @@ class Coupling:
         if self.creates and (self.scale != 1 or not self.terms):
             raise ValueError("creates: a new level starts from zero: it has terms, and nothing to scale")
 
-    @cached_property
+    @property
     def sources(self) -> tuple[Part, ...]:
         """What the transforms read."""
         return tuple(source for source, _ in self.terms)
 
-    @cached_property
+    @property
     def transforms(self) -> tuple[nn.Module, ...]:
         return tuple(transform for _, transform in self.terms)
-
-    @cached_property
-    def _moved(self) -> dict[int, Coupling]:
-        return {}
 
     def at(self, level: int) -> Coupling:
         """The same coupling among the streams from ``level`` on."""
