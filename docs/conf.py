@@ -40,7 +40,7 @@ myst_enable_extensions = ["colon_fence"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_mock_imports = [  # read, not called
-    *("timm", "torchvision", "huggingface_hub", "mmengine", "detectron2"),
+    *("timm", "torchvision", "huggingface_hub", "mmengine", "detectron2", "transformers"),
     *("lightning", "torchmetrics", "torchdata", "tensorboard", "webdataset", "matplotlib", "PIL", "yaml", "numpy"),
 ]
 napoleon_google_docstring = True
