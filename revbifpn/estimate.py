@@ -106,24 +106,33 @@ class StepEstimator:
         return self._as_estimate(math.ceil(peak + slope * (batch - self._limit)), batch)
 
     def largest_batch(self, memory_bytes: float) -> int:
-        """The largest batch with ``estimate(batch).total <= memory_bytes``; 0 where not even one sample fits."""
+        """The largest batch with ``estimate(batch).total <= memory_bytes``; 0 where none fits.
+
+        One sample is no batch where a norm that takes the batch's statistics has one value of it per channel.
+        """
         limit = self._find_limit()
         total = self.estimate(limit).total
         if total <= memory_bytes:
             _, slope = self._line()
             per_sample = slope + self._step(limit).input_bytes / limit
             return limit + int((memory_bytes - total) / per_sample)
-        fits, too_large = 0, limit
+        fits, too_large, alone = 0, limit, True
         lower, upper = self._as_estimate(0, 0).total, total
         while too_large - fits > 1:  # the total is nearly a line between the two
             share = (memory_bytes - lower) / (upper - lower)
             batch = min(max(fits + 1, round(fits + share * (too_large - fits))), too_large - 1)
-            total = self.estimate(batch).total
+            try:
+                total = self.estimate(batch).total
+            except ValueError:
+                if batch > 1:
+                    raise
+                fits, alone = 1, False
+                continue
             if total <= memory_bytes:
                 fits, lower = batch, total
             else:
                 too_large, upper = batch, total
-        return fits
+        return fits if alone or fits > 1 else 0
 
     def line_batches(self) -> tuple[int, ...]:
         """The batches that are simulated before any is asked for: the smallest limit, half the limit and the limit.

@@ -108,9 +108,10 @@ def choose_batch(options: Options, model: nn.Module, samples: int) -> int | None
     average = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) if o.ema else 0
     largest = estimator.largest_batch(o.max_memory - average)
     if not largest or (o.batch or 0) > largest:
-        total = estimator.estimate(o.batch or 1).total + average
+        wanted = o.batch or 2  # one sample may be no batch, for the norms
+        total = estimator.estimate(wanted).total + average
         raise OptionError(
-            f"--batch {o.batch or 1} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, "
+            f"--batch {wanted} does not fit --max-memory: it takes {report.gigabytes(total)} by the estimate, "
             f"given are {report.gigabytes(o.max_memory)}; "
             + (
                 f"--batch {largest} fits (--accumulate makes up for it)"

@@ -118,6 +118,14 @@ def test_largest_batch_fits_and_one_more_does_not(small_chunks):
     assert estimator.largest_batch(estimator.estimate(1).total - 1) == 0
 
 
+def test_one_sample_is_no_batch_where_norms_have_one_value_of_it(small_chunks):
+    """Maps of one pixel at the lowest resolution."""
+    estimator = StepEstimator(tiny(), 8)
+    for batch in (2, 3, 5):
+        assert estimator.largest_batch(estimator.estimate(batch).total) == batch
+    assert estimator.largest_batch(estimator.estimate(2).total - 1) == 0
+
+
 @pytest.mark.slow
 def test_largest_batch_of_a_model_is_that_of_its_estimator(small_chunks):
     model = tiny(reversible=False)

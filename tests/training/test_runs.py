@@ -405,8 +405,8 @@ def test_a_config_is_read_and_its_mistakes_are_named(refusal, tmp_path):
     config.write_text("arch: revbifpn_s9\nmax-memory: 2MB\n")
     text, _ = refusal("--config", config)
     assert "config.yaml: --arch revbifpn_s9: expected one of revbifpn_s0, " in text
-    config.write_text("max-memory: 2MB\nlr: 1e-3\nbatch: 4000\n")
-    assert "--batch 4000 does not fit" in refusal("--config", config)[0]
+    config.write_text("max-memory: 1MB\nlr: 1e-3\n")
+    assert "--batch 4 does not fit" in refusal("--config", config)[0]
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(refusal, tmp_path):
