@@ -74,9 +74,10 @@ def _why_not_built(name: str, module: str) -> str:
     others = [path.name for path in Path(__file__).parent.glob(f"{module}.*.so")]
     if others:
         return f"{others[0]} is for another Python than {sys.implementation.cache_tag}; {REBUILD}"
-    if installed := hidden_installation():
+    reason = left_out().get(name)
+    if reason is None and (installed := hidden_installation()):
         return f"this source tree hides the package that is installed in {installed}: start Python in another folder"
-    reason = left_out().get(name, "this is a source tree, which `pip install -e .` builds in")
+    reason = reason or "this is a source tree, which `pip install -e .` builds in"
     return f"revkernels.{module} was not built: {reason}"
 
 

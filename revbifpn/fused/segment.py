@@ -182,7 +182,7 @@ class FusedSegment:
                 else:
                     of_map.tensor().add_(dout)
             if dz is None and kept[0].p is None and self._is_inner(dout):
-                dz = torch.empty_like(dout)
+                dz = torch.empty_like(dout, memory_format=torch.contiguous_format)
             adopt = dz is not None and of_y is not None and of_y.adopts(dz)
             dy = dz if adopt else None if of_y is None else of_y.tensor()
             dneck = self._pull_neck(y, records[0], weights[0], kept[0], dout, dy, not adopt, dz)
