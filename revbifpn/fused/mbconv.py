@@ -207,13 +207,15 @@ class FusedMBConv:
         encoded = isinstance(x, Encoded)
         key = (x.shape, x.dtype, encoded, self.dtype, x.device.type, chunk_bytes(x.device))
         shapes = self.layers.shapes
-        if key not in shapes:
+        found = shapes.get(key)
+        if found is None:
             if len(shapes) >= LIMIT:
                 shapes.clear()
             shape = self._shape(x, encoded)
             # All planes of a chunk come at once then. cuBLAS wants the chunks of the backward.
-            shapes[key] = shape, shape if x.device.type != "cpu" else shape._replace(chunk=self.chunk(x, 4))
-        return shapes[key]
+            found = shape, shape if x.device.type != "cpu" else shape._replace(chunk=self.chunk(x, 4))
+            shapes[key] = found
+        return found
 
     def _shape(self, x: Values, encoded: bool) -> MBConvShape:
         w, on_cpu = self.weights, x.device.type == "cpu"
