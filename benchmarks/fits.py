@@ -117,7 +117,7 @@ def _classification(size: tuple[int, int]) -> Iterator[Job]:
             for variant in (STORED, CHECKPOINTED):
                 make = partial(RIVALS[name].build, checkpointed=variant == CHECKPOINTED)
                 about = {"network": name, "label": RIVALS[name].label, "variant": variant, "score": RIVALS[name].top1}
-                run = partial(fits.simulate, make, size, precision, **about)
+                run = partial(fits.simulate, make, size, precision, on_a_line=True, **about)
                 yield Job(CLASSIFICATION, name, variant, size, precision, "", run)
         for arch in CONFIGS:
             run = partial(fits.simulate_revbifpn, arch, size, precision, "", STORED)
@@ -135,7 +135,7 @@ def _segmentation(size: tuple[int, int]) -> Iterator[Job]:
             for variant in (STORED, CHECKPOINTED):
                 make = partial(Segmenter, name, checkpointed=variant == CHECKPOINTED)
                 about = {"network": name, "label": LABELS[name], "variant": variant}
-                run = partial(fits.simulate, make, size, precision, task=SEGMENTATION, **about)
+                run = partial(fits.simulate, make, size, precision, on_a_line=True, task=SEGMENTATION, **about)
                 yield Job(SEGMENTATION, name, variant, size, precision, "", run)
 
 

@@ -128,6 +128,7 @@ def simulate(
     precision: str = "float32",
     *,
     smallest_bytes: float = 4 * 2**30,
+    on_a_line: bool = False,
     **about: Any,
 ) -> Step:
     """Simulate a network's step (:class:`revbifpn.estimate.StepEstimator`, in the chunks of a GPU).
@@ -138,16 +139,18 @@ def simulate(
         precision: "float32", or "bfloat16" for the forward under autocast.
         smallest_bytes: of the cards that will be asked for; where fewer images fit than the estimator needs for its
             line, smaller batches are simulated too.
+        on_a_line: every image takes as much as the one before, as where activations are stored or checkpointed: nothing
+            is computed in chunks. Two batches are simulated then.
         about: ``network``, ``label``, ``variant`` and the other attributes of :class:`Step`.
     """
     with torch.device("meta"):
         network = make()
     estimator = StepEstimator(network, size, PRECISIONS[precision], optimizer_states=1, device="cuda")
-    batches = estimator.line_batches()
+    batches = (1, 4) if on_a_line else estimator.line_batches()
     found = {n: estimator.estimate(n) for n in batches}
     (half, full) = batches[-2:]
     slope = (found[full].activations - found[half].activations) / (full - half)
-    if found[full].total + found[full].optimizer > smallest_bytes:
+    if not on_a_line and found[full].total + found[full].optimizer > smallest_bytes:
         found |= {n: estimator.estimate(n) for n in (1, 2, 4) if n not in found}
     one = found[full]
     return Step(
@@ -171,9 +174,9 @@ def simulate_revbifpn(arch: str, size: Sequence[int], precision: str, stream: st
         make = partial(getattr(model, arch), reversible=False, **options)
     else:
         make = partial(getattr(fast, arch), stream=stream, **options)
-    label = f"RevBiFPN-{arch.rsplit('_', 1)[1].upper()}"
-    stream = "" if variant == STORED else stream
-    return simulate(make, size, precision, network=arch, label=label, variant=variant, score=config.top1, stream=stream)
+    about = {"network": arch, "label": f"RevBiFPN-{arch.rsplit('_', 1)[1].upper()}", "score": config.top1}
+    about |= {"variant": variant, "stream": "" if variant == STORED else stream}
+    return simulate(make, size, precision, on_a_line=variant == STORED, **about)
 
 
 def load(path: Path = TABLE) -> tuple[dict[str, Any], list[Step]]:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import revbifpn
 from benchmarks import fits as table_maker
 from revbifpn import fits, revbifpn_s0
 from revbifpn.estimate import StepEstimator
@@ -41,6 +42,18 @@ def test_where_few_images_fit_the_answer_is_the_estimators(states):
     estimator = StepEstimator(model, 512, optimizer_states=states, device="cuda")
     for gigabytes in (1, 2.2):
         assert step.largest_batch(gigabytes * GB, states) == estimator.largest_batch(gigabytes * GB) < 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_of_stored_activations_two_batches_say_everything(dtype):
+    with torch.device("meta"):
+        model = narrow(revbifpn, F32, reversible=False)
+    about = {"network": "narrow", "label": "narrow", "variant": "stored", "on_a_line": True}
+    precision = next(name for name, value in fits.PRECISIONS.items() if value == dtype)
+    step = fits.simulate(lambda: narrow(revbifpn, F32, reversible=False), (64, 96), precision, **about)
+    estimator = StepEstimator(model, (64, 96), dtype, device="cuda")
+    for batch in (1, 2, 7, 64):
+        assert step.estimate(batch).total == pytest.approx(estimator.estimate(batch).total, rel=5e-3)
 
 
 def a_step(**changes) -> Step:
