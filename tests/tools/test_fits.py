@@ -44,6 +44,7 @@ def test_where_few_images_fit_the_answer_is_the_estimators(states):
         assert step.largest_batch(gigabytes * GB, states) == estimator.largest_batch(gigabytes * GB) < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_of_stored_activations_two_batches_say_everything(dtype):
     with torch.device("meta"):
@@ -52,7 +53,7 @@ def test_of_stored_activations_two_batches_say_everything(dtype):
     precision = next(name for name, value in fits.PRECISIONS.items() if value == dtype)
     step = fits.simulate(lambda: narrow(revbifpn, F32, reversible=False), (64, 96), precision, **about)
     estimator = StepEstimator(model, (64, 96), dtype, device="cuda")
-    for batch in (1, 2, 7, 64):
+    for batch in (2, 8):
         assert step.estimate(batch).total == pytest.approx(estimator.estimate(batch).total, rel=5e-3)
 
 
