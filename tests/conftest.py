@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # the tests' maps are tiny, and runners are shared
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed; what is installed comes first
 
-from tests.marks import leave_to_the_full_run  # noqa: E402
+from tests.marks import leave_out  # noqa: E402
 
 
 def pytest_configure(config):
@@ -38,8 +38,10 @@ def pytest_cmdline_main(config):
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` selects
-def pytest_collection_modifyitems(items):
-    leave_to_the_full_run(items)
+def pytest_collection_modifyitems(config, items):
+    if dropped := set(leave_out(items)):
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture

@@ -8,22 +8,31 @@ from typing import Any
 import pytest
 
 # On a test, or on a file as ``pytestmark``: in the default run as many of its cases as it takes for every value of
-# every parameter to come once, and all combinations in the full run.
+# every parameter to come once, in the full run for every pair of values of two parameters to come once. The rest of
+# the combinations, which are most of a large matrix, do not run.
 covering = pytest.mark.covering
 
 
-def leave_to_the_full_run(items: Iterable[pytest.Item]) -> None:
-    """Mark the cases of ``covering`` tests slow whose values all come in an earlier case."""
-    seen: dict[object, set[tuple[str, str]]] = defaultdict(set)
+def leave_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Mark the cases of ``covering`` tests slow whose values all come in an earlier case; what brings no new pair."""
+    values_seen: dict[object, set[tuple[str, str]]] = defaultdict(set)
+    pairs_seen: dict[object, set[tuple]] = defaultdict(set)
+    dropped = []
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        if "covering" not in marks or "slow" in marks or not hasattr(item, "callspec"):
+        if "covering" not in marks or not hasattr(item, "callspec"):
             continue
-        values = {(name, str(value)) for name, value in item.callspec.params.items()}
-        came = seen[item.function]
-        if came and values <= came:
+        values = sorted((name, str(value)) for name, value in item.callspec.params.items())
+        pairs = set(itertools.combinations(values, 2))
+        came = values_seen[item.function]
+        if "slow" not in marks and not came.issuperset(values):
+            came.update(values)
+        elif pairs and pairs <= pairs_seen[item.function]:
+            dropped.append(item)
+        elif "slow" not in marks:
             item.add_marker(pytest.mark.slow)
-        came |= values
+        pairs_seen[item.function] |= pairs
+    return dropped
 
 
 def slow(values: Iterable[Any]) -> list:
