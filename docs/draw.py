@@ -268,8 +268,8 @@ def dual_residual() -> Drawing:
         760,
         330,
         "A dual-residual network",
-        "Two streams in two slots of memory. Blocks take turns in reading one and updating the other in place: what was "
-        "there times beta, plus the block's result, plus alpha minus one times what the block read.",
+        "Two streams in two slots of memory. Blocks take turns in reading one and updating the other in place: what "
+        "was there times beta, plus the block's result, plus alpha minus one times what the block read.",
     )
     upper, lower = 60, 190
     d.box(20, upper - 19, 56, 38, "x_0")
