@@ -92,9 +92,13 @@ def test_start_shows_what_was_printed():
 
 
 def test_map_tiles_are_what_was_measured():
-    rows = rows_of("tile2vec_cpu.json")
-    probes, analogies = tables(sections("docs/recipes.md")["Map tiles without labels"])
-    for table, measured in ((probes, rows), (analogies, [row["analogies"] for row in rows])):
+    rows, of_textures = rows_of("tile2vec_cpu.json"), rows_of("tile2vec_textures_cpu.json")
+    probes, textures, analogies = tables(sections("docs/recipes.md")["Map tiles without labels"])
+    for table, measured in (
+        (probes, rows),
+        (textures, of_textures),
+        (analogies, [row["analogies"] for row in rows]),
+    ):
         (_, *names), *lines = table
         assert [int(line[0]) for line in lines] == [row["seed"] for row in rows] == [0, 1, 2]
         for line, row in zip(lines, measured, strict=True):
