@@ -5,9 +5,9 @@
 
 Counts what PyTorch dispatches in forward, loss and backward, without views and allocations. On a GPU a pass over a map
 is one kernel or a few, an MBConv's op is many; each costs a launch, unless the step is captured in a CUDA graph, which
-is launched as one (examples/cuda_graph.py). `benchmarks/host.py` and `gpu_suite.py` count the kernels themselves. The count depends neither on the size
-of the images nor on the device, as long as a batch is one chunk, so small images on the CPU tell it. Prints a table and
-writes it to benchmarks/results/launches.csv.
+is launched as one (examples/cuda_graph.py). `benchmarks/host.py` and `gpu_suite.py` count the kernels themselves. The
+count depends neither on the size of the images nor on the device, as long as a batch is one chunk, so small images on
+the CPU tell it. Prints a table and writes it to benchmarks/results/launches.csv.
 """
 
 from __future__ import annotations
