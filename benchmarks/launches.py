@@ -1,4 +1,4 @@
-"""Operations of a training step: how often RevBiFPN's step calls the device, against plain autograd.
+"""Operations of a training step: what PyTorch dispatches in RevBiFPN's, against plain autograd.
 
     python benchmarks/launches.py                                S0, S3, S6
     python benchmarks/launches.py --published ~/RevBiFPN         the published code as well

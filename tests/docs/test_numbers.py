@@ -377,7 +377,15 @@ def test_the_floor_of_detectors_adds_up():
     )
 
 
-def test_scales_are_compared_by_their_arithmetic():
+def test_scales_are_described_as_they_are():
+    rows = [row for row in rows_of("memory_vs_hrnet_cpu_float32.json") if row["setting"] == "native"]
+    memory = {(row["model"], row["variant"]): row["bytes_per_sample"] / 2**20 for row in rows}
+    (_, *lines), *_ = tables(sections("docs/choosing.md")["The scale"])
+    for (scale, *cells), (arch, config) in zip(lines, CONFIGS.items(), strict=True):
+        values = [config.top1, config.resolution, config.parameters / 1e6, config.macs / 1e9]
+        values += [memory[arch, variant] for variant in ("fast", "stored")]
+        for cell, value in zip(cells, values, strict=True):
+            assert_is(cell, value, scale)
     s0, s3, s6 = (CONFIGS[f"revbifpn_{scale}"].macs for scale in ("s0", "s3", "s6"))
     assert_said("docs/choosing.md", f"S3 has {s3 / s0:.0f} times", f"S6 has {s6 / s0:.0f} times")
 
