@@ -11,6 +11,8 @@ from statistics import fmean, stdev
 import pytest
 
 from revbifpn.configs import CONFIGS
+from revbifpn.dual_residual.precision import precise_beta
+from revbifpn.dual_residual.schedule import PREDICTED_ERRORS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -314,6 +316,12 @@ def test_training_of_dual_residual_networks_is_what_was_measured():
         f"differs by {min(scheduled):.1f} to +{max(scheduled):.1f} points, {-fmean(scheduled):.1f} below in the mean",
         f"its losses by up to {losses('float scheduled'):.0f} % on the way and {100 * last:.0f} % at the end",
     )
+
+
+def test_ends_of_schedules_are_what_the_prediction_says():
+    ends = [precise_beta(depth, error) for depth in (6, 12, 24) for error in PREDICTED_ERRORS]
+    words = "with 6 blocks beta = {:.2f} to {:.2f}, with 12 blocks {:.2f} to {:.2f}, with 24 blocks {:.2f} to {:.2f}."
+    assert_said("docs/dual_residual.md", words.format(*ends))
 
 
 def test_what_training_scripts_were_measured_at_is_said():
