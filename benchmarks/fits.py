@@ -7,8 +7,7 @@ Classification and segmentation (segmentation_models_pytorch's FPN, 19 classes, 
 simulated on fake tensors, in the chunks of a GPU: RevBiFPN on the fused kernels in three ways of precision and streams,
 and RevBiFPN stored, HRNet, EfficientNet and ResNet at the same settings, with and without activation checkpointing.
 Detectors cannot be simulated, since their shapes depend on values: they come from the measured steps in
-benchmarks/results/detection_memory_*.json. Where those have one batch only, memory is taken as proportional to the
-batch, which is never too low.
+benchmarks/results/detection_memory_*.json, of one image and of two.
 
 Rows are written one by one into revbifpn/fits.json; --missing keeps those that it has.
 """
@@ -173,6 +172,20 @@ def detectors(folder: Path = results.RESULTS) -> Iterator[Step]:
                 peaks=((1, one), (2, two)),
                 slope=two - one,
             )
+
+
+def absent(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """What a table of ``steps`` is to have and has not, by the attributes that a reader chooses by."""
+    known = {key(step) for step in steps}
+    rows = [(key(row), LABELS.get(row.network) or RIVALS[row.network].label) for row in (*jobs(), *detectors())]
+    names = ("task", "network", "variant", "size", "precision", "stream")
+    return [dict(zip(names, about, strict=True)) | {"label": label} for about, label in rows if about not in known]
+
+
+def script() -> str:
+    """The table as docs/_static/fits.js reads it: a page that is opened as a file may not read other files."""
+    table = json.loads(fits.TABLE.read_text()) | {"absent": absent(fits.load()[1])}
+    return "window.FITS = {};\n".format(json.dumps(table).replace("</", "<\\/"))
 
 
 def environment() -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""Operations of a training step: how often RevBiFPN's step calls the device, against plain autograd.
+"""Operations of a training step: what PyTorch dispatches in RevBiFPN's, against plain autograd.
 
     python benchmarks/launches.py                                S0, S3, S6
     python benchmarks/launches.py --published ~/RevBiFPN         the published code as well
 
-Counts what PyTorch dispatches in forward, loss and backward, without views and allocations. On a GPU an operation is
-one kernel or a few, and each costs a launch, unless the step is captured in a CUDA graph, which is launched as one
-(examples/cuda_graph.py); `benchmarks/gpu_suite.py` counts the kernels themselves. The count depends neither on the size
-of the images nor on the device, as long as a batch is one chunk, so small images on the CPU tell it. Prints a table and
-writes it to benchmarks/results/launches.csv.
+Counts what PyTorch dispatches in forward, loss and backward, without views and allocations. On a GPU a pass over a map
+is one kernel or a few, an MBConv's op is many; each costs a launch, unless the step is captured in a CUDA graph, which
+is launched as one (examples/cuda_graph.py). `benchmarks/host.py` and `gpu_suite.py` count the kernels themselves. The
+count depends neither on the size of the images nor on the device, as long as a batch is one chunk, so small images on
+the CPU tell it. Prints a table and writes it to benchmarks/results/launches.csv.
 """
 
 from __future__ import annotations

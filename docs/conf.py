@@ -13,10 +13,10 @@ sys.path.append(str(ROOT))  # an installed revbifpn comes first, this checkout a
 from sphinx.application import Sphinx  # noqa: E402
 
 import revkernels  # noqa: E402
-from revbifpn import fits  # noqa: E402
+from benchmarks import fits  # noqa: E402
 
 project = "RevBiFPN-fast"
-author = "RevBiFPN-fast authors"
+author = project_copyright = "RevBiFPN-fast authors"
 version = release = revkernels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -50,7 +50,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"RevBiFPN-fast {version}"
 html_static_path = ["_static"]
-html_css_files = ["fits.css"]
+html_css_files = ["site.css", "fits.css"]
 html_copy_source = html_show_sourcelink = False
 
 
@@ -64,10 +64,9 @@ def front_page(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def write_table(app: Sphinx, exception: Exception | None) -> None:
-    """The table of "What fits on my card" as a script: a page that is opened as a file may not read others."""
+    """The table of "What fits on my card", beside the script that reads it."""
     if exception is None and app.builder.format == "html":
-        table = fits.TABLE.read_text().replace("</", "<\\/")
-        Path(app.outdir, "_static", "fits_table.js").write_text(f"window.FITS = {table};\n")
+        Path(app.outdir, "_static", "fits_table.js").write_text(fits.script())
 
 
 def setup(app: Sphinx) -> None:

@@ -263,7 +263,37 @@ def architecture() -> Drawing:
     return d
 
 
-DRAWINGS: Sequence[Callable[[], Drawing]] = (architecture, coupling, silo, tape, exact)
+def dual_residual() -> Drawing:
+    d = Drawing(
+        760,
+        330,
+        "A dual-residual network",
+        "Two streams in two slots of memory. Blocks take turns in reading one and updating the other in place: what "
+        "was there times beta, plus the block's result, plus alpha minus one times what the block read.",
+    )
+    upper, lower = 60, 190
+    d.box(20, upper - 19, 56, 38, "x_0")
+    d.text(48, lower, "0")
+    d.line((76, upper), (740, upper), kind="blue")
+    d.line((62, lower), (740, lower), kind="blue")
+    for i, (source, target) in enumerate(((upper, lower), (lower, upper), (upper, lower)), 1):
+        x, sign = 210 * i - 40, 1 if target > source else -1
+        d.line((x, source), (x, 125 - sign * 21), kind="red")
+        d.box(x - 52, 104, 104, 42, f"B_{i} ,  α − 1", "red")
+        d.line((x, 125 + sign * 21), (x, target - sign * 11), kind="red")
+        d.circle(x, target, "+")
+        d.text(x - 46, target - 14, "× β", "blue", size=14)  # noqa: RUF001
+        d.box(x + 40, target - 19, 56, 38, f"x_{i}")
+    for y, kind, line in (
+        (240, "quiet", "Forward:   new = β · old + B(other) + (α − 1) · other,   in the memory of old"),
+        (266, "quiet", "Backward:   old = (new − B(other) − (α − 1) · other) / β;   B runs again"),
+        (300, "ink", "α = 1, β = 0 is the pretrained network; α + β = 1 stays close to it, and has an inverse."),
+    ):
+        d.text(20, y, line, kind, anchor="start", size=14)
+    return d
+
+
+DRAWINGS: Sequence[Callable[[], Drawing]] = (architecture, coupling, silo, tape, exact, dual_residual)
 
 
 def main() -> None:

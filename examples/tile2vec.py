@@ -1,6 +1,6 @@
 """Tile2Vec (Jean et al., arXiv 1805.02855) with a RevBiFPN encoder: representations of map tiles without labels.
 
-pip install . scikit-learn matplotlib
+pip install . scikit-learn scikit-image matplotlib
 python examples/tile2vec.py --output tile2vec
 
 Tiles that lie close together are alike more often than tiles that lie far apart. An encoder f is trained on triplets of
@@ -9,8 +9,9 @@ an anchor a, a neighbour n within ``--near`` pixels of it and a distant tile d, 
     L = max(0, ||f(a) - f(n)|| - ||f(a) - f(d)|| + margin) + l2 (||f(a)|| + ||f(n)|| + ||f(d)||).
 
 The raster [C, H, W] lies in a file and is read in windows (numpy.memmap). The default one is generated: classes of land
-cover in patches, each with its spectrum and its texture, under light that varies over the map. ``--raster`` takes an
-.npy file of your own; without ``--classes`` nothing is evaluated.
+cover in patches, each with its spectrum and its texture, under light that varies over the map. ``--textures`` is a map
+of one channel, patches of scikit-image's photographs of grass, brick and gravel. ``--raster`` takes an .npy file of
+your own; without ``--classes`` nothing is evaluated.
 
 A linear probe on the embeddings of labelled tiles is compared with the same probe on the tiles' mean spectra and raw
 pixels, on their principal components, and on the untrained encoder. On the generated landscape analogies are asked
@@ -70,6 +71,22 @@ def landscape(path: Path, seed: int = 0, side: int = SIDE) -> np.ndarray:
         texture = np.choose(classes, [t.astype(np.float32) for t in textures])
         raster[c] = spectra[classes, c] + texture + light + 0.7 * rng.normal(size=(side, side))
     raster.flush()
+    return classes.astype(np.int64)
+
+
+def textures(path: Path, seed: int = 0) -> np.ndarray:
+    """Write a raster [1, 512, 512] to ``path``, of grass, brick and gravel in patches; returns its classes [512, 512].
+
+    Each photograph has zero mean and unit variance, so that brightness and contrast tell nothing.
+    """
+    from skimage import data
+
+    photographs = np.stack([getattr(data, name)().astype(np.float32) for name in ("grass", "brick", "gravel")])
+    rng = np.random.default_rng(seed)
+    classes = np.argmax([smooth(rng, photographs.shape[1], 96) for _ in photographs], 0)
+    photographs -= photographs.mean((1, 2), keepdims=True)
+    photographs /= photographs.std((1, 2), keepdims=True)
+    np.save(path, np.choose(classes, list(photographs))[None])
     return classes.astype(np.int64)
 
 
@@ -239,6 +256,11 @@ def evaluate(
     return row
 
 
+def in_colours(image: np.ndarray) -> np.ndarray:
+    """The first three channels of a normalised image [C, H, W] as colours [H, W, 3]; fewer are repeated."""
+    return np.clip(image[np.arange(3) % len(image)].transpose(1, 2, 0) / 4 + 0.5, 0, 1)
+
+
 def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Module, generated: bool) -> None:
     """The map, its classes and its embedding in colours; below, tiles with their nearest neighbours, and analogies."""
     import matplotlib
@@ -260,7 +282,7 @@ def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Mo
     rng = np.random.default_rng(0)
 
     def show(axis, i: int, title: str) -> None:
-        axis.imshow(np.clip(images[i, :3].numpy().transpose(1, 2, 0) / 4 + 0.5, 0, 1))
+        axis.imshow(in_colours(images[i].numpy()))
         axis.set_title(title if of_tile is None else f"{title}class {of_tile[i]}", fontsize=9)
 
     parts = [4, 5, 4] if generated else [4, 5]
@@ -268,10 +290,8 @@ def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Mo
     top, middle, *bottom = figure.subfigures(len(parts), 1, height_ratios=parts)
     overview = top.subplots(1, 3)
     step = max(1, height // 512)
-    seen = tiles.raster[:3, ::step, ::step]
-    seen = np.clip((seen - tiles.mean[:3]) / tiles.std[:3] / 4 + 0.5, 0, 1).transpose(1, 2, 0)
-    overview[0].imshow(seen)
-    overview[0].set_title("raster, three channels")
+    overview[0].imshow(in_colours((tiles.raster[:, ::step, ::step] - tiles.mean) / tiles.std))
+    overview[0].set_title("raster, at most three channels")
     if classes is not None:
         overview[1].imshow(classes[::step, ::step], cmap="Set2", interpolation="nearest")
     overview[1].set_title("classes, which training never sees")
@@ -300,7 +320,9 @@ def picture(path: Path, tiles: Tiles, classes: np.ndarray | None, encoder: nn.Mo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raster", type=Path, help="an .npy file [C, H, W] (default: a generated landscape)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--raster", type=Path, help="an .npy file [C, H, W] (default: a generated landscape)")
+    source.add_argument("--textures", action="store_true", help="a map of scikit-image's photographs instead")
     parser.add_argument("--classes", type=Path, help="its classes, an .npy file [H, W] of integers, to evaluate with")
     parser.add_argument("--output", type=Path, default=Path("tile2vec"), metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=3, help="of which those in the output's file are not run again")
@@ -312,8 +334,12 @@ def main() -> None:
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    raster = args.raster or args.output / "landscape.npy"
-    classes = landscape(raster) if args.raster is None else args.classes and np.load(args.classes)
+    generated = args.raster is None and not args.textures
+    raster = args.raster or args.output / ("landscape.npy" if generated else "textures.npy")
+    if args.raster:
+        classes = args.classes and np.load(args.classes)
+    else:
+        classes = landscape(raster) if generated else textures(raster)
     tiles, rows = Tiles(raster), []
     settings = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "seeds"}
     if (args.output / "tile2vec.json").exists():
@@ -325,7 +351,7 @@ def main() -> None:
         untrained, encoder, losses = train(tiles, seed, args.steps, args.batch, args.near, args.features)
         row = {"seed": seed, "first_loss": losses[0], "last_loss": float(np.mean(losses[-20:]))}
         if classes is not None:
-            row |= evaluate(tiles, classes, seed, untrained, encoder, args.labels, args.raster is None)
+            row |= evaluate(tiles, classes, seed, untrained, encoder, args.labels, generated)
         rows.append(row | {"cpu_seconds": time.process_time() - began})
         print(json.dumps(rows[-1]), flush=True)
     if encoder is None:
@@ -339,7 +365,7 @@ def main() -> None:
     }
     (args.output / "tile2vec.json").write_text(json.dumps(content, indent=1) + "\n")
     torch.save(encoder.state_dict(), args.output / "encoder.pt")
-    picture(args.output / "tile2vec.png", tiles, classes, encoder, args.raster is None)
+    picture(args.output / "tile2vec.png", tiles, classes, encoder, generated)
     print(f"written: {args.output}/tile2vec.json, tile2vec.png, encoder.pt")
 
 

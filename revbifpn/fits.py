@@ -174,7 +174,8 @@ def simulate_revbifpn(arch: str, size: Sequence[int], precision: str, stream: st
         make = partial(getattr(model, arch), reversible=False, **options)
     else:
         make = partial(getattr(fast, arch), stream=stream, **options)
-    about = {"network": arch, "label": f"RevBiFPN-{arch.rsplit('_', 1)[1].upper()}", "score": config.top1}
+    label = f"RevBiFPN-{arch.rsplit('_', 1)[1].upper()}"
+    about: dict[str, Any] = {"network": arch, "label": label, "score": config.top1}
     about |= {"variant": variant, "stream": "" if variant == STORED else stream}
     return simulate(make, size, precision, on_a_line=variant == STORED, **about)
 

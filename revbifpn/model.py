@@ -5,6 +5,10 @@
 The stack is reversible: blocks refine each level on its own, silos fuse the levels down and up, the first ones also
 create the lower levels. Only its outputs stay in memory for backward (:mod:`revbifpn.reversible`).
 
+To see how the network runs, read ``__init__``, ``open``, ``_pyramid`` and ``_forward`` of :class:`RevBiFPN`, and what
+they name of ``parts.py`` and ``build.py``. The other methods are checks, padding, fine-tuning and what timm's models
+have.
+
 Names: ``rev_stack.{k}``, ``xform_{i}_{j}``, ``recomp_op`` and so on are those of the published checkpoints. They are
 kept outright rather than translated, so that ``state_dict``, ``named_parameters``, optimizer groups and averaged copies
 all speak of the same names, and published files load with ``strict=True``.

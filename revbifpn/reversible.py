@@ -8,7 +8,8 @@ what *transforms* compute from others,
 and is undone by subtracting the same sum: ``x_t = y_t - sum_k F_k(x_k)``, since the ``x_k`` are still there. A block is
 a sequence of couplings, a network a sequence of blocks, and backward runs the sequence in reverse: recompute ``F_k``,
 subtract, pull the gradient through. Memory does not grow with depth. This file says which couplings a block is made of;
-:mod:`revbifpn.engine.coupling` what a coupling is, :mod:`revbifpn.engine.state` how a pass runs it back and forth.
+:mod:`revbifpn.engine.coupling` what a coupling is, :mod:`revbifpn.engine.state` how a pass runs it back and forth. Read
+``couplings`` of :class:`RevBlock` and :class:`RevSilo` first, then :meth:`Reversible.inverse`.
 
     >>> block = RevBlock(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
     >>> net = ReversibleSequence(block, ...)

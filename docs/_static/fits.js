@@ -6,7 +6,7 @@
   const STATES = { sgd: 0, momentum: 1, adamw: 2 };
   const PARTS = ["activations", "images", "parameters", "gradients", "optimizer"];
   const SETTINGS = ["task", "network", "size", "setting", "optimizer", "card", "reserve"];
-  const { environment, rows } = window.FITS;
+  const { environment, rows, absent } = window.FITS;
 
   const activations = (row, batch) => {
     const peaks = row.peaks;
@@ -105,17 +105,46 @@
       const attributes = row === chosen ? { class: "fits-chosen" } : {};
       const width = `width:${(100 * batch) / most}%`;
       const score = row.score === null ? "" : String(row.score);
-      const name = isFast(row) ? row.label : `${row.label}, ${row.variant}`;
       return element(
         "tr",
         attributes,
-        element("th", { scope: "row" }, name),
+        element("th", { scope: "row" }, nameOf(row)),
         element("td", {}, score),
         element("td", { "data-batch": `${row.network}/${row.variant}` }, batch ? String(batch) : "none"),
         element("td", { class: "fits-bar", "aria-hidden": "true" }, element("span", { style: width })),
       );
     });
     document.getElementById("fits-rivals").replaceChildren(...lines);
+  };
+
+  const nameOf = (row) => (isFast(row) ? row.label : `${row.label} ${row.variant}`);
+
+  // What the table is to have at the settings of `chosen`, and has not.
+  const showMissing = (chosen) => {
+    const same = (row) =>
+      row.task === chosen.task &&
+      row.precision === chosen.precision &&
+      sizeOf(row) === sizeOf(chosen) &&
+      (!isFast(row) || row.stream === chosen.stream);
+    const names = absent.filter(same).map(nameOf);
+    document.getElementById("fits-missing").textContent = names.length
+      ? `Absent, since not in the table yet at these settings: ${names.join(", ")}.`
+      : "";
+  };
+
+  const listAbsent = () => {
+    const groups = new Map();
+    for (const row of absent) {
+      const streams = isFast(row) ? `, ${row.stream} streams` : "";
+      const group = `${row.task}, ${sizeOf(row)}, ${row.precision}${streams}`;
+      groups.set(group, [...(groups.get(group) || []), nameOf(row)]);
+    }
+    const list = document.getElementById("fits-absent");
+    const lines = [...groups].map(([group, names]) => element("li", {}, `${group}: ${names.join(", ")}`));
+    list.querySelector("ul").replaceChildren(...lines);
+    list.querySelector("summary").textContent =
+      `${absent.length} of ${absent.length + rows.length} rows are not in the table yet`;
+    list.hidden = absent.length === 0;
   };
 
   const update = () => {
@@ -133,6 +162,7 @@
       row.precision === chosen.precision &&
       sizeOf(row) === sizeOf(chosen);
     showRivals([...offered, ...rows.filter(same)], chosen, bytes, states);
+    showMissing(chosen);
     const how = environment.measured.includes(chosen.task)
       ? "Measured on a CPU at small batches, extrapolated"
       : "Simulated";
@@ -165,6 +195,7 @@
   form.addEventListener("input", update);
   form.addEventListener("change", update);
   form.addEventListener("submit", (event) => event.preventDefault());
+  listAbsent();
   offer();
   restore();
   form.hidden = false;

@@ -131,7 +131,7 @@ def test_readme_and_docs_have_blocks_and_all_of_python_are_called_so():
 @pytest.mark.parametrize("block", list(parameters(blocks("bash"))))
 def test_commands_name_files_and_modules_that_are_there(block):
     for line in block.code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = [word.strip("();") for word in shlex.split(line, comments=True)]
         for before, word in zip(words, words[1:], strict=False):
             if before == "python" and word.endswith(".py"):
                 assert (ROOT / word).exists(), f"{block}: no {word}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import revbifpn.fast
+from benchmarks import fits as table_maker
 from revbifpn import fits
 from revbifpn.estimate import StepEstimator
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
     """The page as docs/fits.md has it, without the generator's frame, and the scripts beside it."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(ROOT / "docs" / "_static", folder / "_static")
-    (folder / "_static" / "fits_table.js").write_text(f"window.FITS = {fits.TABLE.read_text()};")
+    (folder / "_static" / "fits_table.js").write_text(table_maker.script())
     body = re.search(r"```\{raw\} html\n(.*?)```", (ROOT / "docs" / "fits.md").read_text(), re.DOTALL)[1]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     style = '<link rel="stylesheet" href="_static/fits.css">'
@@ -156,6 +157,27 @@ def test_where_and_when_the_numbers_were_made_is_shown(page):
         for value in (environment["date"][:10], environment["version"], environment["torch"], environment["commit"]):
             assert value in text
         assert "Nothing was measured on a GPU" in text
+
+
+def test_what_the_table_has_not_is_named(page):
+    absent = table_maker.absent(fits.load()[1])
+    _, steps = fits.load()
+    for setting in every_setting():
+        page.choose(task=setting.task, size=f"{setting.size[0]} × {setting.size[1]}")  # noqa: RUF001
+        page.choose(setting=f"{setting.precision}, {setting.stream} streams")
+        at = (setting.task, setting.size, setting.precision)
+        here = [row for row in absent if (row["task"], row["size"], row["precision"]) == at]
+        here = [row for row in here if row["stream"] in ("", setting.stream)]
+        names = [row["label"] if row["variant"] == "fast" else f"{row['label']} {row['variant']}" for row in here]
+        text = page.browser.find_element("id", "fits-missing").text
+        assert text == (f"Absent, since not in the table yet at these settings: {', '.join(names)}." if names else "")
+    listed = page.browser.find_element("id", "fits-absent")
+    assert listed.is_displayed() == bool(absent)
+    if absent:
+        listed.find_element("tag name", "summary").click()
+        counts = [line.text.split(": ")[1].count(",") + 1 for line in listed.find_elements("tag name", "li")]
+        assert sum(counts) == len(absent)
+        assert f"{len(absent)} of {len(absent) + len(steps)} rows" in listed.text
 
 
 def test_a_card_too_small_for_one_image_is_said_so(page):

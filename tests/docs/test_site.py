@@ -92,11 +92,14 @@ def test_every_page_is_in_the_navigation(site):
     assert navigation == written
 
 
-def test_links_of_readme_and_docs_lead_to_files():
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+def test_links_of_readme_and_docs_lead_to_files_or_are_well_formed():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")]
     for page in pages:
         for target in LINK.findall(page.read_text()):
-            if not urlsplit(target).scheme and not target.startswith("#"):
+            address = urlsplit(target)
+            if address.scheme:
+                assert address.scheme == "https" and re.fullmatch(r"[\w-]+(\.[\w-]+)+", address.netloc), target
+            elif not target.startswith("#"):
                 assert (page.parent / urldefrag(target)[0]).exists(), f"{page.name}: {target}"
 
 

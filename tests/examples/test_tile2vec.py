@@ -41,6 +41,17 @@ def test_the_landscape_has_its_classes_and_two_pairs_that_differ_in_texture_alon
     assert max(steps[0], steps[2]) < 0.9 * min(steps[1], steps[3]), "furrows do not change along a row, trees do"
 
 
+def test_textures_are_photographs_that_brightness_and_contrast_do_not_tell_apart(example, tmp_path):
+    data = pytest.importorskip("skimage.data")
+    classes = example.textures(tmp_path / "textures.npy")
+    raster = np.load(tmp_path / "textures.npy")
+    assert raster.shape == (1, 512, 512) and set(np.unique(classes)) == {0, 1, 2}
+    brick = data.brick().astype(np.float32)
+    np.testing.assert_allclose(raster[0][classes == 1], ((brick - brick.mean()) / brick.std())[classes == 1], atol=1e-5)
+    assert all(abs(raster[0][classes == c].mean()) < 0.2 for c in range(3))
+    assert example.in_colours(raster).shape == example.in_colours(np.zeros((2, 512, 512))).shape == (512, 512, 3)
+
+
 def test_tiles_are_windows_of_the_file_normalised_by_channel(example, landscape):
     tiles = example.Tiles(landscape[0])
     corners = np.array([[0, 0], [17, 300], [352, 5]])
@@ -84,10 +95,13 @@ def test_analogies_are_right_where_spectrum_and_texture_add_up(example):
     assert (classes[found[:, 3]] == right).mean() < 0.8
 
 
-@pytest.mark.parametrize("generated", [True, False], ids=["generated", "a file of one's own"])
-def test_the_script_ends_in_numbers_and_a_picture(example, landscape, tmp_path, monkeypatch, generated):
+@pytest.mark.parametrize("source", ["generated", "textures", "a file of one's own"])
+def test_the_script_ends_in_numbers_and_a_picture(example, landscape, tmp_path, monkeypatch, source):
     np.save(tmp_path / "classes.npy", landscape[1])
-    own = [] if generated else [f"--raster={landscape[0]}", f"--classes={tmp_path / 'classes.npy'}"]
+    file = [f"--raster={landscape[0]}", f"--classes={tmp_path / 'classes.npy'}"]
+    own = {"generated": [], "textures": ["--textures"]}.get(source, file)
+    if source == "textures":
+        pytest.importorskip("skimage")
     short = "--seeds=1 --steps=2 --batch=4 --labels=40 --features=8"
     monkeypatch.setattr(example, "landscape", functools.partial(example.landscape, side=640))
     monkeypatch.setattr("sys.argv", ["tile2vec.py", *own, f"--output={tmp_path / 'out'}", *short.split()])
@@ -95,5 +109,5 @@ def test_the_script_ends_in_numbers_and_a_picture(example, landscape, tmp_path, 
     (row,) = json.loads((tmp_path / "out" / "tile2vec.json").read_text())["rows"]
     probes = {"mean spectrum", "raw pixels", "PCA", "untrained encoder", "Tile2Vec"}
     assert probes < row.keys() and all(0 <= row[name] <= 100 for name in probes)
-    assert row.get("analogies", {}).keys() == (probes if generated else set())
+    assert row.get("analogies", {}).keys() == (probes if source == "generated" else set())
     assert (tmp_path / "out" / "tile2vec.png").read_bytes()[:4] == b"\x89PNG"

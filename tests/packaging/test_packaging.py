@@ -107,6 +107,15 @@ def test_tests_run_the_installed_package():
     assert distribution.version == revkernels.__version__
 
 
+@needs_checkout
+def test_changelog_and_citation_are_of_this_version():
+    version = re.search(r'^__version__ = "(.*)"$', (ROOT / "revkernels" / "__init__.py").read_text(), re.MULTILINE)[1]
+    released = dict(re.findall(r"^## (\S+)(?: \((.*)\))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE))
+    citation = dict(re.findall(r"^([\w-]+): (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    assert next(iter(released)) == version
+    assert (citation["version"], citation["date-released"]) == (version, released[version])
+
+
 @pytest.mark.parametrize("package", [revbifpn, revkernels], ids=lambda package: package.__name__)
 def test_package_says_that_it_is_typed(package):
     assert Path(package.__file__).with_name("py.typed").exists()

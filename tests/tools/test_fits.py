@@ -57,6 +57,16 @@ def test_of_stored_activations_two_batches_say_everything(dtype):
         assert step.estimate(batch).total == pytest.approx(estimator.estimate(batch).total, rel=5e-3)
 
 
+def test_what_a_table_is_to_have_and_has_not_is_told():
+    _, steps = fits.load()
+    absent = table_maker.absent(steps)
+    assert len(table_maker.absent([])) == len(absent) + len(steps)
+    (row,) = table_maker.absent([step for step in steps if step != steps[0]])[:1]
+    assert (row["task"], row["network"], row["size"]) == (steps[0].task, steps[0].network, steps[0].size)
+    assert row["label"] == steps[0].label
+    assert table_maker.absent(table_maker.jobs() + list(table_maker.detectors())) == []
+
+
 def a_step(**changes) -> Step:
     step = Step(
         task="classification",
