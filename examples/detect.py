@@ -2,7 +2,7 @@
 
 pip install '.[train]' pycocotools
 python examples/make_shapes.py shapes
-python examples/detect.py --data shapes --output runs/shapes
+python examples/detect.py --config examples/configs/shapes.yaml --data shapes --output runs/shapes
 
 COCO itself, on a GPU of 8 GB:
 
@@ -134,7 +134,7 @@ def draw(outcome: Outcome, dataset: CocoFolder, folder: Path, pictures: int) -> 
 
 
 def options(argv: list[str] | None) -> Options:
-    step = {"batch": 4, "epochs": 10, "warmup_epochs": 1, "weight_decay": 1e-2, "clip_norm": 10.0}
+    step = {"batch": 8, "epochs": 10, "warmup_epochs": 1, "weight_decay": 1e-2, "clip_norm": 10.0}
     p = parser(__doc__, resolution=64, workers=0, **step)
     g = p.add_argument_group("detector")
     g.add_argument("--train", default="train", help="split to train on")

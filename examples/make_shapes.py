@@ -76,7 +76,7 @@ def write(folder: Path, name: str, images: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=480, help="to train on; a quarter as many to evaluate on")
+    parser.add_argument("--images", type=int, default=1200, help="to train on; a quarter as many to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.folder, "train", args.images, args.seed)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -407,6 +408,10 @@ def test_an_overflow_names_the_block_of_the_model(stream, limit):
         model.layers[4].mlp[2].bias.fill_(2.0 * limit)
         with pytest.warns(StreamOverflowWarning, match=rf"of a {stream} stream left its range .*, in layers.4"):
             model(tokens(shape=INPUT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StreamOverflowWarning)
+        with pytest.raises(StreamOverflowWarning, match=r", in layers.4"):
+            step(model.train(), tokens(shape=INPUT))
 
 
 def test_the_tools_of_reversible_networks_see_a_converted_model():
