@@ -46,7 +46,7 @@ from revbifpn.fits import CLASSIFICATION, Step
 from revbifpn.streams import FIXED16
 
 SEGMENTATION, SEGMENTATION_CLASSES = "segmentation", 19
-SIZES = {CLASSIFICATION: ("224x224", "800x1344", "512x512", "288x288"), SEGMENTATION: ("1024x2048", "512x1024")}
+SIZES = {CLASSIFICATION: ("224x224", "800x1344", "512x512"), SEGMENTATION: ("1024x2048", "512x1024")}
 SETTINGS = (("float32", "float32"), ("bfloat16", "fixed16"), ("bfloat16", "fixed32"))
 COMPARED = SETTINGS[:2]  # one for each precision: rivals have no streams
 CLASSIFIERS = ("hrnet_w18", "hrnet_w32", "hrnet_w48", "tf_efficientnet_b0", "tf_efficientnet_b4", "tf_efficientnet_b7")
