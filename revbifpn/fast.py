@@ -52,15 +52,20 @@ class RevBiFPN(model.RevBiFPN):
         self.rev_stack.coupler = FusedCoupler()
 
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        maps = self._evaluated(x)
-        if maps is not None:
-            return maps if self.head is None else self.head.classify(self.head.features(maps[-1]))
         if self.head is None or not _is_plain(self.head, parts.Head):
             return super()._forward(x)
-        return self.head.classify(self.head.features(self.open(x, self._merged)))
+        return self.head.classify(self.head.features(self._last(x)))
 
-    def _evaluated(self, x: Tensor) -> list[Tensor] | None:
-        """What the head merges into its last map, or the maps of ``out_levels``, by one op; None where that cannot be.
+    def _maps(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        maps = self._evaluated(x, levels) if self.head is None else None
+        return super()._maps(x, levels) if maps is None else maps
+
+    def _last(self, x: Tensor) -> Tensor:
+        maps = self._evaluated(x, self.out_levels[-1:])
+        return super()._last(x) if maps is None else maps[-1]
+
+    def _evaluated(self, x: Tensor, levels: Sequence[int]) -> list[Tensor] | None:
+        """What the head merges into its last map, or the maps of these levels, by one op; None where that cannot be.
 
         It can at inference, in eval mode, with ordinary streams, where no one looks on.
         """
@@ -83,9 +88,9 @@ class RevBiFPN(model.RevBiFPN):
         tensors = None if program is None else program.tensors(x)
         if program is None or tensors is None:
             return None
-        levels = list(range(self.levels) if self.neck is None else sorted(self.neck.transforms))
+        made = list(range(self.levels) if self.neck is None else sorted(self.neck.transforms))
         last = len(program.channels) - 1
-        keep = [last] if self.head else [last - levels[::-1].index(level) for level in self.out_levels]
+        keep = [last] if self.head else [last - made[::-1].index(level) for level in levels]
 
         def enter(images: Tensor) -> Tensor:
             return torch.ops.revkernels.space_to_depth(images, self.stem.planes, self.stem.block)

@@ -274,8 +274,16 @@ class RevBiFPN(Region):
         assert self.head is not None
         return self.head.merge(self._pyramid(range(self.levels), tape))
 
+    def _maps(self, x: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """The maps of these levels, of a batch of images."""
+        return self.open(x, partial(self._pyramid, levels))
+
+    def _last(self, x: Tensor) -> Tensor:
+        """The pyramid of a batch merged by the head; without a head, the last map."""
+        return self._maps(x, self.out_levels[-1:])[0] if self.head is None else self.open(x, self._merged)
+
     def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        pyramid = self.open(x, partial(self._pyramid, self.out_levels))
+        pyramid = self._maps(x, self.out_levels)
         return pyramid if self.head is None else self.head(pyramid)
 
     def _compute(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -438,9 +446,8 @@ class RevBiFPN(Region):
         """The map before pooling, ``[N, num_features, ceil(H / 32), ceil(W / 32)]``; without a head, the last map."""
 
         def compute(batch: Tensor) -> Tensor:
-            if self.head is None:
-                return self.open(batch, partial(self._pyramid, self.out_levels[-1:]))[0]
-            return self.head.features(self.open(batch, self._merged))
+            last = self._last(batch)
+            return last if self.head is None else self.head.features(last)
 
         return self._run(compute, x, self.out_levels[-1:])
 
@@ -475,9 +482,8 @@ class RevBiFPN(Region):
 
         def compute(batch: Tensor) -> list[Tensor]:
             if intermediates_only:
-                return self.open(batch, partial(self._pyramid, levels))
-            read = self.out_levels
-            pyramid = dict(zip(read, self.open(batch, partial(self._pyramid, read)), strict=True))
+                return self._maps(batch, levels)
+            pyramid = dict(zip(self.out_levels, self._maps(batch, self.out_levels), strict=True))
             maps = list(pyramid.values())
             features = maps[-1] if self.head is None else self.head.features(self.head.merge(maps))
             return [features, *(pyramid[level] for level in levels)]

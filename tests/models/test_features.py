@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import revbifpn
-from revbifpn import check_invertible
+from revbifpn import check_invertible, fast
 from tests.marks import covering
-from tests.networks import F64, MODULES, MOSTLY_FAST, assert_same_as_stored, image, narrow, scalar
+from tests.networks import F32, F64, MODULES, MOSTLY_FAST, assert_same_as_stored, image, narrow, scalar
 
 
 def gradients_of(model, outputs):
@@ -38,6 +39,23 @@ def test_maps_are_those_of_the_model_without_head(module):
     torch.testing.assert_close(backbone.forward_features(x), maps[-1], rtol=1e-9, atol=1e-9)
     assert [info["num_chs"] for info in model.feature_info] == [y.shape[1] for y in maps]
     assert [64 // info["reduction"] for info in model.feature_info] == [y.shape[2] for y in maps]
+
+
+@pytest.mark.parametrize("classes", [10, None], ids=["classifier", "pyramid"])
+def test_at_inference_features_and_maps_come_from_one_op(classes):
+    model, plain = (narrow(module, F32, classes=classes).eval() for module in (fast, revbifpn))
+
+    def outputs(model):
+        found = [model(image(F32)), model.forward_features(image(F32))]
+        return found if classes else [*found, model.forward_intermediates(image(F32), [2, 0], intermediates_only=True)]
+
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model), outputs(plain), rtol=1e-4, atol=1e-4)
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            outputs(model)
+    calls = {event.key: event.count for event in record.key_averages()}
+    assert calls["revkernels::mbconv_infer_"] == (2 if classes else 3)
+    assert not {"revkernels::mbconv", "revkernels::couple_"} & calls.keys()
 
 
 @covering
