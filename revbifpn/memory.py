@@ -141,7 +141,8 @@ class PeakMemory:
         if not self._cuda:
             # The mode's first op imports this, and exceptions caught on the way would hold on to the caller's frames.
             importlib.import_module("torch._dynamo")
-        gc.collect()
+        if self._cuda:
+            gc.collect()  # elsewhere only what is made inside is counted
         self._gc_was_on = gc.isenabled()
         gc.disable()
         self._final = None
