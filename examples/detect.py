@@ -121,7 +121,7 @@ class Detection(Task):
 
 @torch.no_grad()
 def draw(outcome: Outcome, dataset: CocoFolder, folder: Path, pictures: int) -> None:
-    """What is found on the first images, with scores."""
+    """What is found on the first images, with scores; small images enlarged, so that the words can be read."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(min(pictures, len(dataset))):
         image = pil_to_tensor(dataset.load(i)[0]) / 255
@@ -129,7 +129,9 @@ def draw(outcome: Outcome, dataset: CocoFolder, folder: Path, pictures: int) -> 
         sure = found["scores"] > 0.5
         names = [dataset.classes[label - 1] for label in found["labels"][sure].tolist()]
         words = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"][sure].tolist(), strict=True)]
-        picture = draw_bounding_boxes(image, found["boxes"][sure], words, colors="red") if words else image
+        factor = max(1, 320 // min(image.shape[-2:]))
+        picture, boxes = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2), factor * found["boxes"][sure]
+        picture = draw_bounding_boxes(picture, boxes, words, colors="red", width=2) if words else picture
         to_pil_image(picture).save(folder / f"{i:03}.png")
 
 

@@ -60,6 +60,12 @@ def test_boxes_are_the_shapes_corners_and_labels_count_from_one(folder):
         torch.testing.assert_close(detect.mirrored(mirrored, boxes)[1]["boxes"], target["boxes"])
 
 
+def test_the_config_of_the_shapes_is_one(folder, tmp_path):
+    path = scripts.ROOT / "examples" / "configs" / "shapes.yaml"
+    o = detect.options(["--config", str(path), "--data", str(folder), "--output", str(tmp_path)])
+    assert (o.resolution, o.model_kwargs) == (64, {"num_ext_layers": 0, "inv_blk_rep": 1})
+
+
 @pytest.mark.slow
 def test_a_detector_that_was_killed_is_the_one_that_was_not_and_draws(folder):
     more = ["--batch", 1, "--width", 16, "--rois", 16, "--log-every", 1, "--save-every", 1, "--epochs", 2]
