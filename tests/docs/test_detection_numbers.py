@@ -1,6 +1,7 @@
 """The table of docs/detection.md is that of benchmarks/results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,14 @@ def test_the_sentence_in_readme_is_what_was_measured():
     s3, resnet, hrnet = (f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in names)
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"takes {s3} MiB with S3, {resnet} with ResNet-50 and {hrnet} with HRNet-W18" in text
+
+
+def test_the_average_precision_of_shapes_is_what_was_printed():
+    runs = (RESULTS.parent / "detect_shapes_cpu.txt").read_text().split("seed 0")
+    (ap, ap50), (ap_10, ap50_10) = (
+        (round(float(value), 1) for value in re.findall(r"best epoch: AP ([\d.]+), AP50 ([\d.]+)", run)[0])
+        for run in runs
+    )
+    text = " ".join((ROOT / "docs" / "detection.md").read_text().split())
+    assert f"has AP {ap} and AP50 {ap50} (shapes of seed 7)" in text
+    assert f"have AP {ap_10} and AP50 {ap50_10} (" in text
