@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+UNWRITTEN = (".", ":(exclude)benchmarks/results", ":(exclude)revbifpn/fits.json")  # what benchmarks do not write
 
 Environment = dict[str, Any]
 
@@ -57,12 +58,14 @@ def now() -> str:
 
 
 def _commit() -> str:
+    """The commit, and whether code has changed since; results have, where a run goes on with what it wrote."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        changed = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *UNWRITTEN) else ""
         return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -244,3 +244,21 @@ def test_faults_of_a_script_are_not_hidden(script, monkeypatch):
     monkeypatch.setattr(module, "_parser", lambda: {}["a fault"])
     with pytest.raises(KeyError):
         module.main([])
+
+
+def test_a_commit_is_dirty_once_code_has_changed_but_not_by_results(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    files = [tmp_path / name for name in ("benchmarks/results/some.json", "revbifpn/fits.json", "revbifpn/model.py")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for path, dirty in zip(files, (False, False, True), strict=True):
+        path.write_text("after")
+        assert results._commit().endswith("-dirty") == dirty, path
