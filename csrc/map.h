@@ -35,4 +35,9 @@ inline Map rows(Map m, int64_t begin, int64_t count) {
   return m;
 }
 
+inline Coefficient rows(Coefficient v, int64_t begin) {
+  if (v.data) v.data = static_cast<const char*>(v.data) + begin * v.sn * bytes_of(v.dtype);
+  return v;
+}
+
 }  // namespace revkernels

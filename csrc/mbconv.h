@@ -63,8 +63,21 @@ struct Statistics {  // what a Norm is made of: [C] each, running ones null wher
   double momentum = 0, eps = 0;
 };
 
-struct NormGradient {  // [C] each: dx = scale g + slope x + offset
+struct NormGradient {  // [C] each: dx = scale g + slope x + offset, g = (gate dz + dpool) h'(u)
   void *gamma = nullptr, *beta = nullptr, *slope = nullptr, *offset = nullptr;
+};
+
+// From dz to dx, z = gate h(u), u = BN(x): sums over the pixels of every plane, their fold over the
+// samples, and the map.
+struct NormPull {
+  Norm norm;
+  Activation act = Activation::hardswish;
+  const void* sums = nullptr;      // [5, N, C], or [2, N, C] without an activation
+  int64_t samples = 0, count = 0;  // N, and of a channel's values
+  Coefficient gate, dpool;         // [N, C]; dpool: of the mean of h(u), per pixel
+  NormGradient gradient;
+
+  bool five() const { return act != Activation::identity; }
 };
 
 // One MBConv and its input.
@@ -398,9 +411,9 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
     if (rows == nullptr) return nullptr;
     return const_cast<char*>(static_cast<const char*>(rows)) + c.begin * width * item;
   };
-  const auto per_sample = [&](const void* rows, Chunk c) {  // [n, E]
+  const auto per_sample = [&](const void* rows) {  // [n, E]
     Coefficient v;
-    v.data = at(rows, c, e), v.dtype = m.sums, v.sn = e, v.sc = 1;
+    v.data = rows, v.dtype = m.sums, v.sn = e, v.sc = 1;
     return v;
   };
   const Norm &norm0 = m.norms[0], &norm1 = m.norms[1], &norm2 = m.norms[2];
@@ -415,6 +428,21 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
     return p;
   };
 
+  // The last two steps from a norm's result to its input; both at once, and with `sums` all three,
+  // where a plane comes in one chunk.
+  const bool whole = m.chunk >= n;
+  const auto fold = [&](const NormPull& pull) {
+    if (!whole) b.fold_grad(pull);
+  };
+  const auto pull_norm = [&](const NormPull& pull, Chunk c, const Map& dx, const Map& dz,
+                             const Map& x, void* sums) {
+    if (whole) {
+      b.norm_grad(dx, dz, x, pull, sums);
+    } else {
+      b.act_grad(dx, dz, x, pull, c.begin);
+    }
+  };
+
   // result = keep BN_2(p)
   const Map& du = cotangent.du;
   const void* sums = cotangent.sums;
@@ -425,16 +453,15 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
     });
     sums = sums2, has_gate = true;
   }
-  b.fold_grad(sums, 2, n, norm2, cotangent.keep, nullptr, count,
-              {gradients.gamma[2], gradients.beta[2], slope2, offset2});
+  const NormPull pull2{norm2,         Activation::identity,
+                       sums,          n,
+                       count,         cotangent.keep,
+                       Coefficient{}, {gradients.gamma[2], gradients.beta[2], slope2, offset2}};
+  fold(pull2);
 
   // p = W_p z, z = gate h(BN_1(d))
   const auto pull_project = [&](Chunk c, const Map& p) {
-    Coefficient keep = cotangent.keep;
-    keep.data = keep.data ? at(keep.data, c, keep.sn) : nullptr;
-    b.act_grad(planes.of(dp, c), planes.of(du, c), p, norm2.affine(), keep, Coefficient{},
-               norm2.batch ? slope2 : nullptr, norm2.batch ? offset2 : nullptr,
-               Activation::identity);
+    pull_norm(pull2, c, planes.of(dp, c), planes.of(du, c), p, nullptr);
     b.pointwise(planes.of(dz, c), planes.of(dp, c), m.project.transpose(), Affine{}, nullptr,
                 false);
   };
@@ -442,32 +469,35 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
     const Map d = planes.d(c);
     const void* chunk_gate = gate(c, d);
     pull_project(c, p_of(c, d, chunk_gate));
-    b.pointwise_grad_weight(gradients.project, d, planes.of(dp, c), norm1.affine(), chunk_gate,
-                            c.begin > 0);
-    b.act_grad_sums(planes.of(dz, c), d, norm1.affine(), norm1.mean, at(sums1, c, e), n * e);
+    b.project_grad(gradients.project, d, planes.of(dp, c), planes.of(dz, c), norm1, chunk_gate,
+                   at(sums1, c, e), n * e, c.begin > 0);
   });
 
   // gate = SE(mean_hw h(BN_1(d))): every pixel of h gets dpool on top of gate dz
   if (m.squeezes()) {
     b.gate_grad(m.se, n, sums1, se, m.area(), dpool, gradients, gate_scratch);
   }
-  const Chunk all{0, n};
-  b.fold_grad(sums1, 5, n, norm1, per_sample(se.gate, all), dpool, count,
-              {gradients.gamma[1], gradients.beta[1], slope, offset});
+  const NormPull pull1{norm1,
+                       Activation::hardswish,
+                       sums1,
+                       n,
+                       count,
+                       per_sample(se.gate),
+                       per_sample(dpool),
+                       {gradients.gamma[1], gradients.beta[1], slope, offset}};
+  fold(pull1);
 
   // d = dw(v), v = h(BN_0(e)) or x
   planes.for_chunks([&](Chunk c) {
     const Map source = planes.source(c), d = planes.d(c, source), chunk_dd = planes.of(dd, c);
     if (dz_again) pull_project(c, planes.of(kept.p, c));
-    b.act_grad(chunk_dd, planes.of(dz, c), d, norm1.affine(), per_sample(se.gate, c),
-               per_sample(dpool, c), norm1.batch ? slope : nullptr, norm1.batch ? offset : nullptr,
-               Activation::hardswish);
+    pull_norm(pull1, c, chunk_dd, planes.of(dz, c), d, nullptr);
     b.depthwise_grad_weight(gradients.depthwise, source, chunk_dd, m.depthwise, planes.prologue(),
                             c.begin > 0, partial);
     if (m.expands()) {
       const Map chunk_dv = planes.of(dv, c);
       b.depthwise_grad_input(chunk_dv, chunk_dd, m.depthwise);
-      b.act_grad_sums(chunk_dv, source, norm0.affine(), norm0.mean, at(sums0, c, e), n * e);
+      if (!whole) b.act_grad_sums(chunk_dv, source, norm0, at(sums0, c, e), n * e);
     } else if (dx.data != nullptr && add) {
       b.depthwise_grad_input(planes.of(dsource, c), chunk_dd, m.depthwise);
       b.add(planes.of(dx, c), planes.of(dsource, c));
@@ -483,13 +513,14 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   }
 
   // v = h(BN_0(e)), e = W_e x
-  b.fold_grad(sums0, 5, n, norm0, Coefficient{}, nullptr, n * h * w,
-              {gradients.gamma[0], gradients.beta[0], slope, offset});
+  const NormPull pull0{norm0,         Activation::hardswish,
+                       sums0,         n,
+                       n * h * w,     Coefficient{},
+                       Coefficient{}, {gradients.gamma[0], gradients.beta[0], slope, offset}};
+  fold(pull0);
   planes.for_chunks([&](Chunk c) {
     const Map source = planes.source(c), chunk_de = planes.of(de, c);
-    b.act_grad(chunk_de, planes.of(dv, c), source, norm0.affine(), Coefficient{}, Coefficient{},
-               norm0.batch ? slope : nullptr, norm0.batch ? offset : nullptr,
-               Activation::hardswish);
+    pull_norm(pull0, c, chunk_de, planes.of(dv, c), source, sums0);
     b.pointwise_grad_weight(gradients.expand, planes.x(c), chunk_de, Affine{}, nullptr,
                             c.begin > 0);
     if (dx.data != nullptr) {

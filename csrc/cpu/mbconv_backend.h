@@ -51,6 +51,13 @@ class CpuBackend {
     run_pointwise_grad_weight(args);
   }
 
+  // Of p = W z, z = gate h(BN(d)): dw (+)= dp z^T, and the sums of dz over d's pixels.
+  void project_grad(void* dw, const Map& d, const Map& dp, const Map& dz, const Norm& norm,
+                    const void* gate, void* sums, int64_t stride, bool add) const {
+    pointwise_grad_weight(dw, d, dp, norm.affine(), gate, add);
+    act_grad_sums(dz, d, norm, sums, stride);
+  }
+
   void depthwise(const Map& y, const Map& x, const Filter& f, const Affine& affine) const {
     DepthwiseArgs args = depthwise_args(x, f);
     args.out = y;
@@ -141,22 +148,20 @@ class CpuBackend {
     });
   }
 
-  // sums [5 or 2, N, C]; gate per sample, or per sample and channel; dpool [N, C].
-  void fold_grad(const void* sums, int64_t count_of_sums, int64_t n, const Norm& norm,
-                 const Coefficient& gate, const void* dpool, int64_t count,
-                 const NormGradient& gradient) const {
-    const int64_t channels = norm.channels, first = count_of_sums == 5;
+  void fold_grad(const NormPull& pull) const {
+    const Norm& norm = pull.norm;
+    const int64_t n = pull.samples, channels = norm.channels;
     as_sums([&](auto zero) {
       using A = decltype(zero);
-      const A* row = static_cast<const A*>(sums) + first * n * channels;
-      const A* by = static_cast<const A*>(gate.data);
-      const A* pool = static_cast<const A*>(dpool);
+      const A* row = static_cast<const A*>(pull.sums) + pull.five() * n * channels;
+      const A* by = static_cast<const A*>(pull.gate.data);
+      const A* pool = static_cast<const A*>(pull.dpool.data);
       std::vector<double> totals(size_t(2 * channels));
       double *total = totals.data(), *centred = total + channels;
       for (int64_t i = 0; i < n; ++i, row += channels) {
         const A* product = row + n * channels;
         for (int64_t c = 0; c < channels; ++c) {
-          const double g = by ? by[i * gate.sn + c * gate.sc] : A(1);
+          const double g = by ? by[i * pull.gate.sn + c * pull.gate.sc] : A(1);
           total[c] += g * row[c], centred[c] += g * product[c];
         }
         if (pool == nullptr) continue;
@@ -170,38 +175,47 @@ class CpuBackend {
         const double scale = static_cast<const A*>(norm.scale)[c];
         const double rstd = static_cast<const A*>(norm.rstd)[c];
         const double mean = static_cast<const A*>(norm.mean)[c];
-        const double d = rstd * centred[c], k = norm.batch ? -scale / double(count) : 0;
-        static_cast<A*>(gradient.gamma)[c] = A(d);
-        static_cast<A*>(gradient.beta)[c] = A(total[c]);
-        static_cast<A*>(gradient.slope)[c] = A(k * rstd * d);
-        static_cast<A*>(gradient.offset)[c] = A(k * total[c] - k * rstd * d * mean);
+        const double d = rstd * centred[c], k = norm.batch ? -scale / double(pull.count) : 0;
+        static_cast<A*>(pull.gradient.gamma)[c] = A(d);
+        static_cast<A*>(pull.gradient.beta)[c] = A(total[c]);
+        static_cast<A*>(pull.gradient.slope)[c] = A(k * rstd * d);
+        static_cast<A*>(pull.gradient.offset)[c] = A(k * total[c] - k * rstd * d * mean);
       }
     });
   }
 
-  void act_grad_sums(const Map& dz, const Map& x, const Affine& affine, const void* mean,
-                     void* sums, int64_t stride) const {
-    NormArgs args = norm_args(x, affine);
+  void act_grad_sums(const Map& dz, const Map& x, const Norm& norm, void* sums,
+                     int64_t stride) const {
+    NormArgs args = norm_args(x, norm.affine());
     args.dz = dz;
-    args.mean = per_channel(mean);
+    args.mean = per_channel(norm.mean);
     args.sums = sums;
     args.sums_stride = stride;
     args.act = Activation::hardswish;
     run_planes(kernels().bn_act_grad_sums, args, 2);
   }
 
-  void act_grad(const Map& out, const Map& dz, const Map& x, const Affine& affine,
-                const Coefficient& gate, const Coefficient& dpool, const void* slope,
-                const void* offset, Activation act) const {
-    NormArgs args = norm_args(x, affine);
+  // The map on the samples from `begin` on.
+  void act_grad(const Map& dx, const Map& dz, const Map& x, const NormPull& pull,
+                int64_t begin) const {
+    const Norm& norm = pull.norm;
+    NormArgs args = norm_args(x, norm.affine());
     args.dz = dz;
-    args.out = out;
-    args.gate = gate;
-    args.dpool = dpool;
-    args.slope = per_channel(slope);
-    args.offset = per_channel(offset);
-    args.act = act;
+    args.out = dx;
+    args.gate = rows(pull.gate, begin);
+    args.dpool = rows(pull.dpool, begin);
+    args.slope = per_channel(norm.batch ? pull.gradient.slope : nullptr);
+    args.offset = per_channel(norm.batch ? pull.gradient.offset : nullptr);
+    args.act = pull.act;
     run_planes(kernels().bn_act_grad, args, 2);
+  }
+
+  // Fold and map, with `sums` to be computed first where they are given.
+  void norm_grad(const Map& dx, const Map& dz, const Map& x, const NormPull& pull,
+                 void* sums) const {
+    if (sums != nullptr) act_grad_sums(dz, x, pull.norm, sums, x.n * x.c);
+    fold_grad(pull);
+    act_grad(dx, dz, x, pull, 0);
   }
 
   // --- coupling -------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ Tensor bn_act_grad_sums(const Tensor& dz, const Tensor& x, const Tensor& scale, 
   run(x, [&](Stream stream) {
     cuda::bn_act_grad_sums(dtype, gradient.map, in, vectors.norm(), center.data(),
                            partial.mutable_data_ptr(), sums.mutable_data_ptr(), in.n * in.c,
-                           stream);
+                           nullptr, stream);
   });
   return sums;
 }

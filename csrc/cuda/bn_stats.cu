@@ -1,5 +1,5 @@
-// Per-channel mean and biased variance over N, H, W, the affine map that BatchNorm makes of them,
-// and the gradient of that.
+// Per-channel mean and biased variance over N, H, W, and the affine map that BatchNorm makes of
+// them.
 //
 // First the moments of every plane: a thread runs Welford's recurrence over its chunks of V pixels,
 // one per position in the chunk, as those have seen equally many values; per value one read and 4
@@ -103,37 +103,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   out[2 * plane + 1] = moments.m2;
 }
 
-// What a block alone goes through in the time of a launch.
-constexpr int64_t kBlockPixels = 8192;
-
-// kLanes threads share a channel's samples, kChannels neighbouring channels are read together.
-constexpr int kChannels = 8, kLanes = kMaxThreads / kChannels;
-
-struct ChannelLane {
-  int64_t channel;
-  int local, lane;
-
-  __device__ __forceinline__ ChannelLane()
-      : local(int(threadIdx.x) % kChannels), lane(int(threadIdx.x) / kChannels) {
-    channel = int64_t(blockIdx.x) * kChannels + local;
-  }
-
-  // What combine makes of a channel's lanes, in its lane 0.
-  template <class V, class Combine>
-  __device__ __forceinline__ V fold(const V& value, V* shared, const Combine& combine) const {
-    V total = value;
-    shared[threadIdx.x] = value;
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (lane < half) {
-        total = combine(total, shared[threadIdx.x + half * kChannels]);
-        shared[threadIdx.x] = total;
-      }
-    }
-    return total;
-  }
-};
-
 template <class A>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     bn_merge_kernel(const double* moments, int64_t samples, int64_t channels, int64_t area,
@@ -192,47 +161,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (c < channels) fold_channel(fold, c, mean[c], var[c]);
 }
 
-template <class A>
-__global__ void __launch_bounds__(kMaxThreads, 1) bn_fold_grad_kernel(const FoldGrad args) {
-  REVK_SHARED(shared);
-  const ChannelLane place;
-  const int64_t c = place.channel;
-  const auto* sums = static_cast<const A*>(args.sums) + (args.five ? args.sum_stride : 0);
-  Sums<A, 2> total = {};
-  if (c < args.channels) {
-#pragma unroll 2
-    for (int64_t n = place.lane; n < args.samples; n += kLanes) {
-      const A* at = sums + n * args.channels + c;
-      const A gate = entry<A>(args.gate, n * args.gate_stride_n + c * args.gate_stride_c, A(1));
-      A g = gate * at[0], centred = gate * at[args.sum_stride];
-      if (args.dpool != nullptr) {
-        const A dpool = static_cast<const A*>(args.dpool)[n * args.channels + c];
-        g = multiply_add(dpool, at[2 * args.sum_stride], g);
-        centred = multiply_add(dpool, at[3 * args.sum_stride], centred);
-      }
-      total.value[0] += g;
-      total.value[1] += centred;
-    }
-  }
-  const auto add = [](const Sums<A, 2>& a, const Sums<A, 2>& b) { return a + b; };
-  total = place.fold(total, reinterpret_cast<Sums<A, 2>*>(shared), add);
-  if (place.lane != 0 || c >= args.channels) return;
-  const auto grad =
-      normalisation_grad(total.value[0], total.value[1], static_cast<const A*>(args.mean)[c],
-                         static_cast<const A*>(args.rstd)[c], static_cast<const A*>(args.scale)[c],
-                         A(args.count), args.batch);
-  static_cast<A*>(args.dweight)[c] = grad.dweight;
-  static_cast<A*>(args.dbias)[c] = grad.dbias;
-  if (args.slope == nullptr) return;
-  static_cast<A*>(args.slope)[c] = grad.slope;
-  static_cast<A*>(args.offset)[c] = grad.offset;
-}
-
-template <class F>
-void as_sums(Dtype dtype, const F& f) {
-  dtype == Dtype::float64 ? f(double{}) : f(float{});
-}
-
 }  // namespace
 
 void bn_moments(Dtype dtype, const Map& x, double* moments, Stream stream) {
@@ -251,7 +179,7 @@ void bn_moments(Dtype dtype, const Map& x, double* moments, Stream stream) {
 void bn_merge(Dtype dtype, const double* moments, int64_t samples, int64_t channels, int64_t area,
               void* mean, void* var, const Fold* fold, Stream stream) {
   const Results results{mean, var, fold != nullptr, fold != nullptr ? *fold : Fold{}};
-  as_sums(dtype, [&](auto sum) {
+  dispatch_sums(dtype, [&](auto sum) {
     using A = decltype(sum);
     const auto kernel = bn_merge_kernel<A>;
     REVK_LAUNCH(kernel, unsigned(ceil_div(channels, kChannels)), kMaxThreads,
@@ -283,20 +211,11 @@ void bn_statistics(Dtype dtype, const Map& x, double* moments, void* mean, void*
 void bn_fold(Dtype dtype, int64_t channels, const void* mean, const void* var, const Fold& fold,
              Stream stream) {
   constexpr int kThreads = 64;
-  as_sums(dtype, [&](auto sum) {
+  dispatch_sums(dtype, [&](auto sum) {
     using A = decltype(sum);
     const auto kernel = bn_fold_kernel<A>;
     REVK_LAUNCH(kernel, unsigned(ceil_div(channels, kThreads)), kThreads, 0, stream, channels,
                 static_cast<const A*>(mean), static_cast<const A*>(var), fold);
-  });
-}
-
-void bn_fold_grad(Dtype dtype, const FoldGrad& args, Stream stream) {
-  as_sums(dtype, [&](auto sum) {
-    using A = decltype(sum);
-    const auto kernel = bn_fold_grad_kernel<A>;
-    REVK_LAUNCH(kernel, unsigned(ceil_div(args.channels, kChannels)), kMaxThreads,
-                kMaxThreads * sizeof(Sums<A, 2>), stream, args);
   });
 }
 

@@ -70,6 +70,12 @@ void dispatch(Dtype dtype, const F& f) {
   }
 }
 
+// Likewise, of the type that sums are kept in.
+template <class F>
+void dispatch_sums(Dtype dtype, const F& f) {
+  dtype == Dtype::float64 ? f(double{}) : f(float{});
+}
+
 // --- vectors ----------------------------------------------------------------------------------
 
 template <int Bytes>

@@ -89,9 +89,9 @@ void bn_act_grad(Dtype dtype, Dtype dz_dtype, const Map& dz, const Map& x, const
 int64_t plane_parts(const Map& x);
 void bn_act_squeeze(Dtype dtype, const Map& x, const Norm& norm, void* partial, void* pooled,
                     Stream stream);
-// Five sums [N, C], `stride` apart.
+// Five sums [N, C], `stride` apart, and z itself where it is given: bn_act in the same pass.
 void bn_act_grad_sums(Dtype dtype, const Map& dz, const Map& x, const Norm& norm, const void* mean,
-                      void* partial, void* sums, int64_t stride, Stream stream);
+                      void* partial, void* sums, int64_t stride, const Output* z, Stream stream);
 // Two sums [N, C], `stride` apart: sum_hw du, sum_hw du (p - mean). du may be float32 beside 16-bit
 // p, as in bn_act_grad dz beside x.
 void coupling_sums(Dtype dtype, Dtype du_dtype, const Map& du, const Map& p, const void* mean,
@@ -144,6 +144,11 @@ struct FoldGrad {
   void *dweight, *dbias, *slope, *offset;  // the last two null where they are not wanted
 };
 void bn_fold_grad(Dtype dtype, const FoldGrad& args, Stream stream);
+// bn_fold_grad and, with its gate, bn_act_grad; where args.sums are not there yet, `sums` are the
+// same for bn_act_grad_sums to write. In one launch where a block can take all planes of a channel;
+// the same bits.
+void bn_grad(Dtype dtype, Dtype dz_dtype, const Map& dz, const Map& x, const Norm& norm,
+             const FoldGrad& args, void* sums, void* partial, const Output& dx, Stream stream);
 
 // hidden = w1 pooled + b1, gate = hardsigmoid(w2 hardswish(hidden) + b2): pooled [N, C], w1 [R, C],
 // w2 [C, R], contiguous, float32 or float64.

@@ -75,6 +75,22 @@ class CudaSteps {
                                 norm(affine, gate), add);
   }
 
+  // Of p = W z, z = gate h(BN(d)): dw (+)= dp z^T, and the sums of dz over d's pixels, with z in
+  // the same pass over d.
+  void project_grad(void* dw, const Map& d, const Map& dp, const Map& dz, const Norm& norm,
+                    const void* gate, void* sums, int64_t stride, bool add) {
+    const Memory parts = partial(d, 5);
+    const cuda::Dtype dtype = type_of(d.dtype);
+    const cuda::Norm with_gate = this->norm(norm.affine(), gate);
+    const auto write = [&](const cuda::Map& some, int64_t begin, const cuda::Output& z) {
+      const int64_t sums_begin = begin * d.c * cuda::bytes_of(sums_);
+      cuda::bn_act_grad_sums(dtype, map_of(rows(dz, begin, some.n)), some,
+                             cuda::rows(with_gate, dtype, begin, d.c), norm.mean, parts.data(),
+                             static_cast<char*>(sums) + sums_begin, stride, &z, device_.stream);
+    };
+    cuda::pointwise_grad_weight(device_, dtype, dw, map_of(d), map_of(dp), false, write, add);
+  }
+
   void depthwise(const Map& y, const Map& x, const Filter& f, const Affine& affine) {
     cuda::depthwise_conv(type_of(x.dtype), map_of(x), filter(f, x), {affine.scale, affine.shift},
                          y.data, device_.stream);
@@ -133,29 +149,33 @@ class CudaSteps {
     cuda::bn_fold(sums_, norm.channels, s.mean, s.var, to, device_.stream);
   }
 
-  void fold_grad(const void* sums, int64_t count_of_sums, int64_t n, const Norm& norm,
-                 const Coefficient& gate, const void* dpool, int64_t count,
-                 const NormGradient& gradient) {
-    cuda::bn_fold_grad(sums_,
-                       {sums, n * norm.channels, count_of_sums == 5, gate.data, gate.sn, gate.sc,
-                        dpool, norm.mean, norm.rstd, norm.scale, n, norm.channels, count,
-                        norm.batch, gradient.gamma, gradient.beta, gradient.slope, gradient.offset},
-                       device_.stream);
+  void fold_grad(const NormPull& pull) {
+    cuda::bn_fold_grad(sums_, fold_grad_of(pull), device_.stream);
   }
 
-  void act_grad_sums(const Map& dz, const Map& x, const Affine& affine, const void* mean,
-                     void* sums, int64_t stride) {
+  void act_grad_sums(const Map& dz, const Map& x, const Norm& norm, void* sums, int64_t stride) {
     const Memory parts = partial(x, 5);
-    cuda::bn_act_grad_sums(type_of(x.dtype), map_of(dz), map_of(x), norm(affine, nullptr), mean,
-                           parts.data(), sums, stride, device_.stream);
+    cuda::bn_act_grad_sums(type_of(x.dtype), map_of(dz), map_of(x),
+                           this->norm(norm.affine(), nullptr), norm.mean, parts.data(), sums,
+                           stride, nullptr, device_.stream);
   }
 
-  void act_grad(const Map& out, const Map& dz, const Map& x, const Affine& affine,
-                const Coefficient& gate, const Coefficient& dpool, const void* slope,
-                const void* offset, Activation act) {
-    cuda::Norm n{affine.scale, affine.shift, gate.data, act, gate.sn, gate.sc};
+  // The map on the samples from `begin` on.
+  void act_grad(const Map& dx, const Map& dz, const Map& x, const NormPull& pull, int64_t begin) {
+    const Coefficient gate = rows(pull.gate, begin), dpool = rows(pull.dpool, begin);
+    const NormGradient& g = pull.gradient;
+    cuda::Norm n = norm(pull.norm.affine(), pull.act);
+    n.gate = gate.data, n.gate_stride_n = gate.sn, n.gate_stride_c = gate.sc;
     cuda::bn_act_grad(type_of(x.dtype), type_of(dz.dtype), map_of(dz), map_of(x), n,
-                      {dpool.data, slope, offset}, {out.data, out.sn, out.sc}, device_.stream);
+                      {dpool.data, g.slope, g.offset}, {dx.data, dx.sn, dx.sc}, device_.stream);
+  }
+
+  // Fold and map, with `sums` to be computed first where they are given.
+  void norm_grad(const Map& dx, const Map& dz, const Map& x, const NormPull& pull, void* sums) {
+    const Memory parts = sums != nullptr ? partial(x, 5) : Memory();
+    cuda::bn_grad(type_of(x.dtype), type_of(dz.dtype), map_of(dz), map_of(x),
+                  norm(pull.norm.affine(), pull.act), fold_grad_of(pull), sums, parts.data(),
+                  {dx.data, dx.sn, dx.sc}, device_.stream);
   }
 
   void coupling_sums(const Map& du, const Map& p, const void* mean, void* sums, int64_t stride) {
@@ -236,6 +256,22 @@ class CudaSteps {
   static cuda::Norm norm(const Affine& affine, const void* gate) {
     return {affine.scale, affine.shift, gate,
             affine.scale ? Activation::hardswish : Activation::identity};
+  }
+  static cuda::Norm norm(const Affine& affine, Activation act) {
+    return {affine.scale, affine.shift, nullptr, act};
+  }
+
+  static cuda::FoldGrad fold_grad_of(const NormPull& p) {
+    const NormGradient& g = p.gradient;
+    return {p.sums,       p.samples * p.norm.channels,
+            p.five(),     p.gate.data,
+            p.gate.sn,    p.gate.sc,
+            p.dpool.data, p.norm.mean,
+            p.norm.rstd,  p.norm.scale,
+            p.samples,    p.norm.channels,
+            p.count,      p.norm.batch,
+            g.gamma,      g.beta,
+            g.slope,      g.offset};
   }
 
   static cuda::SqueezeExcite layers(const SqueezeExcite& se, int64_t n) {

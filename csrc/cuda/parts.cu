@@ -38,7 +38,7 @@ void fold_parts(Dtype dtype, const void* partial, int64_t parts, int64_t rows, i
     REVK_LAUNCH(kernel, blocks, kMaxThreads, 0, stream, static_cast<const A*>(partial), parts, rows,
                 size, static_cast<A*>(out), stride, add);
   };
-  dtype == Dtype::float64 ? launch(double{}) : launch(float{});
+  dispatch_sums(dtype, launch);
 }
 
 void zero_tails(Dtype dtype, void* rows, int64_t count, int64_t pitch, int64_t begin,

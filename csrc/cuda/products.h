@@ -35,15 +35,26 @@ inline Dtype sums_of(Dtype dtype) {
   return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
 }
 
-// z = gate h(scale x + shift), or x itself where there is no scale and its planes have no gaps.
+// The norm of samples from `begin` on, of maps with c channels.
+inline Norm rows(Norm norm, Dtype dtype, int64_t begin, int64_t c) {
+  if (norm.gate != nullptr) {
+    norm.gate = static_cast<const char*>(norm.gate) + begin * c * bytes_of(sums_of(dtype));
+  }
+  return norm;
+}
+
+// z in memory of its own, which write(x, 0, z) fills, or x itself if it is `plain` and its planes
+// have no gaps.
 template <class Device>
 class Activated {
  public:
-  Activated(Device& device, Dtype dtype, const Map& x, const Norm& norm) : z_(matrices_of(x)) {
-    if (norm.scale == nullptr && is_dense(x)) return;
+  template <class Write>
+  Activated(Device& device, Dtype dtype, const Map& x, bool plain, const Write& write)
+      : z_(matrices_of(x)) {
+    if (plain && is_dense(x)) return;
     const int64_t pixels = x.h * x.w, sample = x.c * pixels;
     memory_ = device.allocate(x.n * sample * bytes_of(dtype));
-    bn_act(dtype, x, norm, {memory_.data(), sample, pixels}, device.stream);
+    write(x, 0, Output{memory_.data(), sample, pixels});
     z_ = {memory_.data(), x.n, x.c, pixels, sample, pixels, 1};
   }
   const Matrices& matrices() const { return z_; }
@@ -53,11 +64,15 @@ class Activated {
   Matrices z_;
 };
 
-// y (+)= W z: W [O, C] in the maps' dtype, y without gaps between its pixels.
+// y (+)= W z, z = gate h(scale x + shift): W [O, C] in the maps' dtype, y without gaps between its
+// pixels.
 template <class Device>
 void pointwise(Device& device, Dtype dtype, const Map& y, const Map& x, const Matrices& weight,
                const Norm& norm, bool add) {
-  const Activated<Device> z(device, dtype, x, norm);
+  const auto write = [&](const Map& x, int64_t, const Output& z) {
+    bn_act(dtype, x, norm, z, device.stream);
+  };
+  const Activated<Device> z(device, dtype, x, norm.scale == nullptr, write);
   Matrices w = weight;
   w.batch = x.n, w.stride_b = 0;
   device.multiply(dtype, dtype, matrices_of(y), w, z.matrices(), add);
@@ -89,14 +104,15 @@ struct Contraction {
   }
 };
 
-// dw [O, C] (+)= sum_{n, hw} dy z^T in the type of sums, folded in a fixed order.
+// dw [O, C] (+)= sum_{n, hw} dy z^T in the type of sums, folded in a fixed order. z is x itself if
+// that is `plain`; write(m, begin, z) fills it from m, x's samples from `begin` on.
 //
 // Small weights: a product per sample, then their sum. Others: one product over samples and pixels
 // in a few parts, for which z and dy are laid out channel by channel first.
 // Memory: z or both maps anew, at most kPackedBytes, and at most kPartialBytes of products.
-template <class Device>
+template <class Device, class Write>
 void pointwise_grad_weight(Device& device, Dtype dtype, void* dw, const Map& x, const Map& dy,
-                           const Norm& norm, bool add) {
+                           bool plain, const Write& write, bool add) {
   const Dtype sums = sums_of(dtype);
   const int64_t pixels = x.h * x.w, size = dy.c * x.c, sum_bytes = bytes_of(sums);
   const auto contract = [&](const Matrices& a, const Matrices& b, bool onto) {
@@ -111,7 +127,7 @@ void pointwise_grad_weight(Device& device, Dtype dtype, void* dw, const Map& x, 
   };
 
   if (is_dense(dy) && (x.n == 1 || x.n * size * sum_bytes <= kPartialBytes)) {
-    const Activated<Device> z(device, dtype, x, norm);
+    const Activated<Device> z(device, dtype, x, plain, write);
     return contract(matrices_of(dy), z.matrices(), add);
   }
   const int64_t sample_bytes = (x.c + dy.c) * pixels * bytes_of(dtype);
@@ -119,21 +135,30 @@ void pointwise_grad_weight(Device& device, Dtype dtype, void* dw, const Map& x, 
   for (int64_t begin = 0; begin < x.n; begin += group) {
     const int64_t samples = std::min(group, x.n - begin), terms = samples * pixels;
     const Contraction contraction(terms, dy.c, x.c, sum_bytes);
-    const auto packed = [&](Map m, Norm n) {
+    const auto packed = [&](Map m, const auto& write) {
       m.data = static_cast<const char*>(m.data) + begin * m.stride_n * bytes_of(dtype);
       m.n = samples;
-      if (n.gate != nullptr) {
-        n.gate = static_cast<const char*>(n.gate) + begin * m.c * sum_bytes;
-      }
       auto rows = device.allocate(m.c * contraction.pitch * bytes_of(dtype));
-      bn_act(dtype, m, n, {rows.data(), pixels, contraction.pitch}, device.stream);
+      write(m, begin, Output{rows.data(), pixels, contraction.pitch});
       zero_tails(dtype, rows.data(), m.c, contraction.pitch, terms, device.stream);
       return rows;
     };
-    const auto z = packed(x, norm);
-    const auto g = packed(dy, {nullptr, nullptr, nullptr, Activation::identity});
+    const auto z = packed(x, write);
+    const auto g = packed(dy, [&](const Map& m, int64_t, const Output& out) {
+      bn_act(dtype, m, {nullptr, nullptr, nullptr, Activation::identity}, out, device.stream);
+    });
     contract(contraction.of(g.data(), dy.c), contraction.of(z.data(), x.c), add || begin > 0);
   }
+}
+
+// Likewise, z = gate h(scale x + shift).
+template <class Device>
+void pointwise_grad_weight(Device& device, Dtype dtype, void* dw, const Map& x, const Map& dy,
+                           const Norm& norm, bool add) {
+  const auto write = [&](const Map& m, int64_t begin, const Output& z) {
+    bn_act(dtype, m, rows(norm, dtype, begin, x.c), z, device.stream);
+  };
+  pointwise_grad_weight(device, dtype, dw, x, dy, norm.scale == nullptr, write, add);
 }
 
 }  // namespace revkernels::cuda

@@ -6,9 +6,10 @@
 //
 // A tile of 4 x 4 outputs belongs to `lanes` threads, which share the K terms: lane l takes the
 // terms l, l + lanes, ..., and the lanes are folded as a tree. `lanes` depends on K alone, so a
-// sample's result does not depend on its batch. The layers of a small gate share a launch, a block
-// per sample. In full precision, as float32 weights are; bound by
-// latency at these sizes, so products that do not wait for one another share a launch.
+// sample's result does not depend on its batch. In full precision, as float32 weights are; bound by
+// latency at these sizes, so products that do not wait for one another share a launch, and all of
+// them where a gate is small: its layers with a block per sample, their gradients with a block per
+// eight channels.
 #include "walk.cuh"
 
 namespace revkernels::cuda {
@@ -187,8 +188,69 @@ __global__ void __launch_bounds__(kMaxThreads)
       [&](int64_t row, A value) { gate[row] = hardsigmoid(value); });
 }
 
+// All gradients by blocks of kGradChannels channels each; every block computes dhidden of all
+// samples for itself.
+constexpr int kGradChannels = 8;
+
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads)
+    gate_grad_kernel(const SqueezeExcite se, const A* dgate, const A* gate, const A* hidden,
+                     const A* pooled, A factor, const SqueezeExciteGrad grad) {
+  REVK_SHARED(shared);
+  const auto *w1 = static_cast<const A*>(se.w1), *w2 = static_cast<const A*>(se.w2);
+  const int samples = int(se.samples), channels = int(se.channels), rows = int(se.hidden);
+  A *dv = reinterpret_cast<A*>(shared), *dhidden = dv + samples * channels;
+  for (int i = threadIdx.x; i < samples * channels; i += kMaxThreads) {
+    dv[i] = dgate[i] * hardsigmoid_slope(gate[i]);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < samples * rows; i += kMaxThreads) {
+    const int sample = i / rows, row = i - sample * rows;
+    A sum = 0;
+#pragma unroll 8
+    for (int c = 0; c < channels; ++c) {
+      sum = multiply_add(dv[sample * channels + c], w2[c * rows + row], sum);
+    }
+    dhidden[i] = sum * hardswish_slope(hidden[i]);
+  }
+  __syncthreads();
+
+  const int first = int(blockIdx.x) * kGradChannels, count = min(kGradChannels, channels - first);
+  for (int i = threadIdx.x; i < samples * count; i += kMaxThreads) {
+    const int sample = i / count, channel = first + i - sample * count;
+    A sum = 0;
+#pragma unroll 8
+    for (int row = 0; row < rows; ++row) {
+      sum = multiply_add(dhidden[sample * rows + row], w1[row * channels + channel], sum);
+    }
+    static_cast<A*>(grad.dpooled)[sample * channels + channel] = sum * factor;
+  }
+  for (int i = threadIdx.x; i < rows * count; i += kMaxThreads) {
+    const int local = i / rows, channel = first + local, row = i - local * rows;
+    A dw1 = 0, dw2 = 0;
+    for (int n = 0; n < samples; ++n) {
+      const A *at = dhidden + n * rows + row, *of = dv + n * channels + channel;
+      dw1 = multiply_add(*at, pooled[n * channels + channel], dw1);
+      dw2 = multiply_add(*of, hardswish(hidden[n * rows + row]), dw2);
+    }
+    static_cast<A*>(grad.dw1)[row * channels + channel] = dw1;
+    static_cast<A*>(grad.dw2)[channel * rows + row] = dw2;
+  }
+  const auto sum_samples = [&](const A* values, int width, void* sums, int begin, int end) {
+    for (int i = begin + int(threadIdx.x); i < end; i += kMaxThreads) {
+      A sum = 0;
+      for (int n = 0; n < samples; ++n) sum += values[n * width + i];
+      static_cast<A*>(sums)[i] = sum;
+    }
+  };
+  sum_samples(dv, channels, grad.db2, first, first + count);
+  if (first == 0) sum_samples(dhidden, rows, grad.db1, 0, rows);
+}
+
 // Weights that a block reads in the time of a launch, and values that fit beside its sums.
 constexpr int64_t kBlockWeights = 16384, kBlockHidden = 1024;
+// Terms of dhidden that a block sums in that time, and values of it and dv that a block holds.
+constexpr int64_t kBlockTerms = 65536, kBlockValues = 4096;
 
 template <size_t Count>
 void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
@@ -204,7 +266,7 @@ void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
     const auto kernel = products_kernel<A>;
     REVK_LAUNCH(kernel, blocks, kMaxThreads, kMaxThreads * sizeof(Sums<A, 20>), stream, all);
   };
-  dtype == Dtype::float64 ? run(double{}) : run(float{});
+  dispatch_sums(dtype, run);
 }
 
 }  // namespace
@@ -220,7 +282,7 @@ void se_gate(Dtype dtype, const SqueezeExcite& se, const void* pooled, void* hid
                   lanes_of(c), lanes_of(r), static_cast<const A*>(pooled), static_cast<A*>(hidden),
                   static_cast<A*>(gate));
     };
-    dtype == Dtype::float64 ? run(double{}) : run(float{});
+    dispatch_sums(dtype, run);
     return;
   }
   Product first(n, r, c, pooled, c, 1, se.w1, 1, c, hidden);
@@ -237,6 +299,18 @@ void se_gate_grad(Dtype dtype, const SqueezeExcite& se, const void* dgate, const
                   const void* hidden, const void* pooled, int64_t pixels,
                   const SqueezeExciteGrad& grad, Stream stream) {
   const int64_t n = se.samples, c = se.channels, r = se.hidden;
+  if (n * r * c <= kBlockTerms && n * (r + c) <= kBlockValues) {
+    const auto run = [&](auto sum) {
+      using A = decltype(sum);
+      const auto kernel = gate_grad_kernel<A>;
+      REVK_LAUNCH(kernel, unsigned(ceil_div(c, kGradChannels)), kMaxThreads,
+                  n * (r + c) * sizeof(A), stream, se, static_cast<const A*>(dgate),
+                  static_cast<const A*>(gate), static_cast<const A*>(hidden),
+                  static_cast<const A*>(pooled), A(1 / double(pixels)), grad);
+    };
+    dispatch_sums(dtype, run);
+    return;
+  }
   Product dhidden(n, r, c, dgate, c, 1, se.w2, r, 1, grad.dhidden);
   dhidden.a_kind = Operand::gate_slope;
   dhidden.gate = gate;

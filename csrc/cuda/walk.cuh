@@ -149,6 +149,13 @@ __device__ __forceinline__ A entry(const void* vector, int64_t i, A absent) {
   return vector == nullptr ? absent : static_cast<const A*>(vector)[i];
 }
 
+// Where a plane's gate lies: [N, C] without gaps unless the norm says otherwise.
+__device__ __forceinline__ int64_t plane_gate(const Norm& norm, int64_t plane, int c,
+                                              int channels) {
+  if (norm.gate_stride_n == 0) return plane;
+  return (plane - c) / channels * norm.gate_stride_n + c * norm.gate_stride_c;
+}
+
 // --- plane by plane ---------------------------------------------------------------------------
 
 // A plane is summed by `lanes` threads, a large one in several parts of `part` chunks: lane l takes
@@ -210,6 +217,24 @@ struct PlaneLanes {
       }
     }
   }
+
+  template <class T, int V>
+  __device__ __forceinline__ void store(const Map& m, T* plane, unsigned chunk,
+                                        const accumulate_t<T> (&from)[V]) const {
+    const unsigned first = chunk * V;
+    if (aligned) {
+      Vector<T, V> vector;
+#pragma unroll
+      for (int i = 0; i < V; ++i) vector.value[i] = narrow<T>(from[i]);
+      vector.store(plane + first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const unsigned row = (first + i) / width;
+        plane[row * m.stride_h + (first + i - row * width) * m.stride_w] = narrow<T>(from[i]);
+      }
+    }
+  }
 };
 
 // Calls f with the chunks' length as a constant.
@@ -253,6 +278,95 @@ struct Sums {
     Sums total;
 #pragma unroll
     for (int k = 0; k < K; ++k) total.value[k] = value[k] + other.value[k];
+    return total;
+  }
+};
+
+// A group of lanes' part of a plane, whose number counts the groups of a launch.
+struct PlanePart {
+  int64_t plane, sample;
+  int channel, part;
+  bool exists;
+
+  __device__ __forceinline__ explicit PlanePart(const PlaneLanes& walk) {
+    const int group = int(threadIdx.x) / walk.lanes;
+    const int64_t index = int64_t(blockIdx.x) * (kMaxThreads / walk.lanes) + group;
+    plane = index / walk.parts;
+    part = int(index - plane * walk.parts);
+    exists = plane < walk.planes;
+    sample = plane / walk.channels;
+    channel = int(plane - sample * walk.channels);
+  }
+
+  // All of a plane.
+  __device__ __forceinline__ PlanePart(const PlaneLanes& walk, int64_t sample, int channel)
+      : plane(sample * walk.channels + channel),
+        sample(sample),
+        channel(channel),
+        part(0),
+        exists(plane < walk.planes) {}
+};
+
+// add(chunk) for the chunks of this thread.
+template <int V, class Add>
+__device__ __forceinline__ void for_chunks(const PlaneLanes& walk, const PlanePart& place,
+                                           const Add& add) {
+  if (!place.exists) return;
+  const unsigned lane = threadIdx.x & unsigned(walk.lanes - 1);
+  const unsigned begin = unsigned(place.part) * walk.part, chunks = walk.pixels / V;
+  const unsigned end = chunks - begin < walk.part ? chunks : begin + walk.part;
+#pragma unroll 2
+  for (unsigned chunk = begin + lane; chunk < end; chunk += unsigned(walk.lanes)) add(chunk);
+}
+
+template <class T>
+__device__ __forceinline__ const T* plane_of(const Map& m, const PlanePart& place) {
+  return static_cast<const T*>(m.data) + place.sample * m.stride_n + place.channel * m.stride_c;
+}
+
+// The group's sums: [K, planes] of every part, a sum's rows `stride` apart.
+template <class A, int K>
+__device__ __forceinline__ void finish_sums(const PlaneLanes& walk, const PlanePart& place,
+                                            const Sums<A, K>& sums, A* out, int64_t stride) {
+  REVK_SHARED(shared);
+  const auto add = [](const Sums<A, K>& a, const Sums<A, K>& b) { return a + b; };
+  const Sums<A, K> total = fold_lanes(sums, walk.lanes, reinterpret_cast<Sums<A, K>*>(shared), add);
+  if (!place.exists || (threadIdx.x & unsigned(walk.lanes - 1)) != 0) return;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    out[(int64_t(place.part) * K + k) * stride + place.plane] = total.value[k];
+  }
+}
+
+// --- channel by channel -----------------------------------------------------------------------
+
+// What a block alone goes through in the time of a launch.
+constexpr int64_t kBlockPixels = 8192;
+
+// kLanes threads share a channel's samples, kChannels neighbouring channels are read together.
+constexpr int kChannels = 8, kLanes = kMaxThreads / kChannels;
+
+struct ChannelLane {
+  int64_t channel;
+  int local, lane;
+
+  __device__ __forceinline__ ChannelLane()
+      : local(int(threadIdx.x) % kChannels), lane(int(threadIdx.x) / kChannels) {
+    channel = int64_t(blockIdx.x) * kChannels + local;
+  }
+
+  // What combine makes of a channel's lanes, in its lane 0.
+  template <class V, class Combine>
+  __device__ __forceinline__ V fold(const V& value, V* shared, const Combine& combine) const {
+    V total = value;
+    shared[threadIdx.x] = value;
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (lane < half) {
+        total = combine(total, shared[threadIdx.x + half * kChannels]);
+        shared[threadIdx.x] = total;
+      }
+    }
     return total;
   }
 };

@@ -138,11 +138,13 @@ const char* emulate_bn_act_squeeze(int64_t reverse, int64_t dtype, const Map* x,
 }
 
 const char* emulate_bn_act_grad_sums(int64_t reverse, int64_t dtype, const Map* dz, const Map* x,
-                                     const void* scale, const void* shift, const void* mean,
-                                     int64_t act, void* partial, void* sums, int64_t stride) {
+                                     const void* scale, const void* shift, const void* gate,
+                                     const void* mean, int64_t act, void* partial, void* sums,
+                                     int64_t stride, void* z, int64_t stride_n, int64_t stride_c) {
+  const Output out{z, stride_n, stride_c};
   return emulate(reverse, [&] {
-    bn_act_grad_sums(Dtype(dtype), *dz, *x, {scale, shift, nullptr, Activation(act)}, mean, partial,
-                     sums, stride, nullptr);
+    bn_act_grad_sums(Dtype(dtype), *dz, *x, {scale, shift, gate, Activation(act)}, mean, partial,
+                     sums, stride, z == nullptr ? nullptr : &out, nullptr);
   });
 }
 
@@ -209,6 +211,51 @@ const char* emulate_bn_fold_grad(int64_t reverse, int64_t dtype, const void* sum
                       dweight,       dbias,
                       slope,         offset};
   return emulate(reverse, [&] { bn_fold_grad(Dtype(dtype), args, nullptr); });
+}
+
+// With `apart` in three launches.
+const char* emulate_bn_grad(int64_t reverse, int64_t dtype, int64_t apart, int64_t dz_dtype,
+                            const Map* dz, const Map* x, const void* scale, const void* shift,
+                            int64_t act, const void* gate, int64_t gate_stride_n,
+                            int64_t gate_stride_c, const void* dpool, const void* mean,
+                            const void* rstd, int64_t batch, int64_t summed, void* sums,
+                            void* dweight, void* dbias, void* slope, void* offset, void* dx,
+                            int64_t stride_n, int64_t stride_c) {
+  const int64_t n = x->n, c = x->c;
+  const Norm norm{scale, shift, nullptr, Activation(act)};
+  const FoldGrad args{sums,
+                      n * c,
+                      Activation(act) == Activation::hardswish,
+                      gate,
+                      gate_stride_n,
+                      gate_stride_c,
+                      dpool,
+                      mean,
+                      rstd,
+                      scale,
+                      n,
+                      c,
+                      n * x->h * x->w,
+                      batch != 0,
+                      dweight,
+                      dbias,
+                      slope,
+                      offset};
+  const Output out{dx, stride_n, stride_c};
+  return emulate(reverse, [&] {
+    if (apart == 0) {
+      bn_grad(Dtype(dtype), Dtype(dz_dtype), *dz, *x, norm, args, summed ? nullptr : sums, nullptr,
+              out, nullptr);
+      return;
+    }
+    if (!summed) {
+      bn_act_grad_sums(Dtype(dtype), *dz, *x, norm, mean, nullptr, sums, n * c, nullptr, nullptr);
+    }
+    bn_fold_grad(Dtype(dtype), args, nullptr);
+    bn_act_grad(Dtype(dtype), Dtype(dz_dtype), *dz, *x,
+                {scale, shift, gate, Activation(act), gate_stride_n, gate_stride_c},
+                {dpool, slope, offset}, out, nullptr);
+  });
 }
 
 const char* emulate_se_gate(int64_t reverse, int64_t dtype, const void* pooled, const void* w1,

@@ -162,13 +162,20 @@ def bn_act_squeeze(x, act):
     return call.room(4 * n * c, wide).expect(wanted, wide)
 
 
-def bn_act_grad_sums(x, dz, act):
-    n, c = x.shape[:2]
-    scale, shift, mean, *_ = vectors(n, c, x.dtype, 3)
+def bn_act_grad_sums(x, dz, act, written=None):
+    """``written``: z too, sample by sample or with channels that many values apart."""
+    n, c, h, w = x.shape
+    scale, shift, mean, gate, _ = vectors(n, c, x.dtype, 3)
     wide = accumulate_dtype(x.dtype)
     wanted = exact(reference.bn_act_grad_sums, dz, x, scale, shift, mean, act)
-    call = Call("bn_act_grad_sums", x.dtype).add(dz, x).vectors(scale, shift, mean).add(ACTS.index(act))
-    return call.room(4 * 5 * n * c, wide).expect(*apart(wanted, wide)).add(n * c + 3)
+    call = Call("bn_act_grad_sums", x.dtype).add(dz, x).vectors(scale, shift, gate, mean).add(ACTS.index(act))
+    call.room(4 * 5 * n * c, wide).expect(*apart(wanted, wide)).add(n * c + 3)
+    if written is None:
+        return call.add(None, 0, 0)
+    z = exact(reference.bn_act, x, scale, shift, gate, act)
+    if written == "samples":
+        return call.expect(z, x.dtype).add(c * h * w, h * w)
+    return call.expect(z.transpose(0, 1), x.dtype).add(h * w, n * h * w)
 
 
 def apart(sums, dtype):
@@ -242,6 +249,37 @@ def bn_fold_grad(n, c, dtype, form, batch):
     return call
 
 
+def bn_grad(x, dz, form, batch, apart=False):
+    """``form``: of the coupling's ("kept"), of a gated norm whose sums are there, or of one without a gate."""
+    n, c, h, w = x.shape
+    wide, act = accumulate_dtype(x.dtype), "identity" if form == "kept" else "hardswish"
+    scale, shift, mean, rstd, gate, dpool = vectors(n, c, x.dtype, 4)
+    strides = (c, 1)
+    if form == "kept":  # stochastic depth: one value per sample
+        gate, strides = gate[:, :1].expand(n, c), (1, 0)
+    if form != "gated":
+        dpool = None
+    if form == "alone":
+        gate = None
+    if form == "kept":
+        (sums,) = reference.couple_adjoint(dz.double(), [x.double()], [mean.double()], [1], "nearest")[1]
+    else:
+        sums = exact(reference.bn_act_grad_sums, dz, x, scale, shift, mean, act)
+    fold = sums, *(None if v is None else v.double() for v in (gate, dpool, mean, rstd, scale)), n * h * w, batch
+    folded = reference.bn_fold_grad(*fold)
+    dx = exact(reference.bn_act_grad, dz, x, scale, shift, gate, dpool, *folded[2:], act)
+    call = Call("bn_grad", x.dtype).add(int(apart), DTYPES.index(dz.dtype), dz, x).vectors(scale, shift)
+    call.add(ACTS.index(act)).vectors(gate[:, :1] if form == "kept" else gate).add(*strides)
+    call.vectors(dpool, mean, rstd).add(int(batch), int(form != "alone"))
+    if form == "alone":
+        call.expect(sums, wide)
+    else:
+        call.vectors(sums.to(wide))
+    for vector in folded:
+        call.expect(vector, wide)
+    return call.expect(dx, x.dtype).add(c * h * w, h * w)
+
+
 def squeezed(n, c, r, dtype):
     pooled, w1, b1 = 2 * random(n, c, dtype=dtype), random(r, c, dtype=dtype) / c**0.5, random(r, dtype=dtype)
     w2, b2 = 3 * random(c, r, dtype=dtype) / r**0.5, random(c, dtype=dtype)
@@ -310,10 +348,35 @@ def test_sums_over_planes_match_the_reference(library, act, dtype):  # noqa: F81
     for index, (layout, *size) in enumerate(MAPS):
         x = layout(*size, dtype)
         run(library, bn_act_squeeze(x, act), tolerance)
-        run(library, bn_act_grad_sums(x, (layout if index % 3 else channels_last)(*size, dtype), act), tolerance)
+        dz = (layout if index % 3 else channels_last)(*size, dtype)
+        run(library, bn_act_grad_sums(x, dz, act), tolerance)
         run(library, coupling_sums(x, layout(*size, dtype) * 0.5), tolerance)
         if dtype.itemsize == 2:
             run(library, coupling_sums(x, layout(*size, torch.float32)), tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("written", ["samples", "channels"])
+def test_sums_come_with_the_map_that_they_are_of(library, written, dtype):  # noqa: F811
+    for layout, *size in MAPS:
+        x, dz = (layout(*size, dtype) for _ in range(2))
+        with_map, alone = (bn_act_grad_sums(x, dz, "hardswish", w) for w in (written, None))
+        sums, _ = run(library, with_map, max(EPSILON[dtype], 2e-6 * (dtype != torch.float64)))
+        assert (sums == outputs(library, alone)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["kept", "gated", "alone"])
+def test_gradient_in_one_launch_is_that_in_three(library, form, dtype):  # noqa: F811
+    tolerance = {torch.float32: 4e-6, torch.float64: 1e-12}.get(dtype, EPSILON[dtype])
+    # the last one is too large for one block
+    for index, (layout, *size) in enumerate((*MAPS, (contiguous, 37, 3, 2, 2), (contiguous, 3, 2, 56, 56))):
+        x, dz = layout(*size, dtype), (layout if index % 3 else channels_last)(*size, dtype) * 0.5
+        found = [run(library, bn_grad(x, dz, form, index % 4 != 0, apart), tolerance) for apart in (False, True)]
+        for one, three in zip(*found, strict=True):
+            assert (one == three).all()
+        if dtype.itemsize == 2 and form == "kept":  # a gradient of a float32 stream under autocast
+            run(library, bn_grad(x, layout(*size, torch.float32), form, True), tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -347,7 +410,9 @@ def test_folds_match_the_reference(library, dtype):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
-    "size", [(1, 1, 1), (2, 48, 12), (19, 40, 7), (3, 130, 33), (70, 9, 3), (5, 300, 2), (3, 600, 30)], ids=str
+    "size",
+    [(1, 1, 1), (2, 48, 12), (19, 40, 7), (3, 130, 33), (70, 9, 3), (5, 300, 2), (3, 600, 30), (9, 300, 40)],
+    ids=str,
 )
 def test_squeeze_excite_matches_the_reference(library, size, dtype):  # noqa: F811
     tolerance = 1e-13 if dtype == torch.float64 else 5e-6
@@ -450,6 +515,10 @@ def sanitized_calls():
             yield bn_act_grad(x, x * 0.5, "hardswish", (True,) * 4)
             yield bn_act_squeeze(x, "hardswish")
             yield bn_act_grad_sums(x, x * 0.5, "hardswish")
+            yield bn_act_grad_sums(x.contiguous(), x * 0.5, "hardswish", "channels")
+            yield bn_grad(x, layout(*size, torch.float32), "kept", True)
+            yield bn_grad(x, x * 0.5, "gated", False)
+            yield bn_grad(x, x * 0.5, "alone", True)
             yield bn_stats(x, x.numel() > x.shape[1])  # one value per channel has no unbiased variance
             yield bn_stats(x, x.numel() > x.shape[1], "bn_statistics")
             yield coupling_sums(x, layout(*size, torch.float32))
