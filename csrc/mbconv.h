@@ -245,6 +245,12 @@ class Planes {
     b_.pointwise(p, d, m_.project, m_.norms[1].affine(), gate, false);
   }
 
+  // Both.
+  void squeeze_project(const Map& p, const Map& d, Chunk c) {
+    if (!m_.squeezes()) return project(p, d, nullptr);
+    b_.squeeze_project(p, d, m_.project, m_.norms[1].affine(), m_.se, squeezed(c), active_);
+  }
+
   void keep_e() { e_ready_ = m_.expands(); }
   void keep_d() { d_ready_ = true; }
 
@@ -320,7 +326,7 @@ void mbconv_forward(Backend& b, const MBConv& m, const Statistics (&statistics)[
   }
   planes.for_chunks([&](Chunk c) {
     const Map chunk_d = planes.d(c), chunk_p = planes.of(p, c);
-    planes.project(chunk_p, chunk_d, planes.gate(c, chunk_d));
+    planes.squeeze_project(chunk_p, chunk_d, c);
     observe(2, c, chunk_p);
   });
   if (batch) fold(2);
@@ -335,7 +341,7 @@ void mbconv_recompute(Backend& b, const MBConv& m, const Map& p, const Map& d, c
   planes.prepare();
   planes.for_chunks([&](Chunk c) {
     const Map chunk_d = planes.d(c);
-    planes.project(planes.of(p, c), chunk_d, planes.gate(c, chunk_d));
+    planes.squeeze_project(planes.of(p, c), chunk_d, c);
   });
 }
 
@@ -496,13 +502,11 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
                             c.begin > 0, partial);
     if (m.expands()) {
       const Map chunk_dv = planes.of(dv, c);
-      b.depthwise_grad_input(chunk_dv, chunk_dd, m.depthwise);
+      b.depthwise_grad_input(chunk_dv, chunk_dd, m.depthwise, false, Map{});
       if (!whole) b.act_grad_sums(chunk_dv, source, norm0, at(sums0, c, e), n * e);
-    } else if (dx.data != nullptr && add) {
-      b.depthwise_grad_input(planes.of(dsource, c), chunk_dd, m.depthwise);
-      b.add(planes.of(dx, c), planes.of(dsource, c));
     } else if (dx.data != nullptr) {
-      b.depthwise_grad_input(planes.of(dx, c), chunk_dd, m.depthwise);
+      const Map spare = add ? planes.of(dsource, c) : Map{};
+      b.depthwise_grad_input(planes.of(dx, c), chunk_dd, m.depthwise, add, spare);
     }
   });
   const bool scaled = m.unit != 1 && Backend::kReadsStreams;  // integers were read as they are

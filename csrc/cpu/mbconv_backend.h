@@ -66,11 +66,14 @@ class CpuBackend {
     run(kernels().depthwise, args, x.n * x.c, work);
   }
 
-  void depthwise_grad_input(const Map& dv, const Map& dy, const Filter& f) const {
+  // dx (+)= the transpose of dy; to be added by way of `spare`.
+  void depthwise_grad_input(const Map& dx, const Map& dy, const Filter& f, bool add,
+                            const Map& spare) const {
     DepthwiseArgs args = depthwise_args(dy, f);
-    args.out = dv;
-    const int64_t work = numel(dv) + numel(dy) * f.size * f.size / 16;
+    args.out = add ? spare : dx;
+    const int64_t work = numel(dx) + numel(dy) * f.size * f.size / 16;
     run(kernels().depthwise_grad_input, args, dy.n * dy.c, work);
+    if (add) this->add(dx, spare);
   }
 
   // Samples within a group, then the groups, in an order that no thread count changes.
@@ -275,6 +278,14 @@ class CpuBackend {
   void gate(const SqueezeExcite& se, int64_t n, const Squeezed& s, void* active) const {
     run_layer(n, s.pooled, se.channels, se.w1, se.b1, s.hidden, se.hidden, active, false);
     run_layer(n, active, se.hidden, se.w2, se.b2, s.gate, se.channels, nullptr, true);
+  }
+
+  // p = W z, z = gate h(BN(d)), gate = SE(mean_hw h(BN(d))); active: [N, R].
+  void squeeze_project(const Map& p, const Map& d, const Matrix& w, const Affine& affine,
+                       const SqueezeExcite& se, const Squeezed& s, void* active) const {
+    squeeze(d, affine, s.pooled);
+    gate(se, d.n, s, active);
+    pointwise(p, d, w, affine, s.gate, false);
   }
 
   // scratch: [N, E + 2 R]. dpool comes out per pixel of a map of `area`.

@@ -2,6 +2,7 @@
 // mean over the pixels had dpool H W:
 //
 //   sums[:, n, c] = sum_hw (dz h(u), dz h'(u), dz h'(u) (x - mean), h'(u), h'(u) (x - mean))
+//                   or of the coupling's, without h: sum_hw (dz, dz (x - mean))
 //   sum, centred  = sum_n gate sums[1, 2] + dpool sums[3, 4]
 //   dgamma = rstd centred    dbeta = sum    slope, offset: what both leave of the input's, of those
 //   dx = scale (gate dz + dpool) h'(u) + slope x + offset
@@ -60,6 +61,31 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                             const Norm norm, const void* mean, accumulate_t<T>* out,
                             int64_t stride) {
   sum_plane<T, V>(walk, PlanePart(walk), dz, x, z, norm, mean, out, stride);
+}
+
+template <class T, class D, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    coupling_sums_kernel(const PlaneLanes walk, const Map du, const Map p, const void* mean,
+                         accumulate_t<T>* out, int64_t stride) {
+  using A = accumulate_t<T>;
+  const PlanePart place(walk);
+  Sums<A, 2> sums = {};
+  if (place.exists) {
+    const A center = entry<A>(mean, place.channel, A(0));
+    const T* plane = plane_of<T>(p, place);
+    const D* gradient = plane_of<D>(du, place);
+    for_chunks<V>(walk, place, [&](unsigned chunk) {
+      A in[V], din[V];
+      walk.load<T>(p, plane, chunk, in);
+      walk.load<D>(du, gradient, chunk, din);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        sums.value[0] += din[i];
+        sums.value[1] = multiply_add(din[i], in[i] - center, sums.value[1]);
+      }
+    });
+  }
+  finish_sums(walk, place, sums, out, stride);
 }
 
 // --- their fold over samples ------------------------------------------------------------------
@@ -208,6 +234,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 }  // namespace
 
+int64_t plane_parts(const Map& x) { return ceil_div(x.h * x.w, PlaneLanes::kPartPixels); }
+
 void bn_act_grad_sums(Dtype dtype, const Map& dz, const Map& x, const Norm& norm, const void* mean,
                       void* partial, void* sums, int64_t stride, const Output* z, Stream stream) {
   dispatch(dtype, [&](auto tag) {
@@ -223,6 +251,30 @@ void bn_act_grad_sums(Dtype dtype, const Map& dz, const Map& x, const Norm& norm
                   whole ? stride : walk.planes);
     });
     if (!whole) fold_parts(dtype, partial, walk.parts, 5, walk.planes, sums, stride, false, stream);
+  });
+}
+
+void coupling_sums(Dtype dtype, Dtype du_dtype, const Map& du, const Map& p, const void* mean,
+                   void* partial, void* sums, int64_t stride, Stream stream) {
+  dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const auto launch = [&](auto gradient) {
+      using D = decltype(gradient);
+      const PlaneLanes walk({du, p}, gradient);  // chunks of the wider type
+      const bool whole = walk.parts == 1;
+      dispatch_chunk<D>(walk.vector, [&](auto v) {
+        const auto kernel = coupling_sums_kernel<T, D, decltype(v)::value>;
+        REVK_LAUNCH(kernel, walk.blocks(walk.parts), kMaxThreads, kMaxThreads * 2 * sizeof(A),
+                    stream, walk, du, p, mean, static_cast<A*>(whole ? sums : partial),
+                    whole ? stride : walk.planes);
+      });
+      if (!whole) {
+        fold_parts(dtype, partial, walk.parts, 2, walk.planes, sums, stride, false, stream);
+      }
+    };
+    if (du_dtype == dtype) return launch(tag);
+    if constexpr (sizeof(T) == 2) launch(float{});
   });
 }
 

@@ -64,8 +64,7 @@ Tensor depthwise_conv_grad_input(const Tensor& dy, const Tensor& weight, int64_t
   Tensor dx = new_tensor(dy, {in.n, in.c, height, width});
   if (dx.numel() == 0) return dx;
   run(dy, [&](Stream stream) {
-    cuda::depthwise_conv_grad_input(dtype, in, filter, dx.mutable_data_ptr(), height, width,
-                                    stream);
+    cuda::depthwise_conv_grad_input(dtype, in, filter, output_of(dx), height, width, false, stream);
   });
   return dx;
 }

@@ -54,8 +54,8 @@ __device__ __forceinline__ void load_weights(const Filter& filter, int channel, 
 }
 
 // The convolution with both axes of the weights turned round: its own transpose at stride 1. K is 3
-// or 5.
-void depthwise_conv_flipped(Dtype dtype, const Map& dy, const Filter& filter, void* dx,
-                            Stream stream);
+// or 5. With `add` added to dx.
+void depthwise_conv_flipped(Dtype dtype, const Map& dy, const Filter& filter, const Output& dx,
+                            bool add, Stream stream);
 
 }  // namespace revkernels::cuda

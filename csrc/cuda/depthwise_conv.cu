@@ -20,13 +20,13 @@ struct Arguments {
   TileSource x;
   Filter filter;
   Affine prologue;
-  void* y;
+  Output y;
   int out_height, out_width;
   Cut cut;
   TileShape tile;
   Divisor by_cols, by_rows;  // patches per row and per column of a tile
   int store_width;
-  bool flip;
+  bool flip, add;
 };
 
 template <class T, int K, int S>
@@ -100,14 +100,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) depthwise_conv_kernel(const Ar
       }
     }
 
-    const int64_t out_plane = place.sample * channels + place.channel + plane;
-    T* y = static_cast<T*>(a.y) + (out_plane * a.out_height + place.row + row) * a.out_width +
-           place.col + col;
+    T* y = static_cast<T*>(a.y.data) + place.sample * a.y.stride_n +
+           (place.channel + plane) * a.y.stride_c + (place.row + row) * a.out_width + place.col +
+           col;
     const int count = a.out_width - place.col - col;
 #pragma unroll
     for (int r = 0; r < D::kRows; ++r) {
       if (place.row + row + r >= a.out_height) break;
-      store_row(y + int64_t(r) * a.out_width, sum[r], count, a.store_width);
+      store_row(y + int64_t(r) * a.out_width, sum[r], count, a.store_width, a.add);
     }
   }
 }
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }
 
 template <class T, int K, int S>
-void launch(const Map& x, const Filter& filter, const Affine& prologue, void* y, bool flip,
-            Stream stream) {
+void launch(const Map& x, const Filter& filter, const Affine& prologue, const Output& y, bool flip,
+            bool add, Stream stream) {
   using A = accumulate_t<T>;
   using D = Depthwise<K, S>;
   const int64_t height = ceil_div(x.h, S), width = ceil_div(x.w, S);
@@ -169,7 +169,8 @@ void launch(const Map& x, const Filter& filter, const Affine& prologue, void* y,
                             Divisor(patch_cols),
                             Divisor(patch_rows),
                             store_width<T, D::kCols>(y, width),
-                            flip};
+                            flip,
+                            add};
   const int threads = threads_for(int64_t(cut.planes) * patch_rows * patch_cols);
   const auto kernel = depthwise_conv_kernel<T, K, S>;
   REVK_LAUNCH(kernel, unsigned(cut.blocks(x.n)), threads, cut.planes * bytes(cut.rows, cut.cols),
@@ -193,18 +194,20 @@ void depthwise_conv(Dtype dtype, const Map& x, const Filter& filter, const Affin
   dispatch(dtype, [&](auto tag) {
     using T = decltype(tag);
     const bool tiled = dispatch_depthwise(filter.size, filter.stride, [&](auto k, auto s) {
-      launch<T, decltype(k)::value, decltype(s)::value>(x, filter, prologue, y, false, stream);
+      constexpr int K = decltype(k)::value, S = decltype(s)::value;
+      const int64_t pixels = ceil_div(x.h, S) * ceil_div(x.w, S);
+      launch<T, K, S>(x, filter, prologue, {y, x.c * pixels, pixels}, false, false, stream);
     });
     if (!tiled) launch_any<T>(x, filter, prologue, y, stream);
   });
 }
 
-void depthwise_conv_flipped(Dtype dtype, const Map& dy, const Filter& filter, void* dx,
-                            Stream stream) {
+void depthwise_conv_flipped(Dtype dtype, const Map& dy, const Filter& filter, const Output& dx,
+                            bool add, Stream stream) {
   dispatch(dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (filter.size == 3) launch<T, 3, 1>(dy, filter, {nullptr, nullptr}, dx, true, stream);
-    if (filter.size == 5) launch<T, 5, 1>(dy, filter, {nullptr, nullptr}, dx, true, stream);
+    if (filter.size == 3) launch<T, 3, 1>(dy, filter, {nullptr, nullptr}, dx, true, add, stream);
+    if (filter.size == 5) launch<T, 5, 1>(dy, filter, {nullptr, nullptr}, dx, true, add, stream);
   });
 }
 

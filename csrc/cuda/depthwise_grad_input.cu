@@ -30,12 +30,13 @@ struct Cells {
 struct Arguments {
   TileSource dy;
   Filter filter;
-  void* dx;
+  Output dx;
   int height, width;
   Cut cut;  // of cells
   TileShape tile;
   Divisor by_cols, by_rows;
   int store_width;
+  bool add;
 };
 
 template <class T, int K, int S>
@@ -69,9 +70,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) depthwise_grad_input_kernel(co
       for (int j = 0; j < C::kReach + C::kCells; ++j) window[i][j] = in[i * a.tile.pitch + j];
     }
 
-    const int64_t plane_index = place.sample * channels + place.channel + plane;
     const int h0 = (place.row + row) * S, w0 = (place.col + col) * S;
-    T* dx = static_cast<T*>(a.dx) + (plane_index * a.height + h0) * a.width + w0;
+    T* dx = static_cast<T*>(a.dx.data) + place.sample * a.dx.stride_n +
+            (place.channel + plane) * a.dx.stride_c + int64_t(h0) * a.width + w0;
 #pragma unroll
     for (int t = 0; t < S; ++t) {  // row h0 + t
       A sum[C::kCols] = {};
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) depthwise_grad_input_kernel(co
           }
         }
       }
-      if (h0 + t < a.height) store_row(dx + int64_t(t) * a.width, sum, a.width - w0, a.store_width);
+      if (h0 + t >= a.height) continue;
+      store_row(dx + int64_t(t) * a.width, sum, a.width - w0, a.store_width, a.add);
     }
   }
 }
@@ -98,8 +100,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) depthwise_grad_input_kernel(co
 // Any odd size, any stride, one input per thread straight from global memory.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    depthwise_grad_input_any_kernel(const Map dy, const Filter filter, T* dx, int width,
-                                    const ItemGrid grid) {
+    depthwise_grad_input_any_kernel(const Map dy, const Filter filter, const Output dx, int width,
+                                    bool add, const ItemGrid grid) {
   using A = accumulate_t<T>;
   int64_t plane;
   int item;
@@ -121,12 +123,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
              widen(in[i * dy.stride_h + j * dy.stride_w]);
     }
   }
-  dx[plane * grid.items + item] = narrow<T>(sum);
+  T* to = static_cast<T*>(dx.data) + sample * dx.stride_n + channel * dx.stride_c + item;
+  *to = narrow<T>(add ? widen(*to) + sum : sum);
 }
 
 template <class T, int K, int S>
-void launch(const Map& dy, const Filter& filter, void* dx, int64_t height, int64_t width,
-            Stream stream) {
+void launch(const Map& dy, const Filter& filter, const Output& dx, int64_t height, int64_t width,
+            bool add, Stream stream) {
   if constexpr (S > 1) {
     using A = accumulate_t<T>;
     using C = Cells<K, S>;
@@ -147,7 +150,8 @@ void launch(const Map& dy, const Filter& filter, void* dx, int64_t height, int64
         TileShape(cut.planes, C::tile_rows(cut.rows), C::tile_pitch(cut.cols)),
         Divisor(item_cols),
         Divisor(cut.rows),
-        store_width<T, C::kCols>(dx, width)};
+        store_width<T, C::kCols>(dx, width),
+        add};
     const int threads = threads_for(int64_t(cut.planes) * cut.rows * item_cols);
     const auto kernel = depthwise_grad_input_kernel<T, K, S>;
     REVK_LAUNCH(kernel, unsigned(cut.blocks(dy.n)), threads, cut.planes * bytes(cut.rows, cut.cols),
@@ -156,27 +160,26 @@ void launch(const Map& dy, const Filter& filter, void* dx, int64_t height, int64
 }
 
 template <class T>
-void launch_any(const Map& dy, const Filter& filter, void* dx, int64_t height, int64_t width,
-                Stream stream) {
+void launch_any(const Map& dy, const Filter& filter, const Output& dx, int64_t height,
+                int64_t width, bool add, Stream stream) {
   const ItemGrid grid(dy.n * dy.c, height * width);
   const auto kernel = depthwise_grad_input_any_kernel<T>;
-  REVK_LAUNCH(kernel, grid.blocks(), kMaxThreads, 0, stream, dy, filter, static_cast<T*>(dx),
-              int(width), grid);
+  REVK_LAUNCH(kernel, grid.blocks(), kMaxThreads, 0, stream, dy, filter, dx, int(width), add, grid);
 }
 
 }  // namespace
 
-void depthwise_conv_grad_input(Dtype dtype, const Map& dy, const Filter& filter, void* dx,
-                               int64_t height, int64_t width, Stream stream) {
+void depthwise_conv_grad_input(Dtype dtype, const Map& dy, const Filter& filter, const Output& dx,
+                               int64_t height, int64_t width, bool add, Stream stream) {
   if (filter.stride == 1 && (filter.size == 3 || filter.size == 5)) {
-    return depthwise_conv_flipped(dtype, dy, filter, dx, stream);
+    return depthwise_conv_flipped(dtype, dy, filter, dx, add, stream);
   }
   dispatch(dtype, [&](auto tag) {
     using T = decltype(tag);
     const bool tiled = dispatch_depthwise(filter.size, filter.stride, [&](auto k, auto s) {
-      launch<T, decltype(k)::value, decltype(s)::value>(dy, filter, dx, height, width, stream);
+      launch<T, decltype(k)::value, decltype(s)::value>(dy, filter, dx, height, width, add, stream);
     });
-    if (!tiled) launch_any<T>(dy, filter, dx, height, width, stream);
+    if (!tiled) launch_any<T>(dy, filter, dx, height, width, add, stream);
   });
 }
 

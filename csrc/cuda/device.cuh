@@ -135,32 +135,37 @@ __device__ __forceinline__ void load_sums(const A* from, A (&to)[N]) {
 }
 
 template <int V, class T, int N>
-__device__ __forceinline__ void store_vectors(T* to, const accumulate_t<T> (&from)[N], int count) {
+__device__ __forceinline__ void store_vectors(T* to, const accumulate_t<T> (&from)[N], int count,
+                                              bool add) {
   if constexpr (V <= N && V <= kVector<T>) {
 #pragma unroll
     for (int i = 0; i < N; i += V) {
       if (i >= count) break;
-      Vector<T, V> vector;
+      Vector<T, V> vector = {};
+      if (add) vector = Vector<T, V>::load(to + i);
 #pragma unroll
-      for (int j = 0; j < V; ++j) vector.value[j] = narrow<T>(from[i + j]);
+      for (int j = 0; j < V; ++j) {
+        vector.value[j] = narrow<T>(add ? widen(vector.value[j]) + from[i + j] : from[i + j]);
+      }
       vector.store(to + i);
     }
   }
 }
 
-// Writes the first `count` of N values; `width` (see store_width) divides their position and count.
+// Writes the first `count` of N values, or adds them to what is there; `width` (see store_width)
+// divides their position and count.
 template <class T, int N>
 __device__ __forceinline__ void store_row(T* to, const accumulate_t<T> (&from)[N], int count,
-                                          int width) {
+                                          int width, bool add = false) {
   switch (width) {
     case 8:
-      return store_vectors<8>(to, from, count);
+      return store_vectors<8>(to, from, count, add);
     case 4:
-      return store_vectors<4>(to, from, count);
+      return store_vectors<4>(to, from, count, add);
     case 2:
-      return store_vectors<2>(to, from, count);
+      return store_vectors<2>(to, from, count, add);
     default:
-      return store_vectors<1>(to, from, count);
+      return store_vectors<1>(to, from, count, add);
   }
 }
 
@@ -171,6 +176,14 @@ int store_width(const void* data, int64_t row) {
   int width = N < kVector<T> ? N : kVector<T>;
   while (row % width != 0 || reinterpret_cast<uintptr_t>(data) % (width * sizeof(T)) != 0)
     width /= 2;
+  return width;
+}
+
+// Likewise of an output with such rows.
+template <class T, int N>
+int store_width(const Output& out, int64_t row) {
+  int width = store_width<T, N>(out.data, row);
+  while (out.stride_n % width != 0 || out.stride_c % width != 0) width /= 2;
   return width;
 }
 

@@ -13,8 +13,8 @@ enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3, in
 
 using Stream = void*;  // a cudaStream_t
 
-// An input [N, C, H, W] with any strides, in elements. Outputs are contiguous and come as bare
-// pointers.
+// An input [N, C, H, W] with any strides, in elements. Outputs that come as bare pointers are
+// contiguous.
 struct Map {
   const void* data;
   int64_t n, c, h, w;
@@ -71,8 +71,9 @@ void depth_to_space(Dtype dtype, const Map& y, void* x, int64_t channels, int64_
 
 void depthwise_conv(Dtype dtype, const Map& x, const Filter& filter, const Affine& prologue,
                     void* y, Stream stream);
-void depthwise_conv_grad_input(Dtype dtype, const Map& dy, const Filter& filter, void* dx,
-                               int64_t height, int64_t width, Stream stream);
+// dx of height x width pixels, or with `add` added to it.
+void depthwise_conv_grad_input(Dtype dtype, const Map& dy, const Filter& filter, const Output& dx,
+                               int64_t height, int64_t width, bool add, Stream stream);
 
 // Into how many parts the samples are split: `partial` holds [slices, C, k, k] sums.
 int64_t grad_weight_slices(Dtype dtype, const Map& dy, int64_t kernel, int64_t stride);
@@ -158,6 +159,12 @@ struct SqueezeExcite {
 };
 void se_gate(Dtype dtype, const SqueezeExcite& se, const void* pooled, void* hidden, void* gate,
              Stream stream);
+
+// bn_act_squeeze, se_gate and with that gate bn_act into z; in one launch where a block can take a
+// sample; the same bits.
+void se_gate_act(Dtype dtype, const Map& x, const Norm& norm, const SqueezeExcite& se,
+                 void* partial, void* pooled, void* hidden, void* gate, const Output& z,
+                 Stream stream);
 
 struct SqueezeExciteGrad {
   void *dhidden, *dpooled, *dw1, *db1, *dw2, *db2;  // dhidden [N, R] is workspace

@@ -30,12 +30,6 @@ inline cuda::Map map_of(const Map& m) {
   return {m.data, m.n, m.c, m.h, m.w, m.sn, m.sc, m.sh, m.sw};
 }
 
-inline bool is_contiguous(const Map& m) {
-  const cuda::Map c = map_of(m);
-  return cuda::is_dense(c) && (m.c == 1 || m.sc == m.h * m.w) &&
-         (m.n == 1 || m.sn == m.c * m.h * m.w);
-}
-
 template <class Device>
 class CudaSteps {
  public:
@@ -46,7 +40,6 @@ class CudaSteps {
       : device_(device...), sums_(type_of(sums)) {}
 
   void convert(const Map& out, const Map& x, double unit) { copy(out, x, unit, false); }
-  void add(const Map& y, const Map& x) { copy(y, x, 1, true); }
   void scale(void* v, const void* in, int64_t count, double factor) {
     const cuda::Map from{in, 1, 1, 1, count, 0, 0, 0, 1}, to{v, 1, 1, 1, count, 0, 0, 0, 1};
     cuda::convert(sums_, from, sums_, to, factor, false, device_.stream);
@@ -57,8 +50,7 @@ class CudaSteps {
   void pointwise(const Map& y, const Map& x, const Matrix& w, const Affine& affine,
                  const void* gate, bool add) {
     const cuda::Dtype dtype = type_of(x.dtype);
-    const int64_t row = w.transposed ? 1 : w.columns, column = w.transposed ? w.rows : 1;
-    const cuda::Matrices matrix{cast(w, dtype), 1, w.rows, w.columns, 0, row, column};
+    const cuda::Matrices matrix = matrix_of(w, dtype);
     const cuda::Norm prologue = norm(affine, gate);
     if (y.dtype == x.dtype && cuda::is_dense(map_of(y))) {
       cuda::pointwise(device_, dtype, map_of(y), map_of(x), matrix, prologue, add);
@@ -96,18 +88,19 @@ class CudaSteps {
                          y.data, device_.stream);
   }
 
-  void depthwise_grad_input(const Map& dv, const Map& dy, const Filter& f) {
-    const auto run = [&](const Map& to) {
-      cuda::depthwise_conv_grad_input(type_of(dy.dtype), map_of(dy), filter(f, dy), to.data, to.h,
-                                      to.w, device_.stream);
+  // dx (+)= the transpose of dy, by way of `spare`, where that is there, if no kernel writes dx.
+  void depthwise_grad_input(const Map& dx, const Map& dy, const Filter& f, bool add,
+                            const Map& spare) {
+    const auto run = [&](const Map& to, bool add) {
+      cuda::depthwise_conv_grad_input(type_of(dy.dtype), map_of(dy), filter(f, dy),
+                                      {to.data, to.sn, to.sc}, to.h, to.w, add, device_.stream);
     };
-    if (dv.dtype == dy.dtype && is_contiguous(dv)) {
-      run(dv);
-    } else {
-      const Piece gradient(device_, dy.dtype, dv.n, dv.c, dv.h, dv.w);
-      run(gradient.map);
-      copy(dv, gradient.map, 1, false);
-    }
+    if (dx.dtype == dy.dtype && cuda::is_dense(map_of(dx))) return run(dx, add);
+    const bool spared = spare.data != nullptr;
+    const Piece piece = spared ? Piece{} : Piece(device_, dy.dtype, dx.n, dx.c, dx.h, dx.w);
+    const Map& gradient = spared ? spare : piece.map;
+    run(gradient, false);
+    copy(dx, gradient, 1, add);
   }
 
   void depthwise_grad_weight(void* dw, const Map& x, const Map& dy, const Filter& f,
@@ -196,6 +189,18 @@ class CudaSteps {
     cuda::se_gate(sums_, layers(se, n), s.pooled, s.hidden, s.gate, device_.stream);
   }
 
+  // p = W z, z = gate h(BN(d)), gate = SE(mean_hw h(BN(d))), with z in the pass that has the gate.
+  void squeeze_project(const Map& p, const Map& d, const Matrix& w, const Affine& affine,
+                       const SqueezeExcite& se, const Squeezed& s, void*) {
+    const Memory parts = partial(d, 1);
+    const cuda::Dtype dtype = type_of(d.dtype);
+    const auto write = [&](const cuda::Map& x, int64_t, const cuda::Output& z) {
+      cuda::se_gate_act(dtype, x, norm(affine, nullptr), layers(se, x.n), parts.data(), s.pooled,
+                        s.hidden, s.gate, z, device_.stream);
+    };
+    cuda::pointwise(device_, dtype, map_of(p), map_of(d), matrix_of(w, dtype), false, write, false);
+  }
+
   void gate_grad(const SqueezeExcite& se, int64_t n, const void* dgate, const Squeezed& s,
                  int64_t area, void* dpool, const Gradients& g, void* scratch) {
     cuda::se_gate_grad(sums_, layers(se, n), dgate, s.gate, s.hidden, s.pooled, area,
@@ -210,6 +215,7 @@ class CudaSteps {
     Memory memory;
     Map map;
 
+    Piece() = default;
     Piece(const Device& device, DType dtype, int64_t n, int64_t c, int64_t h, int64_t w)
         : memory(device.allocate(n * c * h * w * revkernels::bytes_of(dtype))),
           map{memory.data(), dtype, n, c, h, w, c * h * w, h * w, w, 1} {}
@@ -232,6 +238,11 @@ class CudaSteps {
       cuda::convert(from, map_of(x), sums_, map_of(wide.map), factor, false, device_.stream);
       cuda::convert(sums_, map_of(wide.map), to, map_of(y), 1, add, device_.stream);
     }
+  }
+
+  cuda::Matrices matrix_of(const Matrix& w, cuda::Dtype dtype) {
+    const int64_t row = w.transposed ? 1 : w.columns, column = w.transposed ? w.rows : 1;
+    return {cast(w, dtype), 1, w.rows, w.columns, 0, row, column};
   }
 
   // The weight in the planes' type, converted once per call of an op.

@@ -43,8 +43,8 @@ inline Norm rows(Norm norm, Dtype dtype, int64_t begin, int64_t c) {
   return norm;
 }
 
-// z in memory of its own, which write(x, 0, z) fills, or x itself if it is `plain` and its planes
-// have no gaps.
+// z in memory of its own, or x itself if that is `plain` and its planes have no gaps. write(m,
+// begin, z) fills z from m, x's samples from `begin` on.
 template <class Device>
 class Activated {
  public:
@@ -64,18 +64,24 @@ class Activated {
   Matrices z_;
 };
 
-// y (+)= W z, z = gate h(scale x + shift): W [O, C] in the maps' dtype, y without gaps between its
-// pixels.
+// y (+)= W z: W [O, C] in the maps' dtype, y without gaps between its pixels; z as Activated's.
+template <class Device, class Write>
+void pointwise(Device& device, Dtype dtype, const Map& y, const Map& x, const Matrices& weight,
+               bool plain, const Write& write, bool add) {
+  const Activated<Device> z(device, dtype, x, plain, write);
+  Matrices w = weight;
+  w.batch = x.n, w.stride_b = 0;
+  device.multiply(dtype, dtype, matrices_of(y), w, z.matrices(), add);
+}
+
+// Likewise, z = gate h(scale x + shift).
 template <class Device>
 void pointwise(Device& device, Dtype dtype, const Map& y, const Map& x, const Matrices& weight,
                const Norm& norm, bool add) {
   const auto write = [&](const Map& x, int64_t, const Output& z) {
     bn_act(dtype, x, norm, z, device.stream);
   };
-  const Activated<Device> z(device, dtype, x, norm.scale == nullptr, write);
-  Matrices w = weight;
-  w.batch = x.n, w.stride_b = 0;
-  device.multiply(dtype, dtype, matrices_of(y), w, z.matrices(), add);
+  pointwise(device, dtype, y, x, weight, norm.scale == nullptr, write, add);
 }
 
 // Products of a weight gradient that are kept at a time, or one where that is more.
@@ -104,8 +110,8 @@ struct Contraction {
   }
 };
 
-// dw [O, C] (+)= sum_{n, hw} dy z^T in the type of sums, folded in a fixed order. z is x itself if
-// that is `plain`; write(m, begin, z) fills it from m, x's samples from `begin` on.
+// dw [O, C] (+)= sum_{n, hw} dy z^T in the type of sums, folded in a fixed order; z as
+// Activated's.
 //
 // Small weights: a product per sample, then their sum. Others: one product over samples and pixels
 // in a few parts, for which z and dy are laid out channel by channel first.

@@ -1,19 +1,60 @@
-// Squeeze-excite's two layers and their gradients: small matrix products with what surrounds them.
+// Squeeze-excite: means over planes of an activated BatchNorm, u = scale x + shift, two layers, the
+// gated map, and the layers' gradients.
 //
+//   pooled[n, c] = sum_hw h(u) / (H W)      z = gate h(u)
 //   hidden = w1 pooled + b1                 gate = hardsigmoid(w2 hardswish(hidden) + b2)
 //   dv = dgate hardsigmoid'                 dhidden = hardswish'(hidden) (dv w2)
 //   dpooled = dhidden w1 / pixels           dw1 = dhidden^T pooled     dw2 = dv^T hardswish(hidden)
 //
-// A tile of 4 x 4 outputs belongs to `lanes` threads, which share the K terms: lane l takes the
-// terms l, l + lanes, ..., and the lanes are folded as a tree. `lanes` depends on K alone, so a
-// sample's result does not depend on its batch. In full precision, as float32 weights are; bound by
-// latency at these sizes, so products that do not wait for one another share a launch, and all of
-// them where a gate is small: its layers with a block per sample, their gradients with a block per
-// eight channels.
+// Means, per value one read and 8 FLOPs, and the map, one read and one write, are bound by memory.
+// A plane's sums are folded as a tree, its parts (beyond 16384 pixels) in order.
+//
+// The layers are small matrix products: a tile of 4 x 4 outputs belongs to `lanes` threads, which
+// share the K terms: lane l takes the terms l, l + lanes, ..., and the lanes are folded as a tree.
+// `lanes` depends on K alone, so a sample's result does not depend on its batch. In full precision,
+// as float32 weights are; bound by latency at these sizes, so products that do not wait for one
+// another share a launch, and all of them where a gate is small: its layers with a block per
+// sample, with the means and the map where the sample is small too, their gradients with a block
+// per eight channels. No atomics.
 #include "walk.cuh"
 
 namespace revkernels::cuda {
 namespace {
+
+// --- squeeze ------------------------------------------------------------------------------------
+
+// A group's part of a plane's mean.
+template <class T, int V>
+__device__ __forceinline__ void squeeze_plane(const PlaneLanes& walk, const PlanePart& place,
+                                              const Map& x, const Norm& norm,
+                                              accumulate_t<T>* out) {
+  using A = accumulate_t<T>;
+  Sums<A, 1> sums = {};
+  if (place.exists) {
+    const A scale = entry<A>(norm.scale, place.channel, A(1));
+    const A shift = entry<A>(norm.shift, place.channel, A(0));
+    const T* plane = plane_of<T>(x, place);
+    for_chunks<V>(walk, place, [&](unsigned chunk) {
+      A in[V];
+      walk.load<T>(x, plane, chunk, in);
+      A sum = 0;
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum += activate(multiply_add(scale, in[i], shift), norm.act);
+      sums.value[0] += sum;
+    });
+  }
+  sums.value[0] /= A(walk.pixels);
+  finish_sums(walk, place, sums, out, walk.planes);
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    bn_act_squeeze_kernel(const PlaneLanes walk, const Map x, const Norm norm,
+                          accumulate_t<T>* out) {
+  squeeze_plane<T, V>(walk, PlanePart(walk), x, norm, out);
+}
+
+// --- products -----------------------------------------------------------------------------------
 
 constexpr int kTile = 4;
 
@@ -26,6 +67,14 @@ int lanes_of(int64_t terms) {
 // What an operand's entry stands for, and what becomes of a result.
 enum class Operand : int { plain, hardswish, gate_slope };
 enum class Result : int { plain, hardsigmoid, hardswish_slope };
+
+// Of the two layers.
+struct GateLanes {
+  int first, second;
+
+  explicit GateLanes(const SqueezeExcite& se)
+      : first(lanes_of(se.channels)), second(lanes_of(se.hidden)) {}
+};
 
 // out [M, N] = e((sum_k a[m, k] b[k, n] + bias[n]) factor), and a_sum [M] = sum_k a[m, k].
 struct Product {
@@ -166,26 +215,68 @@ __device__ __forceinline__ void layer(const void* w, const void* bias, int64_t r
   }
 }
 
-// Both layers of one sample per block.
+// Both layers of the block's sample; `shared` has room for kMaxThreads + R values.
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads)
-    gate_kernel(const SqueezeExcite se, int first_lanes, int second_lanes, const A* pooled,
-                A* hidden, A* gate) {
-  REVK_SHARED(shared);
-  A *folded = reinterpret_cast<A*>(shared), *active = folded + kMaxThreads;
-  pooled += blockIdx.x * se.channels, gate += blockIdx.x * se.channels;
-  hidden += blockIdx.x * se.hidden;
+__device__ __forceinline__ void gate_sample(const SqueezeExcite& se, const GateLanes& lanes,
+                                            A* shared, const A* pooled, A* hidden, A* gate) {
+  A* active = shared + kMaxThreads;
   layer<A>(
-      se.w1, se.b1, se.hidden, se.channels, first_lanes, folded,
+      se.w1, se.b1, se.hidden, se.channels, lanes.first, shared,
       [&](int64_t k) { return pooled[k]; },
       [&](int64_t row, A value) {
         hidden[row] = value;
         active[row] = hardswish(value);
       });
   layer<A>(
-      se.w2, se.b2, se.channels, se.hidden, second_lanes, folded,
+      se.w2, se.b2, se.channels, se.hidden, lanes.second, shared,
       [&](int64_t k) { return active[k]; },
       [&](int64_t row, A value) { gate[row] = hardsigmoid(value); });
+}
+
+template <class A>
+__global__ void __launch_bounds__(kMaxThreads)
+    gate_kernel(const SqueezeExcite se, const GateLanes lanes, const A* pooled, A* hidden,
+                A* gate) {
+  REVK_SHARED(shared);
+  const int64_t sample = blockIdx.x;
+  gate_sample(se, lanes, reinterpret_cast<A*>(shared), pooled + sample * se.channels,
+              hidden + sample * se.hidden, gate + sample * se.channels);
+}
+
+// bn_act_squeeze, se_gate and bn_act of one sample, which one block goes through twice: what is
+// added to what is the same.
+template <class T, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    gate_act_kernel(const PlaneLanes walk, const Map x, const Map z, const Norm norm,
+                    const SqueezeExcite se, const GateLanes lanes, accumulate_t<T>* pooled,
+                    accumulate_t<T>* hidden, accumulate_t<T>* gate) {
+  using A = accumulate_t<T>;
+  REVK_SHARED(shared);
+  const int64_t sample = blockIdx.x;
+  const int groups = kMaxThreads / walk.lanes, group = int(threadIdx.x) / walk.lanes;
+  for (int first = 0; first < walk.channels; first += groups) {
+    squeeze_plane<T, V>(walk, PlanePart(walk, sample, first + group), x, norm, pooled);
+    __syncthreads();  // before `shared` is used again, and for what the block wrote
+  }
+  gate_sample(se, lanes, reinterpret_cast<A*>(shared), pooled + sample * se.channels,
+              hidden + sample * se.hidden, gate + sample * se.channels);
+  for (int channel = group; channel < walk.channels; channel += groups) {
+    const PlanePart place(walk, sample, channel);
+    const A scale = entry<A>(norm.scale, channel, A(1)),
+            shift = entry<A>(norm.shift, channel, A(0));
+    const A factor = gate[place.plane];
+    const T* plane = plane_of<T>(x, place);
+    T* to = const_cast<T*>(plane_of<T>(z, place));
+    for_chunks<V>(walk, place, [&](unsigned chunk) {
+      A in[V];
+      walk.load<T>(x, plane, chunk, in);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        in[i] = factor * activate(multiply_add(scale, in[i], shift), norm.act);
+      }
+      walk.store<T>(z, to, chunk, in);
+    });
+  }
 }
 
 // All gradients by blocks of kGradChannels channels each; every block computes dhidden of all
@@ -249,8 +340,15 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // Weights that a block reads in the time of a launch, and values that fit beside its sums.
 constexpr int64_t kBlockWeights = 16384, kBlockHidden = 1024;
+// Values of a sample that a block goes through twice in the time of two launches.
+constexpr int64_t kBlockSample = 16384;
 // Terms of dhidden that a block sums in that time, and values of it and dv that a block holds.
 constexpr int64_t kBlockTerms = 65536, kBlockValues = 4096;
+
+// Whether a block does both layers of a sample.
+bool is_small(const SqueezeExcite& se) {
+  return se.hidden * se.channels <= kBlockWeights && se.hidden <= kBlockHidden;
+}
 
 template <size_t Count>
 void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
@@ -271,15 +369,32 @@ void launch(Dtype dtype, const Product (&given)[Count], Stream stream) {
 
 }  // namespace
 
+void bn_act_squeeze(Dtype dtype, const Map& x, const Norm& norm, void* partial, void* pooled,
+                    Stream stream) {
+  dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const PlaneLanes walk({x}, tag);
+    dispatch_chunk<T>(walk.vector, [&](auto v) {
+      const auto kernel = bn_act_squeeze_kernel<T, decltype(v)::value>;
+      REVK_LAUNCH(kernel, walk.blocks(walk.parts), kMaxThreads, kMaxThreads * sizeof(A), stream,
+                  walk, x, norm, static_cast<A*>(walk.parts == 1 ? pooled : partial));
+    });
+    if (walk.parts > 1) {
+      fold_parts(dtype, partial, walk.parts, 1, walk.planes, pooled, walk.planes, false, stream);
+    }
+  });
+}
+
 void se_gate(Dtype dtype, const SqueezeExcite& se, const void* pooled, void* hidden, void* gate,
              Stream stream) {
   const int64_t n = se.samples, c = se.channels, r = se.hidden;
-  if (r * c <= kBlockWeights && r <= kBlockHidden) {
+  if (is_small(se)) {
     const auto run = [&](auto sum) {
       using A = decltype(sum);
       const auto kernel = gate_kernel<A>;
       REVK_LAUNCH(kernel, unsigned(n), kMaxThreads, (kMaxThreads + r) * sizeof(A), stream, se,
-                  lanes_of(c), lanes_of(r), static_cast<const A*>(pooled), static_cast<A*>(hidden),
+                  GateLanes(se), static_cast<const A*>(pooled), static_cast<A*>(hidden),
                   static_cast<A*>(gate));
     };
     dispatch_sums(dtype, run);
@@ -293,6 +408,30 @@ void se_gate(Dtype dtype, const SqueezeExcite& se, const void* pooled, void* hid
   second.kind = Result::hardsigmoid;
   second.bias = se.b2;
   launch(dtype, {second}, stream);
+}
+
+void se_gate_act(Dtype dtype, const Map& x, const Norm& norm, const SqueezeExcite& se,
+                 void* partial, void* pooled, void* hidden, void* gate, const Output& z,
+                 Stream stream) {
+  if (!is_small(se) || x.c * x.h * x.w > kBlockSample || x.h * x.w > kBlockPixels) {
+    bn_act_squeeze(dtype, x, norm, partial, pooled, stream);
+    se_gate(dtype, se, pooled, hidden, gate, stream);
+    Norm gated = norm;
+    gated.gate = gate;
+    return bn_act(dtype, x, gated, z, stream);
+  }
+  dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulate_t<T>;
+    const Map out = map_of(z, x);
+    const PlaneLanes walk({x, out}, tag);
+    dispatch_chunk<T>(walk.vector, [&](auto v) {
+      const auto kernel = gate_act_kernel<T, decltype(v)::value>;
+      REVK_LAUNCH(kernel, unsigned(x.n), kMaxThreads, (kMaxThreads + se.hidden) * sizeof(A), stream,
+                  walk, x, out, norm, se, GateLanes(se), static_cast<A*>(pooled),
+                  static_cast<A*>(hidden), static_cast<A*>(gate));
+    });
+  });
 }
 
 void se_gate_grad(Dtype dtype, const SqueezeExcite& se, const void* dgate, const void* gate,

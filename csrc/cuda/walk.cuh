@@ -304,7 +304,7 @@ struct PlanePart {
         sample(sample),
         channel(channel),
         part(0),
-        exists(plane < walk.planes) {}
+        exists(channel < walk.channels && plane < walk.planes) {}
 };
 
 // add(chunk) for the chunks of this thread.

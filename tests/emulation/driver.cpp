@@ -86,11 +86,12 @@ const char* emulate_depthwise_conv(int64_t reverse, int64_t dtype, const Map* x,
 
 const char* emulate_depthwise_conv_grad_input(int64_t reverse, int64_t dtype, const Map* dy,
                                               const void* weight, int64_t wide, int64_t k,
-                                              int64_t stride, void* dx, int64_t height,
-                                              int64_t width) {
+                                              int64_t stride, void* dx, int64_t stride_n,
+                                              int64_t stride_c, int64_t height, int64_t width,
+                                              int64_t add) {
   return emulate(reverse, [&] {
-    depthwise_conv_grad_input(Dtype(dtype), *dy, {weight, wide != 0, k, stride}, dx, height, width,
-                              nullptr);
+    depthwise_conv_grad_input(Dtype(dtype), *dy, {weight, wide != 0, k, stride},
+                              {dx, stride_n, stride_c}, height, width, add != 0, nullptr);
   });
 }
 
@@ -263,6 +264,27 @@ const char* emulate_se_gate(int64_t reverse, int64_t dtype, const void* pooled, 
                             int64_t r, void* hidden, void* gate) {
   return emulate(reverse, [&] {
     se_gate(Dtype(dtype), {w1, b1, w2, b2, n, c, r}, pooled, hidden, gate, nullptr);
+  });
+}
+
+// With `apart` in three launches.
+const char* emulate_se_gate_act(int64_t reverse, int64_t dtype, int64_t apart, const Map* x,
+                                const void* scale, const void* shift, const void* w1,
+                                const void* b1, const void* w2, const void* b2, int64_t r,
+                                void* partial, void* pooled, void* hidden, void* gate, void* z,
+                                int64_t stride_n, int64_t stride_c) {
+  Norm norm{scale, shift, nullptr, Activation::hardswish};
+  const SqueezeExcite se{w1, b1, w2, b2, x->n, x->c, r};
+  const Output out{z, stride_n, stride_c};
+  return emulate(reverse, [&] {
+    if (apart == 0) {
+      se_gate_act(Dtype(dtype), *x, norm, se, partial, pooled, hidden, gate, out, nullptr);
+      return;
+    }
+    bn_act_squeeze(Dtype(dtype), *x, norm, partial, pooled, nullptr);
+    se_gate(Dtype(dtype), se, pooled, hidden, gate, nullptr);
+    norm.gate = gate;
+    bn_act(Dtype(dtype), *x, norm, out, nullptr);
   });
 }
 

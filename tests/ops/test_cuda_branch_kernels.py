@@ -292,6 +292,21 @@ def se_gate(n, c, r, dtype):
     return Call("se_gate", dtype).vectors(pooled, *weights).add(n, c, r).expect(hidden, dtype).expect(gate, dtype)
 
 
+def se_gate_act(x, r, apart=False):
+    n, c, h, w = x.shape
+    wide = accumulate_dtype(x.dtype)
+    scale, shift, *_ = vectors(n, c, x.dtype, 2)
+    _, *weights = squeezed(n, c, r, wide)
+    pooled = exact(reference.bn_act_squeeze, x, scale, shift, "hardswish")
+    gate, hidden = exact(reference.se_gate, pooled, *weights)
+    z = exact(reference.bn_act, x, scale, shift, gate, "hardswish")
+    call = Call("se_gate_act", x.dtype).add(int(apart), x).vectors(scale, shift, *weights).add(r)
+    call.room(4 * n * c, wide)
+    for wanted in (pooled, hidden, gate):
+        call.expect(wanted, wide)
+    return call.expect(z, x.dtype).add(c * h * w, h * w)
+
+
 def se_gate_grad(n, c, r, dtype, pixels):
     pooled, w1, b1, w2, b2 = squeezed(n, c, r, dtype)
     gate, hidden = reference.se_gate(pooled, w1, b1, w2, b2)
@@ -420,6 +435,17 @@ def test_squeeze_excite_matches_the_reference(library, size, dtype):  # noqa: F8
     run(library, se_gate_grad(*size, dtype, 49), tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_map_in_one_launch_is_that_in_three(library, dtype):  # noqa: F811
+    tolerance = {torch.float32: 5e-6, torch.float64: 1e-12}.get(dtype, EPSILON[dtype])
+    # the last ones are too large for one block: by their sample, by their weights
+    for layout, *size in (*MAPS, (contiguous, 2, 41, 20, 21), (contiguous, 1, 1100, 1, 3)):
+        x = layout(*size, dtype)
+        found = [run(library, se_gate_act(x, size[1] // 4 + 1, apart), tolerance) for apart in (False, True)]
+        for one, three in zip(*found, strict=True):
+            assert (one == three).all()
+
+
 CONVERSIONS = [(a, b) for a, b in itertools.product(DTYPES, DTYPES) if a == b or torch.float32 in (a, b)]
 CONVERSIONS = [(a, b) for a, b in CONVERSIONS if torch.float64 not in (a, b) or a == b]
 CONVERSIONS += [(torch.int16, b) for b in DTYPES]
@@ -526,6 +552,7 @@ def sanitized_calls():
             yield convert((100 * x).to(torch.int16), dtype, 0.5, False)
     for size in ((1, 1, 1), (19, 40, 7), (5, 70, 18)):
         yield se_gate(*size, torch.float32)
+        yield se_gate_act(contiguous(*size[:2], 3, 5, torch.float32), size[2])
         yield se_gate_grad(*size, torch.float32, 9)
         yield bn_fold_grad(*size[:2], torch.float32, "five pooled", True)
 

@@ -130,7 +130,9 @@ def record(op: str, *args) -> tuple[dict, Tensor]:
     elif op == "depthwise_conv_grad_input":
         dy, weight, height, width, stride = args
         filter_ = (recorder.pointer(weight), int(weight.dtype != dy.dtype), weight.shape[-1], stride)
-        arguments = (recorder.map(dy), *filter_, y, height, width)
+        channels = dy.shape[1]
+        strides = channels * height * width, height * width
+        arguments = (recorder.map(dy), *filter_, y, *strides, height, width, 0)
     else:
         x, dy, scale, shift, kernel, stride = args
         partial = recorder.poisoned(x.shape[0] * out.numel(), out.dtype)
@@ -231,6 +233,27 @@ def test_depthwise_kernels_match_the_reference(library, op, kernel, stride, dtyp
     maps = MAPS if (kernel, stride) in TILED else MAPS[:5]  # the others know no tiles, and are slow
     for index, case in enumerate(maps):
         run_and_check(library, op, *depthwise_arguments(op, kernel, stride, dtype, index, case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride"), [*TILED, (9, 3)], ids=lambda v: str(v))
+def test_input_gradients_are_added_to_planes_anywhere(library, kernel, stride, dtype):
+    """Into every second channel of a map: the others stay, and each value is rounded once."""
+    for _, n, c, h, w in MAPS[:5]:
+        dy = contiguous(n, c, -(-h // stride), -(-w // stride), dtype)
+        weight, start = random(c, 1, kernel, kernel, dtype=dtype), random(n, 2 * c, h, w, dtype=dtype)
+        call, _ = record("depthwise_conv_grad_input", dy, weight, h, w, stride)
+        call["buffers"][call["outputs"][0]] = start.contiguous().view(torch.uint8).flatten().numpy()
+        *head, _, _, height, width, _ = call["arguments"]
+        call["arguments"] = (*head, 2 * c * h * w, 2 * h * w, height, width, 1)
+        wanted = start.double().clone()
+        exact = OPS["depthwise_conv_grad_input"].reference(dy.double(), weight.double(), h, w, stride)
+        wanted[:, ::2] += exact
+        results = [as_tensor(replay.run(library, call, reverse=r)[0], start) for r in (False, True)]
+        assert torch.equal(*results)
+        assert torch.equal(results[0][:, 1::2], start[:, 1::2])
+        unit = torch.finfo(dtype).eps
+        assert (results[0].double() - wanted).abs().max() <= unit * (wanted.abs().max() + 8 * exact.abs().max())
 
 
 # Larger than a tile: cut by rows, then also by columns.
