@@ -159,8 +159,7 @@ class MBConvCall {
   }
 
   Tensor sums(const Shape& shape) const {
-    return torch::stable::new_empty(
-        x_, shape, m.sums == DType::float64 ? ScalarType::Double : ScalarType::Float);
+    return empty(x_, shape, m.sums == DType::float64 ? ScalarType::Double : ScalarType::Float);
   }
 
   void check(const Tensor& t, const char* name, const Shape& shape) const {

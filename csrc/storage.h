@@ -57,6 +57,30 @@ struct Layout {
   }
 };
 
+// A contiguous tensor that nothing has written, where `like` is and by default of its dtype. Half
+// the host's time of torch::stable::new_empty, which calls the dispatcher with boxed arguments.
+inline torch::stable::Tensor empty(
+    const torch::stable::Tensor& like, const std::vector<int64_t>& shape,
+    std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max(shape[d], int64_t(1))) {
+    strides[d] = stride;
+  }
+  int32_t type = 0, device = 0;
+  if (dtype.has_value()) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
+                                                  strides.data(), type, device,
+                                                  like.get_device_index(), &handle));
+  return torch::stable::Tensor(handle);
+}
+
 inline std::string shape_of(const torch::stable::Tensor& t) {
   const Layout layout(t);
   return text_of(std::vector<int64_t>(layout.sizes, layout.sizes + layout.dim));

@@ -237,8 +237,7 @@ void mbconv_infer_(std::vector<Tensor> maps, std::vector<Tensor> weights,
     Run(backend, step, chunk_bytes, counted);
     counted.release(0);
   }
-  const Tensor memory =
-      torch::stable::new_empty(maps[0], {counted.needed()}, torch::headeronly::ScalarType::Byte);
+  const Tensor memory = empty(maps[0], {counted.needed()}, torch::headeronly::ScalarType::Byte);
   Workspace workspace(memory.data_ptr(), counted.needed());
   for (const Step& step : steps) {
     Run(backend, step, chunk_bytes, workspace)(mode);

@@ -117,7 +117,7 @@ inline int64_t* counter_of(const Tensor& t, const Name& name) {
 
 // A new contiguous tensor on the CPU; dtype is that of `like` or its accumulate dtype.
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape);
+  return empty(like, shape);
 }
 
 inline ScalarType sums_dtype(const Tensor& t) {
@@ -125,7 +125,7 @@ inline ScalarType sums_dtype(const Tensor& t) {
 }
 
 inline Tensor new_sums(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, sums_dtype(like));
+  return empty(like, shape, sums_dtype(like));
 }
 
 inline Upsampling upsampling_of(const std::string& mode) {

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
     torch::stable::fill_(var, std::numeric_limits<double>::quiet_NaN());
     return {mean, var};
   }
-  const Tensor moments = torch::stable::new_empty(x, {in.n, in.c, 2}, ScalarType::Double);
+  const Tensor moments = empty(x, {in.n, in.c, 2}, ScalarType::Double);
   double* planes = static_cast<double*>(moments.mutable_data_ptr());
   run(x, [&](Stream stream) {
     cuda::bn_statistics(dtype, in, planes, mean.mutable_data_ptr(), var.mutable_data_ptr(), nullptr,

@@ -86,14 +86,13 @@ Tensor depthwise_conv_grad_weight(const Tensor& x, const Tensor& dy, std::option
                   " for ", shape_of(x));
   check_out_size(g, in.h, in.w, stride);
   const Prologue prologue(scale, shift, x, in.c);
-  Tensor dw = torch::stable::new_empty(x, {in.c, 1, kernel, kernel}, sum_dtype(x));
+  Tensor dw = empty(x, {in.c, 1, kernel, kernel}, sum_dtype(x));
   if (x.numel() == 0) {
     torch::stable::zero_(dw);
     return dw;
   }
   const int64_t slices = cuda::grad_weight_slices(dtype, g, kernel, stride);
-  const Tensor partial =
-      slices == 1 ? dw : torch::stable::new_empty(x, {slices, in.c, kernel, kernel}, sum_dtype(x));
+  const Tensor partial = slices == 1 ? dw : empty(x, {slices, in.c, kernel, kernel}, sum_dtype(x));
   run(x, [&](Stream stream) {
     cuda::depthwise_conv_grad_weight(dtype, in, g, prologue.pointers(), kernel, stride,
                                      partial.mutable_data_ptr(), dw.mutable_data_ptr(), stream);

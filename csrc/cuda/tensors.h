@@ -139,11 +139,11 @@ void run(const Tensor& x, const F& f) {
 }
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape);
+  return empty(like, shape);
 }
 
 inline Tensor new_sums(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, sum_dtype(like));
+  return empty(like, shape, sum_dtype(like));
 }
 
 // A new contiguous map as a kernel writes it.

@@ -43,9 +43,7 @@ class TorchDevice {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   }
 
-  Memory allocate(int64_t bytes) const {
-    return Memory(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
-  }
+  Memory allocate(int64_t bytes) const { return Memory(empty(like_, {bytes}, ScalarType::Byte)); }
 
   void multiply(Dtype dtype, Dtype out_dtype, const Matrices& out, const Matrices& a,
                 const Matrices& b, bool add) const {
