@@ -451,23 +451,31 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
 
   // result = keep BN_2(p)
   const Map& du = cotangent.du;
-  const void* sums = cotangent.sums;
-  if (sums == nullptr) {
+  const bool summed = cotangent.sums != nullptr;
+  if (!summed && !whole) {
     planes.for_chunks([&](Chunk c) {
-      const Map d = planes.d(c), p = p_of(c, d, gate(c, d));
-      b.coupling_sums(planes.of(du, c), p, norm2.mean, at(sums2, c, out), n * out);
+      Map p = planes.of(again, c);
+      if (kept.p.data == nullptr) {
+        const Map d = planes.d(c);
+        p = p_of(c, d, gate(c, d));
+      }
+      b.coupling_sums(planes.of(du, c), p, norm2, at(sums2, c, out), n * out);
     });
-    sums = sums2, has_gate = true;
+    has_gate = has_gate || kept.p.data == nullptr;
   }
-  const NormPull pull2{norm2,         Activation::identity,
-                       sums,          n,
-                       count,         cotangent.keep,
-                       Coefficient{}, {gradients.gamma[2], gradients.beta[2], slope2, offset2}};
+  const NormPull pull2{norm2,
+                       Activation::identity,
+                       summed ? cotangent.sums : sums2,
+                       n,
+                       count,
+                       cotangent.keep,
+                       Coefficient{},
+                       {gradients.gamma[2], gradients.beta[2], slope2, offset2}};
   fold(pull2);
 
   // p = W_p z, z = gate h(BN_1(d))
   const auto pull_project = [&](Chunk c, const Map& p) {
-    pull_norm(pull2, c, planes.of(dp, c), planes.of(du, c), p, nullptr);
+    pull_norm(pull2, c, planes.of(dp, c), planes.of(du, c), p, summed ? nullptr : sums2);
     b.pointwise(planes.of(dz, c), planes.of(dp, c), m.project.transpose(), Affine{}, nullptr,
                 false);
   };

@@ -216,18 +216,21 @@ class CpuBackend {
   // Fold and map, with `sums` to be computed first where they are given.
   void norm_grad(const Map& dx, const Map& dz, const Map& x, const NormPull& pull,
                  void* sums) const {
-    if (sums != nullptr) act_grad_sums(dz, x, pull.norm, sums, x.n * x.c);
+    if (sums != nullptr) {
+      pull.five() ? act_grad_sums(dz, x, pull.norm, sums, x.n * x.c)
+                  : coupling_sums(dz, x, pull.norm, sums, x.n * x.c);
+    }
     fold_grad(pull);
     act_grad(dx, dz, x, pull, 0);
   }
 
   // --- coupling -------------------------------------------------------------------------------
 
-  void coupling_sums(const Map& du, const Map& p, const void* mean, void* sums,
+  void coupling_sums(const Map& du, const Map& p, const Norm& norm, void* sums,
                      int64_t stride) const {
     Gather term;
     term.p = p;
-    term.center = per_channel(mean);
+    term.center = per_channel(norm.mean);
     term.sums = sums;
     term.sums_stride = stride;
     CoupleAdjointArgs args;

@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   sum_plane<T, V>(walk, PlanePart(walk), dz, x, z, norm, mean, out, stride);
 }
 
+// The coupling's two sums.
 template <class T, class D, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    coupling_sums_kernel(const PlaneLanes walk, const Map du, const Map p, const void* mean,
-                         accumulate_t<T>* out, int64_t stride) {
+__device__ __forceinline__ void sum_coupled_plane(const PlaneLanes& walk, const PlanePart& place,
+                                                  const Map& du, const Map& p, const void* mean,
+                                                  accumulate_t<T>* out, int64_t stride) {
   using A = accumulate_t<T>;
-  const PlanePart place(walk);
   Sums<A, 2> sums = {};
   if (place.exists) {
     const A center = entry<A>(mean, place.channel, A(0));
@@ -86,6 +86,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     });
   }
   finish_sums(walk, place, sums, out, stride);
+}
+
+template <class T, class D, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    coupling_sums_kernel(const PlaneLanes walk, const Map du, const Map p, const void* mean,
+                         accumulate_t<T>* out, int64_t stride) {
+  sum_coupled_plane<T, D, V>(walk, PlanePart(walk), du, p, mean, out, stride);
 }
 
 // --- their fold over samples ------------------------------------------------------------------
@@ -194,12 +201,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   REVK_SHARED(shared);
   const int channel = int(blockIdx.x);
   const int groups = kMaxThreads / walk.lanes, group = int(threadIdx.x) / walk.lanes;
-  if constexpr (std::is_same_v<T, D>) {
-    for (int64_t first = 0; first < x.n && sums != nullptr; first += groups) {
-      const PlanePart place(walk, first + group, channel);
+  for (int64_t first = 0; first < x.n && sums != nullptr; first += groups) {
+    const PlanePart place(walk, first + group, channel);
+    if (!args.five) {
+      sum_coupled_plane<T, D, V>(walk, place, dz, x, args.mean, sums, args.sum_stride);
+    } else if constexpr (std::is_same_v<T, D>) {
       sum_plane<T, V>(walk, place, dz, x, Map{}, norm, args.mean, sums, args.sum_stride);
-      __syncthreads();  // before `shared` is used again, and for what the block wrote
     }
+    __syncthreads();  // before `shared` is used again, and for what the block wrote
   }
   Sums<A, 2> total = {};
   if (int(threadIdx.x) < kLanes) total = samples_of<A>(args, channel, int(threadIdx.x));
@@ -310,9 +319,11 @@ void bn_act_grad(Dtype dtype, Dtype dz_dtype, const Map& dz, const Map& x, const
 void bn_grad(Dtype dtype, Dtype dz_dtype, const Map& dz, const Map& x, const Norm& norm,
              const FoldGrad& args, void* sums, void* partial, const Output& dx, Stream stream) {
   if (x.n * x.h * x.w > kBlockPixels) {  // more blocks than channels are faster
-    if (sums != nullptr) {
+    if (sums != nullptr && args.five) {
       bn_act_grad_sums(dtype, dz, x, norm, args.mean, partial, sums, args.sum_stride, nullptr,
                        stream);
+    } else if (sums != nullptr) {
+      coupling_sums(dtype, dz_dtype, dz, x, args.mean, partial, sums, args.sum_stride, stream);
     }
     bn_fold_grad(dtype, args, stream);
     Norm gated = norm;

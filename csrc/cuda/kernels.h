@@ -146,8 +146,8 @@ struct FoldGrad {
 };
 void bn_fold_grad(Dtype dtype, const FoldGrad& args, Stream stream);
 // bn_fold_grad and, with its gate, bn_act_grad; where args.sums are not there yet, `sums` are the
-// same for bn_act_grad_sums to write. In one launch where a block can take all planes of a channel;
-// the same bits.
+// same for bn_act_grad_sums, or coupling_sums where there are two, to write. In one launch where a
+// block can take all planes of a channel; the same bits.
 void bn_grad(Dtype dtype, Dtype dz_dtype, const Map& dz, const Map& x, const Norm& norm,
              const FoldGrad& args, void* sums, void* partial, const Output& dx, Stream stream);
 

@@ -165,15 +165,15 @@ class CudaSteps {
 
   // Fold and map, with `sums` to be computed first where they are given.
   void norm_grad(const Map& dx, const Map& dz, const Map& x, const NormPull& pull, void* sums) {
-    const Memory parts = sums != nullptr ? partial(x, 5) : Memory();
+    const Memory parts = sums != nullptr ? partial(x, pull.five() ? 5 : 2) : Memory();
     cuda::bn_grad(type_of(x.dtype), type_of(dz.dtype), map_of(dz), map_of(x),
                   norm(pull.norm.affine(), pull.act), fold_grad_of(pull), sums, parts.data(),
                   {dx.data, dx.sn, dx.sc}, device_.stream);
   }
 
-  void coupling_sums(const Map& du, const Map& p, const void* mean, void* sums, int64_t stride) {
+  void coupling_sums(const Map& du, const Map& p, const Norm& norm, void* sums, int64_t stride) {
     const Memory parts = partial(p, 2);
-    cuda::coupling_sums(type_of(p.dtype), type_of(du.dtype), map_of(du), map_of(p), mean,
+    cuda::coupling_sums(type_of(p.dtype), type_of(du.dtype), map_of(du), map_of(p), norm.mean,
                         parts.data(), sums, stride, device_.stream);
   }
 

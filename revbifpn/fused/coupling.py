@@ -57,8 +57,8 @@ class FusedLowered(Lowered):
         )
 
     def adjoint(self, dy: Tensor, contributions: Sequence[Contribution]) -> list[tuple[Tensor, Tensor | None]]:
-        if set(self.factors) <= {1} and all(contribution.center is None for contribution in contributions):
-            return super().adjoint(dy, contributions)
+        if set(self.factors) <= {1}:
+            return super().adjoint(dy, contributions)  # pullbacks sum for themselves
         p = [None if contribution.center is None else contribution.p for contribution in contributions]
         center = [contribution.center for contribution in contributions]
         pulled = _couple_adjoint(dy, p, center, self.factors, self.mode)

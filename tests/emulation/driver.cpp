@@ -249,8 +249,10 @@ const char* emulate_bn_grad(int64_t reverse, int64_t dtype, int64_t apart, int64
               out, nullptr);
       return;
     }
-    if (!summed) {
+    if (!summed && args.five) {
       bn_act_grad_sums(Dtype(dtype), *dz, *x, norm, mean, nullptr, sums, n * c, nullptr, nullptr);
+    } else if (!summed) {
+      coupling_sums(Dtype(dtype), Dtype(dz_dtype), *dz, *x, mean, nullptr, sums, n * c, nullptr);
     }
     bn_fold_grad(Dtype(dtype), args, nullptr);
     bn_act_grad(Dtype(dtype), Dtype(dz_dtype), *dz, *x,

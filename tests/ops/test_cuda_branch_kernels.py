@@ -250,18 +250,19 @@ def bn_fold_grad(n, c, dtype, form, batch):
 
 
 def bn_grad(x, dz, form, batch, apart=False):
-    """``form``: of the coupling's ("kept"), of a gated norm whose sums are there, or of one without a gate."""
+    """``form``: of a gated norm, or the coupling's ("kept"), whose sums are there; of either without sums ("alone")."""
     n, c, h, w = x.shape
-    wide, act = accumulate_dtype(x.dtype), "identity" if form == "kept" else "hardswish"
+    coupled, alone = form.startswith("kept"), form.endswith("alone")
+    wide, act = accumulate_dtype(x.dtype), "identity" if coupled else "hardswish"
     scale, shift, mean, rstd, gate, dpool = vectors(n, c, x.dtype, 4)
     strides = (c, 1)
-    if form == "kept":  # stochastic depth: one value per sample
+    if coupled:  # stochastic depth: one value per sample
         gate, strides = gate[:, :1].expand(n, c), (1, 0)
     if form != "gated":
         dpool = None
     if form == "alone":
         gate = None
-    if form == "kept":
+    if coupled:
         (sums,) = reference.couple_adjoint(dz.double(), [x.double()], [mean.double()], [1], "nearest")[1]
     else:
         sums = exact(reference.bn_act_grad_sums, dz, x, scale, shift, mean, act)
@@ -269,9 +270,9 @@ def bn_grad(x, dz, form, batch, apart=False):
     folded = reference.bn_fold_grad(*fold)
     dx = exact(reference.bn_act_grad, dz, x, scale, shift, gate, dpool, *folded[2:], act)
     call = Call("bn_grad", x.dtype).add(int(apart), DTYPES.index(dz.dtype), dz, x).vectors(scale, shift)
-    call.add(ACTS.index(act)).vectors(gate[:, :1] if form == "kept" else gate).add(*strides)
-    call.vectors(dpool, mean, rstd).add(int(batch), int(form != "alone"))
-    if form == "alone":
+    call.add(ACTS.index(act)).vectors(gate[:, :1] if coupled else gate).add(*strides)
+    call.vectors(dpool, mean, rstd).add(int(batch), int(not alone))
+    if alone:
         call.expect(sums, wide)
     else:
         call.vectors(sums.to(wide))
@@ -381,7 +382,7 @@ def test_sums_come_with_the_map_that_they_are_of(library, written, dtype):  # no
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["kept", "gated", "alone"])
+@pytest.mark.parametrize("form", ["kept", "kept alone", "gated", "alone"])
 def test_gradient_in_one_launch_is_that_in_three(library, form, dtype):  # noqa: F811
     tolerance = {torch.float32: 4e-6, torch.float64: 1e-12}.get(dtype, EPSILON[dtype])
     # the last one is too large for one block
@@ -390,7 +391,7 @@ def test_gradient_in_one_launch_is_that_in_three(library, form, dtype):  # noqa:
         found = [run(library, bn_grad(x, dz, form, index % 4 != 0, apart), tolerance) for apart in (False, True)]
         for one, three in zip(*found, strict=True):
             assert (one == three).all()
-        if dtype.itemsize == 2 and form == "kept":  # a gradient of a float32 stream under autocast
+        if dtype.itemsize == 2 and form.startswith("kept"):  # a gradient of a float32 stream under autocast
             run(library, bn_grad(x, layout(*size, torch.float32), form, True), tolerance)
 
 
@@ -543,6 +544,7 @@ def sanitized_calls():
             yield bn_act_grad_sums(x, x * 0.5, "hardswish")
             yield bn_act_grad_sums(x.contiguous(), x * 0.5, "hardswish", "channels")
             yield bn_grad(x, layout(*size, torch.float32), "kept", True)
+            yield bn_grad(x, layout(*size, torch.float32), "kept alone", True)
             yield bn_grad(x, x * 0.5, "gated", False)
             yield bn_grad(x, x * 0.5, "alone", True)
             yield bn_stats(x, x.numel() > x.shape[1])  # one value per channel has no unbiased variance
