@@ -245,7 +245,7 @@ class Planes {
     b_.pointwise(p, d, m_.project, m_.norms[1].affine(), gate, false);
   }
 
-  // Both.
+  // The gate, and p with it.
   void squeeze_project(const Map& p, const Map& d, Chunk c) {
     if (!m_.squeezes()) return project(p, d, nullptr);
     b_.squeeze_project(p, d, m_.project, m_.norms[1].affine(), m_.se, squeezed(c), active_);

@@ -175,6 +175,14 @@ def test_gradients_are_those_of_the_reference(case: Case, held: str, library, mo
     test_mbconv.test_gradients_are_those_of_the_reference(case, held)
 
 
+def test_gradients_of_a_projection_too_large_for_products_per_sample(library, monkeypatch) -> None:  # noqa: F811
+    """The gated map comes channel by channel out of the pass that sums its gradient."""
+    case = GpuCase(n=2, c=1500, size=(1, 3), kernel=3, channels=1500, hidden=4)
+    assert case.n * case.e * case.channels * 4 > PARTIAL_BYTES
+    monkeypatch.setattr(test_mbconv, "OPS", Emulated(library))
+    test_mbconv.test_gradients_are_those_of_the_reference(case, "everything")
+
+
 def test_gradients_may_be_written_over_what_was_read(library, monkeypatch) -> None:  # noqa: F811
     monkeypatch.setattr(test_mbconv, "OPS", Emulated(library))
     monkeypatch.setattr(test_mbconv, "Case", GpuCase)
