@@ -203,7 +203,7 @@ def test_counts_of_passes_in_several_threads_are_reported_once_each():
 import time
 from revbifpn import streams
 reported = []
-streams._warn = lambda stream, counts: reported.append(id(counts))
+streams._warn = lambda stream, counts, steps: reported.append(id(counts))
 
 class Slow(list):
     def __iter__(self):
