@@ -45,7 +45,7 @@ BATCH, LEARNING_RATE, TOKENS, LOSSES_EVERY = 16, 1e-4, 40, 10
 RATING = 1.0  # of 4, at least
 ARCHIVE = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-DEFAULT_WAYS = "ordinary,float (1/2*,float scheduled,int32 k=7,int32 k=1,int32 scheduled"
+DEFAULT_WAYS = "ordinary,float (1/2*,float scheduled,int32 k=7,int32 k=3,int32 k=1,int32 scheduled*"
 
 
 class Classifier(nn.Module):

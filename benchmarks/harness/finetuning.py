@@ -62,8 +62,9 @@ WAYS: dict[str, Prepare] = {
     "float scheduled, all steps": partial(_scheduled, exact=False, share=1.0),
     "float scheduled to (0, 1)": partial(_scheduled, exact=False, end=1.0),
     **{f"int32 k={k}": partial(_fixed, beta=2.0**-k, exact=True) for k in (7, 3, 1, 0)},
-    "int32 scheduled": partial(_scheduled, exact=True),
-    "int32 scheduled, all steps": partial(_scheduled, exact=True, share=1.0),
+    "int32 scheduled to k=3": partial(_scheduled, exact=True),
+    "int32 scheduled": partial(_scheduled, exact=True, end=0.5),
+    "int32 scheduled, all steps": partial(_scheduled, exact=True, share=1.0, end=0.5),
     "int32 scheduled to k=0": partial(_scheduled, exact=True, end=1.0),
 }
 SHOWN = (ORDINARY, "float scheduled", "int32 k=7", "int32 scheduled")  # in the plot

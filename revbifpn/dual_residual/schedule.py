@@ -13,6 +13,7 @@ from revbifpn.dual_residual.precision import precise_beta
 from revbifpn.dual_residual.sequence import check_coefficients
 
 PREDICTED_ERRORS = (1e-2, 1e-4)  # at the start and the end of a schedule of float streams
+EXACT_BETAS = (2.0**-7, 2.0**-3)  # of exact ones
 
 
 def default_steps(training_steps: float) -> int:
@@ -37,8 +38,8 @@ class Schedule:
     Args:
         model: converted, or with a :class:`DualResidualSequence` in it; or several (a model and its average).
         steps: calls of :meth:`step` until ``end`` is reached; it stays there.
-        start, end: ``(alpha, beta)``. By default, for exact streams, k = 7 and k = 1, ``(127/128, 1/128)`` and
-            ``(1/2, 1/2)``; for float streams ``(1 - beta, beta)`` with the smallest beta at which the deepest stack's
+        start, end: ``(alpha, beta)``. By default, for exact streams, k = 7 and k = 3, ``(127/128, 1/128)`` and
+            ``(7/8, 1/8)``; for float streams ``(1 - beta, beta)`` with the smallest beta at which the deepest stack's
             :func:`predicted_error` in float32 is at most 1e-2, and at most 1e-4: at depth 6 beta = 0.10 and 0.26, at
             depth 12 0.36 and 0.54, at depth 24 0.61 and 0.75.
 
@@ -71,7 +72,7 @@ class Schedule:
             raise ValueError("model: expected stacks of one kind, got float and exact ones; take a Schedule for each")
         (self.exact,) = kinds
         deepest = max(len(stack.labels) for stack in self._stacks)
-        first, last = (2.0**-7, 0.5) if self.exact else (precise_beta(deepest, error) for error in PREDICTED_ERRORS)
+        first, last = EXACT_BETAS if self.exact else (precise_beta(deepest, error) for error in PREDICTED_ERRORS)
         self.start, self.end = start or (1 - first, first), end or (1 - last, last)
         self.steps, self.count = steps, 0
         for point in (self.start, self.end):

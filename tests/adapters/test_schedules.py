@@ -16,7 +16,7 @@ SAMPLES, STEPS = 8, 8
 
 def betas_of(exact):
     """Of the steps of a training of ``STEPS``, with the schedule's defaults."""
-    return [2.0**-k for k in (7, 6, 4, 2, 1, 1, 1, 1)] if exact else None
+    return [2.0**-k for k in (7, 6, 5, 4, 3, 3, 3, 3)] if exact else None
 
 
 class Seen(nn.Module):
