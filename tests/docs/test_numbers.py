@@ -323,7 +323,8 @@ def test_training_of_dual_residual_networks_is_what_was_measured():
         f"k = 3 costs {cost('text', 'int32 k=3')} points and k = 1 {cost('text', 'int32 k=1')}, "
         f"a schedule to k = 1 as much; a schedule to k = 3 {cost('text', 'int32 scheduled to k=3')}.",
         f"ordinary runs of three seeds lie {max(ordinary[:3]) - min(ordinary[:3]):.1f} points apart",
-        f"costs {cost('digits', 'float scheduled')} points on the digits and {cost('text', 'float scheduled')} in MiniLM",
+        f"costs {cost('digits', 'float scheduled')} points on the digits "
+        f"and {cost('text', 'float scheduled')} in MiniLM",
         f"over all steps it costs {cost('digits', 'float scheduled, all steps')} on the digits, "
         f"on to (0, 1) {cost('digits', 'float scheduled to (0, 1)')}, "
         f"and staying at its start {cost('digits', 'float, error 0.01')}.",
