@@ -452,16 +452,14 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   // result = keep BN_2(p)
   const Map& du = cotangent.du;
   const bool summed = cotangent.sums != nullptr;
-  if (!summed && !whole) {
+  if (!summed && !whole && kept.p.data) {
+    b.coupling_sums(du, kept.p, norm2, sums2, n * out);
+  } else if (!summed && !whole) {
     planes.for_chunks([&](Chunk c) {
-      Map p = planes.of(again, c);
-      if (kept.p.data == nullptr) {
-        const Map d = planes.d(c);
-        p = p_of(c, d, gate(c, d));
-      }
+      const Map d = planes.d(c), p = p_of(c, d, gate(c, d));
       b.coupling_sums(planes.of(du, c), p, norm2, at(sums2, c, out), n * out);
     });
-    has_gate = has_gate || kept.p.data == nullptr;
+    has_gate = true;
   }
   const NormPull pull2{norm2,
                        Activation::identity,
@@ -474,15 +472,19 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   fold(pull2);
 
   // p = W_p z, z = gate h(BN_1(d))
-  const auto pull_project = [&](Chunk c, const Map& p) {
-    pull_norm(pull2, c, planes.of(dp, c), planes.of(du, c), p, summed ? nullptr : sums2);
-    b.pointwise(planes.of(dz, c), planes.of(dp, c), m.project.transpose(), Affine{}, nullptr,
-                false);
+  const auto pull_project = [&](Chunk c, const Map& p, bool folded) {
+    const Map chunk_dp = planes.of(dp, c), chunk_du = planes.of(du, c);
+    if (folded) {
+      b.act_grad(chunk_dp, chunk_du, p, pull2, c.begin);
+    } else {
+      pull_norm(pull2, c, chunk_dp, chunk_du, p, summed ? nullptr : sums2);
+    }
+    b.pointwise(planes.of(dz, c), chunk_dp, m.project.transpose(), Affine{}, nullptr, false);
   };
   planes.for_chunks([&](Chunk c) {
     const Map d = planes.d(c);
     const void* chunk_gate = gate(c, d);
-    pull_project(c, p_of(c, d, chunk_gate));
+    pull_project(c, p_of(c, d, chunk_gate), false);
     b.project_grad(gradients.project, d, planes.of(dp, c), planes.of(dz, c), norm1, chunk_gate,
                    at(sums1, c, e), n * e, c.begin > 0);
   });
@@ -504,7 +506,7 @@ void mbconv_backward(Backend& b, const MBConv& m, const Cotangent& cotangent, co
   // d = dw(v), v = h(BN_0(e)) or x
   planes.for_chunks([&](Chunk c) {
     const Map source = planes.source(c), d = planes.d(c, source), chunk_dd = planes.of(dd, c);
-    if (dz_again) pull_project(c, planes.of(kept.p, c));
+    if (dz_again) pull_project(c, planes.of(kept.p, c), true);
     pull_norm(pull1, c, chunk_dd, planes.of(dz, c), d, nullptr);
     b.depthwise_grad_weight(gradients.depthwise, source, chunk_dd, m.depthwise, planes.prologue(),
                             c.begin > 0, partial);

@@ -124,6 +124,14 @@ class MBConvCall {
     return map_of(t, name, dtype);
   }
 
+  // Of the result p, in the planes' dtype or in that of sums.
+  Map cotangent(const Tensor& t, const char* name) {
+    const Map found = gradient(t, name, m.channels(), m.height(), m.width());
+    STD_TORCH_CHECK(found.dtype == m.planes || found.dtype == m.sums, name,
+                    ": expected the planes' dtype or float32, got ", dtype_text(t));
+    return found;
+  }
+
   // norms [4, columns]: mean, rstd, scale, shift of the norms side by side.
   int64_t norm_columns() const { return (m.expands() ? 2 : 1) * m.expanded() + m.channels(); }
 
@@ -324,7 +332,7 @@ MBConvGradients mbconv_backward_op(
   call.set_norms(call.vector(norms, "norms", {4, call.norm_columns()}), batch);
   const int64_t n = m.x.n, out = m.channels();
   Cotangent cotangent;
-  cotangent.du = call.gradient(du, "du", out, m.height(), m.width());
+  cotangent.du = call.cotangent(du, "du");
   if (sums.has_value()) cotangent.sums = call.vector(*sums, "sums", {2, n, out});
   if (keep.has_value()) {
     cotangent.keep.data = call.vector(*keep, "keep", {n});

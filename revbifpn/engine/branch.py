@@ -30,7 +30,7 @@ _M = TypeVar("_M", bound=nn.Module)
 class Contribution(NamedTuple):
     """What a branch adds to a stream: ``scale * p + shift`` (``[C]`` or ``[N, C]`` each), upsampled by the coupling.
 
-    ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs.
+    ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs, if it can have them in passing.
     """
 
     p: Tensor
@@ -85,7 +85,7 @@ class Pullback(Protocol):
 
         Args:
             du: gradient of the contribution, after the adjoint of upsampling.
-            sums: what the contribution's ``center`` asked for.
+            sums: what the contribution's ``center`` asked for; None: the pullback takes them by itself.
             into: the gradient of every input; None where it is not wanted.
             spare: du may be written over.
 

@@ -116,7 +116,7 @@ class Lowered:
             y.add_(_plain(contribution), alpha=-1 if subtract else 1)
 
     def adjoint(self, dy: Tensor, contributions: Sequence[Contribution]) -> list[tuple[Tensor, Tensor | None]]:
-        """Per contribution of a branch, its gradient and the sums that its ``center`` asks for."""
+        """Per contribution of a branch, its gradient, and the sums that its ``center`` asks for or None."""
         return [(dy, None)] * len(contributions)
 
     def gradient(self, total: Gradient) -> Gradient:

@@ -460,3 +460,17 @@ def test_bad_arguments_are_named(message: str) -> None:
     OPS.mbconv_recompute(*arguments.values())
     with pytest.raises((RuntimeError, ValueError), match=message):
         OPS.mbconv_recompute(*(arguments | BAD[message]).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_of_another_half_precision_is_named(dtype: torch.dtype) -> None:
+    case = Case()
+    weights = case.weights()
+    norms = forward(case, OPS.mbconv, case.input(), weights, case.running()).norms
+    p = case.plane(5, case.size)
+    convolutions = [weights[name] for name in CONVOLUTIONS]
+    with pytest.raises(RuntimeError, match="du: expected the planes' dtype or float32, got"):
+        OPS.mbconv_backward(
+            *(p.to(dtype), None, case.input(), None, *convolutions, norms, list(case.batch), None, 1, 2),
+            *(p, None, None, None, None, None, False, memory(1 << 16)),
+        )
