@@ -30,7 +30,7 @@ _M = TypeVar("_M", bound=nn.Module)
 class Contribution(NamedTuple):
     """What a branch adds to a stream: ``scale * p + shift`` (``[C]`` or ``[N, C]`` each), upsampled by the coupling.
 
-    ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs, if it can have them in passing.
+    ``center [C]`` asks the coupling's adjoint for the sums that the branch's pullback needs, if it has them in passing.
     """
 
     p: Tensor
