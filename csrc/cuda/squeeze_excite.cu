@@ -11,12 +11,12 @@
 //
 // The layers are small matrix products: a tile of 4 x 4 outputs belongs to `lanes` threads, which
 // share the K terms: lane l takes the terms l, l + lanes, ..., and the lanes are folded as a tree.
-// `lanes` depends on K alone, so a sample's gate does not depend on its batch; whether its gradients
-// take one launch, in which a thread adds in order, does. In full precision,
-// as float32 weights are; bound by latency at these sizes, so products that do not wait for one
-// another share a launch, and all of them where a gate is small: its layers with a block per
-// sample, with the means and the map where the sample is small too, their gradients with a block
-// per eight channels. No atomics.
+// `lanes` depends on K alone, so a sample's gate does not depend on its batch; whether its
+// gradients take one launch, in which a thread adds in order, does. In full precision, as float32
+// weights are; bound by latency at these sizes, so products that do not wait for one another share
+// a launch, and all of them where a gate is small: its layers with a block per sample, with the
+// means and the map where the sample is small too, their gradients with a block per eight channels.
+// No atomics.
 #include "walk.cuh"
 
 namespace revkernels::cuda {
@@ -343,8 +343,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 constexpr int64_t kBlockWeights = 16384, kBlockHidden = 1024;
 // Values of a sample that a block goes through twice in the time of two launches.
 constexpr int64_t kBlockSample = 16384;
-// Terms of dhidden that a block sums in that time, those that one thread adds in order, and values of
-// it and dv that a block holds.
+// Terms of dhidden that a block sums in that time, those that one thread adds in order, and values
+// of it and dv that a block holds.
 constexpr int64_t kBlockTerms = 65536, kThreadTerms = 1024, kBlockValues = 4096;
 
 // Whether a block does both layers of a sample.
