@@ -421,3 +421,25 @@ def test_margins_of_images_are_what_was_measured():
     rows = [row for row in rows_of("latent_features_digits_cpu.json") if row["method"] == "generated"]
     margin = fmean(row["margin of images at 0"] for row in rows)
     assert_said("docs/recipes.md", f"for digits about {margin:.0f} where the features were moved to 0")
+
+
+def test_the_host_s_time_and_memory_on_the_null_gpu_are_what_was_measured():
+    rows = {
+        (row["model"], row["variant"].partition("@")[0], row["dtype"]): row for row in rows_of("host_null_gpu.json")
+    }
+    large = {(row["model"], row["dtype"]): row for row in rows_of("host_null_gpu_batch32.json")}
+    ((_, *lines),) = tables(sections("docs/gpu.md")["Before there is a GPU: the host's time"])
+    assert len(lines) == 6
+    for about, *cells in lines:
+        scale, dtype = about.split(", ")[:2]
+        key = f"revbifpn_{scale.lower()}"
+        three = [rows[key, variant, dtype] for variant in ("fast", "stored", "published")]
+        values = [row[name] for name in ("cpu_ms", "launches") for row in three]
+        for cell, value in zip(cells, [*values, large[key, dtype]["mib_per_sample"]], strict=True):
+            assert_is(cell, value, about)
+    first = rows["revbifpn_s0", "fast", "float32"]
+    assert first["compilations_other_batch"] == first["compilations_other_size"] == 0
+    said = f"compiles {first['compilations']} kernels in {first['compilation_s']:.1f} s in float32"
+    assert_said("docs/gpu.md", f"The first step of S0 {said}, another batch or size none.")
+    s0, s3, s6 = (f"{large[f'revbifpn_{scale}', 'float32']['mib_per_sample']:.1f}" for scale in ("s0", "s3", "s6"))
+    assert_said("README.md", f"S0 takes {s0}, S3 {s3} and S6 {s6} MiB")
