@@ -15,6 +15,7 @@ import revbifpn.fast
 from benchmarks import fits as table_maker
 from revbifpn import fits
 from revbifpn.estimate import StepEstimator
+from tests.marks import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -130,7 +131,7 @@ def every_setting():
         yield from {(s.task, s.size, s.precision, s.stream): s for s in own}.values()
 
 
-@pytest.mark.parametrize("optimizer", fits.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", mostly_slow(fits.OPTIMIZERS))
 def test_page_and_command_say_the_same_of_every_setting(page, optimizer):
     names = {"sgd": "SGD", "momentum": "SGD with momentum", "adamw": "Adam, AdamW"}
     _, steps = fits.load()
