@@ -138,11 +138,11 @@ class PeakMemory:
         self._before = 0
 
     def __enter__(self) -> PeakMemory:
-        if not self._cuda:
-            # The mode's first op imports this, and exceptions caught on the way would hold on to the caller's frames.
-            importlib.import_module("torch._dynamo")
         if self._cuda:
             gc.collect()  # elsewhere only what is made inside is counted
+        else:
+            # The mode's first op imports this, and exceptions caught on the way would hold on to the caller's frames.
+            importlib.import_module("torch._dynamo")
         self._gc_was_on = gc.isenabled()
         gc.disable()
         self._final = None

@@ -427,7 +427,17 @@ def test_folds_match_the_reference(library, dtype):  # noqa: F811
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
     "size",
-    [(1, 1, 1), (2, 48, 12), (19, 40, 7), (3, 130, 33), (70, 9, 3), (5, 300, 2), (3, 600, 30), (9, 300, 40)],
+    [
+        (1, 1, 1),
+        (2, 48, 12),
+        (19, 40, 7),
+        (3, 130, 33),
+        (70, 9, 3),
+        (5, 300, 2),
+        (3, 600, 30),
+        (9, 300, 40),
+        (9, 301, 39),
+    ],
     ids=str,
 )
 def test_squeeze_excite_matches_the_reference(library, size, dtype):  # noqa: F811
