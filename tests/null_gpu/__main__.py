@@ -10,9 +10,11 @@ ops run the reference). Both are kept in NULL_GPU_CACHE, by default a folder of 
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import runpy
 import sys
+import time
 
 from tests.null_gpu import Kernels, Unavailable, environment
 
@@ -22,6 +24,9 @@ def _execute(script: list[str], module: list[str] | None, code: list[str] | None
     import torch
 
     torch.backends.cudnn.enabled = False  # its library is not replaced
+    # A thread of autograd's lets go of Python objects after backward() has returned, and aborts the process if the
+    # interpreter has gone by then.
+    atexit.register(time.sleep, 0.1)
     if "NULL_GPU_KERNELS" in os.environ:
         sys.meta_path.insert(0, Kernels)
     if code:
