@@ -111,8 +111,11 @@ class StreamFormat:
 
     def decode(self, y: Tensor, level: int) -> Values:
         """The values of a stored stream: itself, or a view that gives them where they are read."""
+        if y.is_floating_point():
+            return y
         bits = self.bits(level)
-        return Encoded(y, bits) if bits is not None and self.name in INTEGERS else y
+        assert bits is not None, "streams of integers have a grid"
+        return Encoded(y, bits)
 
 
 def float_and_rest(y: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:

@@ -8,8 +8,12 @@ The 1x1 convolutions are products of cuBLAS here, and PyTorch has one setting fo
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
@@ -20,36 +24,39 @@ def convolution_precision(device: torch.device, dtype: torch.dtype) -> str | Non
     return _get("cuda", "conv") if device.type == "cuda" and dtype == torch.float32 else None
 
 
-class products_in:  # noqa: N801  a context manager
-    """Within, products of cuBLAS have this precision, in all threads, as the setting is the process's; None: as it is.
+_lock = threading.Lock()
+_users = 0
+_before = ""
 
-    Threads that are within at the same time (a backward on several devices) share the precision of the first one, and
-    the last one to leave restores what was before.
+
+def with_products_in(precision: str | None, call: Callable[..., R], *arguments: Any) -> R:
+    """``call(*arguments)``, with products of cuBLAS in this precision; None: as it is set.
+
+    The setting is the process's, and so holds in all threads. Threads that are in here at the same time (a backward on
+    several devices) share the precision of the first one, and the last one to leave restores what was before.
     """
+    if precision is None:
+        return call(*arguments)
+    _enter(precision)
+    try:
+        return call(*arguments)
+    finally:
+        _leave()
 
-    _lock = threading.Lock()
-    _users = 0
-    _before = ""
 
-    def __init__(self, precision: str | None) -> None:
-        self.precision = precision
+def _enter(precision: str) -> None:
+    global _users, _before
+    with _lock:
+        if _users == 0:
+            _before = _get("cuda", "matmul")
+            if _before != precision:
+                _set("cuda", "matmul", precision)
+        _users += 1
 
-    def __enter__(self) -> None:
-        if self.precision is None:
-            return
-        cls = products_in
-        with cls._lock:
-            if cls._users == 0:
-                cls._before = _get("cuda", "matmul")
-                if cls._before != self.precision:
-                    _set("cuda", "matmul", self.precision)
-            cls._users += 1
 
-    def __exit__(self, *_: object) -> None:
-        if self.precision is None:
-            return
-        cls = products_in
-        with cls._lock:
-            cls._users -= 1
-            if cls._users == 0 and _get("cuda", "matmul") != cls._before:
-                _set("cuda", "matmul", cls._before)
+def _leave() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0 and _get("cuda", "matmul") != _before:
+            _set("cuda", "matmul", _before)

@@ -75,6 +75,10 @@ class Coupling:
         linear: ``(source, coefficient)`` each, sources of the target's shape that are added as they are.
         scale: of the target; not zero, or there is no inverse.
 
+    Attributes:
+        sources: what the transforms read.
+        transforms: they alone.
+
     Raises:
         ValueError: a source overlaps the target, ``scale`` is zero, or a created target has nothing to scale.
     """
@@ -84,9 +88,13 @@ class Coupling:
     creates: bool = False
     linear: tuple[tuple[Part, float], ...] = ()
     scale: float = 1.0
+    sources: tuple[Part, ...] = field(init=False, repr=False, compare=False)
+    transforms: tuple[nn.Module, ...] = field(init=False, repr=False, compare=False)
     _moved: dict[int, Coupling] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(source for source, _ in self.terms))
+        object.__setattr__(self, "transforms", tuple(transform for _, transform in self.terms))
         for argument, sources in (("terms", self.sources), ("linear", [source for source, _ in self.linear])):
             for source in sources:
                 if source.overlaps(self.target):
@@ -98,15 +106,6 @@ class Coupling:
             raise ValueError("scale: expected a number other than 0, which has no inverse")
         if self.creates and (self.scale != 1 or not self.terms):
             raise ValueError("creates: a new level starts from zero: it has terms, and nothing to scale")
-
-    @property
-    def sources(self) -> tuple[Part, ...]:
-        """What the transforms read."""
-        return tuple(source for source, _ in self.terms)
-
-    @property
-    def transforms(self) -> tuple[nn.Module, ...]:
-        return tuple(transform for _, transform in self.terms)
 
     def at(self, level: int) -> Coupling:
         """The same coupling among the streams from ``level`` on."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_
+from operator import attrgetter, contains
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from revbifpn.mbconv import ConvNormAct, MBConv
 from revbifpn.streams import HALVES, Encoded, autocast_dtype
@@ -99,11 +100,13 @@ class Inspected:
         self.parts = modules[1:]
         called = modules if itself else self.parts
         self.types = [type(m) for m in self.parts]
-        self.children = [m._modules for m in modules]
-        self.order = list(chain.from_iterable(children.values() for children in self.children))
+        self.children = [m._modules for m in modules if m._modules]
+        self.order = self._order()
         self.attributes = [m.__dict__ for m in called]
+        self.handles = -1  # how many hooks had been registered anywhere, when none was seen here
         self.hooks = [hooks for m in called for hooks in _hooks(m)]
         self.layers = [(get, [m for m in self.parts if type(m) is kind]) for kind, get in _SETTINGS.items()]
+        self.layers.append((attrgetter("eps"), [m for m in self.parts if is_constant_norm(m)]))
         self.settings = self._settings()
         self.tensors: list[dict[str, Any]] = []
         for m in modules:
@@ -112,6 +115,9 @@ class Inspected:
         self.stream = torch.float64 if torch.float64 in self.dtypes else torch.float32  # that its kernels take
         self.reduced = not set(HALVES).isdisjoint(self.dtypes)  # some are to be read as float32
         self.kept: dict[Any, Any] = {}  # what was worked out of all this
+
+    def _order(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self.children)))
 
     def _dtypes(self) -> list[torch.dtype | None]:
         tensors = chain.from_iterable(map(dict.values, self.tensors))
@@ -126,13 +132,17 @@ class Inspected:
 
     def is_bare(self) -> bool:
         """Whether calling the modules does no more than their classes' ``forward``."""
-        return not any(self.hooks) and not any(map(contains, self.attributes, repeat("forward")))
+        handles = RemovableHandle.next_id
+        if handles != self.handles:
+            if any(self.hooks):
+                return False
+            self.handles = handles
+        return not any(map(contains, self.attributes, repeat("forward")))
 
     def is_same(self) -> bool:
         """Whether they are made of the same modules, with the same settings."""
         return (
-            sum(map(len, self.children)) == len(self.order)
-            and all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.order))
+            self._order() == self.order
             and list(map(type, self.parts)) == self.types
             and self._settings() == self.settings
         )
@@ -143,7 +153,7 @@ _SETTINGS = {
     nn.Conv2d: attrgetter(
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
     ),
-    nn.BatchNorm2d: attrgetter("affine", "momentum"),
+    nn.BatchNorm2d: attrgetter("affine", "momentum", "eps", "track_running_stats"),
 }
 _inspected: WeakKeyDictionary[nn.Module, Inspected] = WeakKeyDictionary()
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from operator import getitem
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -30,7 +29,7 @@ from revbifpn.engine.branch import Contribution, Gradient, Pullback
 from revbifpn.fused.eligible import inspected, is_constant_norm
 from revbifpn.mbconv import MBConv
 from revbifpn.streams import HALVES, Encoded, Values
-from revkernels.precision import convolution_precision, products_in
+from revkernels.precision import convolution_precision, with_products_in
 from revkernels.workspace import MBConvShape, mbconv_backward_bytes, mbconv_bytes, mbconv_recompute_bytes
 
 P = ParamSpec("P")
@@ -122,17 +121,35 @@ def stored(x: Values) -> tuple[Tensor, int | None]:
     return (x.y, x.bits) if isinstance(x, Encoded) else (x, None)
 
 
-class Layers:
-    """What is the same of one MBConv for as long as it is made of the same parts.
+Place = tuple[dict[str | None, Any], str | None]
+"""Where a module keeps a tensor: a dict of its own, and the name there."""
 
-    Parameters are looked up again by every branch, as a name may stand for another tensor then.
-    """
+_ABSENT: Place = ({None: None}, None)
+
+
+def _found(places: Sequence[Place]) -> list[Tensor | None]:
+    """What is there now: a name may stand for another tensor than in the last pass."""
+    return [place[name] for place, name in places]
+
+
+class NormCall(NamedTuple):
+    """How the three norms of an MBConv are called in a mode, as the forward takes it."""
+
+    batch: tuple[bool, ...]  # which take the batch's statistics
+    momentum: list[float]
+    eps: list[float]
+    running: list[Place]  # mean, variance and count of each: to be updated, or used where it takes no statistics
+
+
+class Layers:
+    """What is the same of one MBConv for as long as it is made of the same parts with the same settings."""
 
     def __init__(self, modules: dict[str, Any]) -> None:
         self.stride: int = modules["dw_conv"]._modules["conv"].stride[0]
         self.norms: tuple[Any, ...] = ()  # BatchNorm2d, FrozenBatchNorm2d or None
         self.shapes: dict[Hashable, tuple[MBConvShape, MBConvShape]] = {}
-        places: list[tuple[dict[str | None, Any], str | None]] = []
+        self._calls: dict[Hashable, NormCall] = {}
+        places: list[Place] = []
         for name in ("exp_conv", "dw_conv", "project_conv"):
             if name == "project_conv":
                 places += self._squeeze_excite(modules.get("se"))
@@ -145,10 +162,11 @@ class Layers:
             self.norms += (norm,)
             affine = norm._buffers if is_constant_norm(norm) else norm._parameters
             places += [(layer._modules["conv"]._parameters, "weight"), (affine, "weight"), (affine, "bias")]
-        self._dicts, self._names = zip(*places, strict=True)
+        self._places = places
+        self._moded = [n for n in self.norms if n is not None]
 
     @staticmethod
-    def _squeeze_excite(se: nn.Module | None) -> list[tuple[dict[str | None, Any], str | None]]:
+    def _squeeze_excite(se: nn.Module | None) -> list[Place]:
         if se is None:
             return [_ABSENT] * 4
         layers: dict[str, Any] = se._modules["se"]._modules  # type: ignore[union-attr]
@@ -156,10 +174,34 @@ class Layers:
 
     def weights(self) -> Weights:
         """The parameters now."""
-        return Weights._make(map(getitem, self._dicts, self._names))
+        return Weights._make(_found(self._places))
 
+    def norm_call(self, update: bool) -> NormCall:
+        """In the mode that the norms are in; ``update``: their running statistics are to move."""
+        mode = (update, *[n.training for n in self._moded])
+        found = self._calls.get(mode)
+        if found is None:
+            found = self._calls[mode] = self._norm_call(update)
+        return found
 
-_ABSENT: tuple[dict[str | None, Any], None] = ({None: None}, None)
+    def _norm_call(self, update: bool) -> NormCall:
+        batch = tuple(
+            n is not None and not is_constant_norm(n) and (n.training or n._buffers["running_mean"] is None)
+            for n in self.norms
+        )
+        running: list[Place] = []
+        for norm, from_batch in zip(self.norms, batch, strict=True):
+            if norm is None or (from_batch and not (update and norm.training and norm.track_running_stats)):
+                running += [_ABSENT] * 3
+            else:
+                running += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
+                running += [(norm._buffers, "num_batches_tracked") if from_batch else _ABSENT]
+        return NormCall(
+            batch,
+            [n.momentum if from_batch else 0.0 for n, from_batch in zip(self.norms, batch, strict=True)],
+            [0.0 if n is None else n.eps for n in self.norms],
+            running,
+        )
 
 
 class FusedMBConv:
@@ -177,7 +219,7 @@ class FusedMBConv:
         layers: Layers | None = found.kept.get(Layers)
         if layers is None:  # attributes of modules cost ten times as much as their dicts, and this runs in every step
             layers = found.kept[Layers] = Layers(cast(dict[str, Any], module._modules))
-        self.layers, self.stride, self.norms = layers, layers.stride, layers.norms
+        self.layers, self.stride = layers, layers.stride
         self.reduced = found.reduced  # parameters or statistics are to be read as float32
         self.weights = layers.weights()
         self._parameters = [w for w in self.weights if w is not None]
@@ -260,14 +302,7 @@ class FusedMBConv:
 
     def is_frozen(self) -> bool:
         """Running statistics everywhere and nothing random: every sample is computed on its own."""
-        return not any(self._batch()) and not self._drops()
-
-    def _batch(self) -> tuple[bool, ...]:
-        """Which norms take the batch's statistics."""
-        return tuple(
-            n is not None and not is_constant_norm(n) and (n.training or n._buffers["running_mean"] is None)
-            for n in self.norms
-        )
+        return True not in self.layers.norm_call(False).batch and not self._drops()
 
     def _drops(self) -> bool:
         return self.module.training and self.module.stochastic_depth > 0
@@ -277,36 +312,35 @@ class FusedMBConv:
         self, x: Values, *, update: bool = True, keep_d: bool = False
     ) -> tuple[Contribution, FusedRecord, Tensor | None]:
         """The contribution, its record, and d if it is to be kept."""
-        batch, size = self._batch(), self.out_size(x)
-        if True in batch:
-            self._expect_several(x, size, batch)
+        call, size = self.layers.norm_call(update), self.out_size(x)
         shape, once = self._shapes(x)
-        if True in batch:
+        if True in call.batch:
+            self._expect_several(x, size, call.batch)
             once = shape
         precision = convolution_precision(x.device, self.dtype)
         p = self.plane(x, self.channels, size)
         d = self.plane(x, self.expanded, size) if keep_d else None
-        buffers = self._running(batch, update)
+        buffers = _found(call.running)
         weights, running = self.weights, buffers
         if self.reduced:
             weights = self.named(self.parameters())
             running = [None if b is None else _single(b) for b in buffers]
-        with products_in(precision):
-            norms = self._norms(weights, batch, running, None, x, once, p, d)
+        norms = self._norms(precision, weights, call, running, None, x, once, p, d)
         if self.reduced:  # what the op updated is kept in the buffers' own dtype
             for i, (b, single) in enumerate(zip(buffers, running, strict=True)):
-                if b is not None and single is not None and batch[i // 3]:
+                if b is not None and single is not None and call.batch[i // 3]:
                     b.copy_(single)
         keep = self._draw_keep(x) if self._drops() else None
-        record = FusedRecord(norms, batch, self._affine(norms), shape, keep, precision)
+        record = FusedRecord(norms, call.batch, self._affine(norms), shape, keep, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
         return contribution, record, d
 
     def _norms(
         self,
+        precision: str | None,
         weights: Weights,
-        batch: tuple[bool, ...],
+        call: NormCall,
         running: Sequence[Tensor | None],
         norms: Tensor | None,
         x: Values,
@@ -315,27 +349,15 @@ class FusedMBConv:
         d: Tensor | None,
     ) -> Tensor:
         """The forward into p and d; returns the norms."""
-        momentum = [n.momentum if from_batch else 0.0 for n, from_batch in zip(self.norms, batch, strict=True)]
-        eps = [0.0 if n is None else n.eps for n in self.norms]
-        size = mbconv_bytes(shape, batch=True in batch, d=d is not None)
-        tail = (batch, momentum, eps, self.stride, shape.chunk, norms, p, d, _workspace(size, p))
-        return _forward(*stored(x), *weights, *running, *tail)
-
-    def _running(self, batch: tuple[bool, ...], update: bool) -> list[Tensor | None]:
-        """Mean, variance and count of every norm: to be updated, or used where it does not take the batch's."""
-        found: list[Tensor | None] = []
-        for norm, from_batch in zip(self.norms, batch, strict=True):
-            if norm is None or (from_batch and not (update and norm.training and norm.track_running_stats)):
-                found += (None, None, None)
-            else:
-                buffers = norm._buffers
-                count = buffers["num_batches_tracked"] if from_batch else None
-                found += (buffers["running_mean"], buffers["running_var"], count)
-        return found
+        size = mbconv_bytes(shape, batch=True in call.batch, d=d is not None)
+        tail = (call.batch, call.momentum, call.eps, self.stride, shape.chunk, norms, p, d, _workspace(size, p))
+        return with_products_in(precision, _forward, *stored(x), *weights, *running, *tail)
 
     def _expect_several(self, x: Values, size: tuple[int, int], batch: tuple[bool, ...]) -> None:
         """As PyTorch's BatchNorm: one value per channel has no variance."""
         n, _, h, w = x.shape
+        if n * size[0] * size[1] > 1:
+            return
         shapes = (n, self.expanded, h, w), (n, self.expanded, *size), (n, self.channels, *size)
         for from_batch, shape in zip(batch, shapes, strict=True):
             if from_batch and shape[0] * shape[2] * shape[3] == 1:
@@ -346,8 +368,8 @@ class FusedMBConv:
 
     def _draw_keep(self, x: Values) -> Tensor:
         drop = self.module.stochastic_depth
-        keep = torch.empty((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device)
-        return keep.bernoulli_(1 - drop).div_(1 - drop)[:, 0, 0, 0]
+        keep = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
+        return keep.bernoulli_(1 - drop).div_(1 - drop)
 
     def _affine(self, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, _, scale, shift = norms.narrow(1, norms.shape[1] - self.channels, self.channels).unbind()
@@ -359,7 +381,8 @@ class FusedMBConv:
         center, scale, shift = record.affine
         keep = record.keep if keep is None else keep
         if keep is not None:
-            scale, shift = keep[:, None] * scale, keep[:, None] * shift
+            column = keep.unsqueeze(1)
+            scale, shift = column * scale, column * shift
         return Contribution(p, scale, shift, center)
 
     # Backward -----------------------------------------------------------------------------------
@@ -385,7 +408,8 @@ class FusedMBConv:
         if True not in record.batch:
             return record
         p = self.plane(x, self.channels, self.out_size(x))
-        norms = self._norms(weights, record.batch, [None] * 9, record.norms, x, record.shape, p, None)
+        call = self.layers.norm_call(False)._replace(batch=record.batch)
+        norms = self._norms(record.precision, weights, call, [None] * 9, record.norms, x, record.shape, p, None)
         return record._replace(norms=norms, affine=self._affine(norms))
 
     def again(self, x: Values, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False) -> Kept:
@@ -400,8 +424,8 @@ class FusedMBConv:
         shape = self._of(record, x)
         workspace = _workspace(mbconv_recompute_bytes(shape, d=d, e=e), planes[0])
         tail = (record.norms, self.stride, shape.chunk, *planes, workspace)
-        with products_in(record.precision):
-            return Kept(*planes, _recompute(*stored(x), *weights.convolutions, *tail))
+        squeezed = with_products_in(record.precision, _recompute, *stored(x), *weights.convolutions, *tail)
+        return Kept(*planes, squeezed)
 
     @explicit
     def store(self, parameters: Sequence[Tensor], inputs: Sequence[Values]) -> tuple[Contribution, Pullback]:
@@ -464,8 +488,8 @@ class FusedMBConv:
         )
         middle = (record.norms, record.batch, record.keep, self.stride, shape.chunk)
         tail = (*kept, dz, dx, add, _workspace(size, du))
-        with products_in(record.precision):
-            gradients = _backward(du, sums, *stored(x), *weights.convolutions, *middle, *tail)
+        arguments = (du, sums, *stored(x), *weights.convolutions, *middle, *tail)
+        gradients = with_products_in(record.precision, _backward, *arguments)
         return [g if w.requires_grad else None for g, w in zip(gradients, weights, strict=True) if w is not None]
 
 

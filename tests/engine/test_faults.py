@@ -81,11 +81,13 @@ def network(module, **options):
 
 
 def after_a_call(model):
-    """The model, with what it makes at its first calls, with gradients and without; its statistics are as before."""
-    training = model.training
-    for mode in (torch.enable_grad, torch.no_grad):
-        with mode(), reduced(model):
-            model.eval()(image())
+    """The model, with what it makes at its first calls, in either mode, with gradients and without."""
+    training, state = model.training, copy.deepcopy(model.state_dict())
+    for trains in (False, True):
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode(), reduced(model):
+                model.train(trains)(image())
+    model.load_state_dict(state)
     return model.train(training)
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from revkernels.precision import convolution_precision, products_in
+from revkernels.precision import convolution_precision, with_products_in
 
 CUDA = torch.device("cuda")
 
@@ -33,18 +33,16 @@ def test_convolutions_of_float32_maps_on_cuda_have_a_precision():
 @pytest.mark.parametrize("wanted", ["none", "ieee", "tf32"])
 def test_products_have_it_within_and_what_was_before_afterwards(before, wanted):
     torch.backends.cuda.matmul.fp32_precision = before
-    with products_in(wanted), products_in(wanted):
-        assert matmul() == wanted
+    assert with_products_in(wanted, with_products_in, wanted, matmul) == wanted
     assert matmul() == before
-    with pytest.raises(KeyError), products_in(wanted):
-        raise KeyError
+    with pytest.raises(KeyError):
+        with_products_in(wanted, {}.__getitem__, "nothing")
     assert matmul() == before
 
 
 def test_none_changes_nothing():
     before = matmul()
-    with products_in(None):
-        assert matmul() == before
+    assert with_products_in(None, matmul) == before
 
 
 def test_the_last_thread_to_leave_restores():
@@ -52,16 +50,16 @@ def test_the_last_thread_to_leave_restores():
     inside, leave = threading.Event(), threading.Event()
 
     def first():
-        with products_in("tf32"):
-            inside.set()
-            leave.wait()
+        inside.set()
+        leave.wait()
 
-    thread = threading.Thread(target=first)
-    thread.start()
-    inside.wait()
-    second = products_in("tf32")
-    with second:
+    def second():
         leave.set()
         thread.join()
-        assert matmul() == "tf32"
+        return matmul()
+
+    thread = threading.Thread(target=with_products_in, args=("tf32", first))
+    thread.start()
+    inside.wait()
+    assert with_products_in("tf32", second) == "tf32"
     assert matmul() == before
