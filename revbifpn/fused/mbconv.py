@@ -82,12 +82,21 @@ class Weights(NamedTuple):
         return self[0], self[3], self[6], self[7], self[8], self[9], self[10]
 
 
+class Affine(NamedTuple):
+    """The last norm, ``[C']`` each: views of the norms."""
+
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+    both: Tensor | None  # [2, 1, C'], scale and shift, where they are to be multiplied by keep
+
+
 class FusedRecord(NamedTuple):
     """What one forward saved: ``O(C + N)`` numbers."""
 
     norms: Tensor  # [4, E + E + C'], see revkernels.reference_mbconv
     batch: tuple[bool, ...]  # which norms took the batch's statistics
-    affine: tuple[Tensor, Tensor, Tensor]  # of the last norm: mean, scale and shift, views of norms
+    affine: Affine
     shape: MBConvShape
     keep: Tensor | None = None  # [N], 0 or 1 / (1 - p)
     precision: str | None = None  # of the 1x1 convolutions' products, see revkernels.precision
@@ -331,7 +340,8 @@ class FusedMBConv:
                 if b is not None and single is not None and call.batch[i // 3]:
                     b.copy_(single)
         keep = self._draw_keep(x) if self._drops() else None
-        record = FusedRecord(norms, call.batch, self._affine(norms), shape, keep, precision)
+        affine = self._affine(norms, scaled=keep is not None)
+        record = FusedRecord(norms, call.batch, affine, shape, keep, precision)
         contribution = self.contribution(p, record)
         check_finite(self.module, p, contribution.scale, contribution.shift)
         return contribution, record, d
@@ -371,19 +381,19 @@ class FusedMBConv:
         keep = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
         return keep.bernoulli_(1 - drop).div_(1 - drop)
 
-    def _affine(self, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, _, scale, shift = norms.narrow(1, norms.shape[1] - self.channels, self.channels).unbind()
-        return mean, scale, shift
+    def _affine(self, norms: Tensor, *, scaled: bool) -> Affine:
+        last = norms.narrow(1, norms.shape[1] - self.channels, self.channels)
+        mean, _, scale, shift = last.unbind()
+        return Affine(mean, scale, shift, last.narrow(0, 2, 2).unsqueeze(1) if scaled else None)
 
     @staticmethod
     def contribution(p: Tensor, record: FusedRecord, keep: Tensor | None = None) -> Contribution:
         """``keep BN_2(p)`` as the coupling's affine: ``[C']``, or ``[N, C']`` with stochastic depth."""
-        center, scale, shift = record.affine
+        mean, scale, shift, both = record.affine
         keep = record.keep if keep is None else keep
-        if keep is not None:
-            column = keep.unsqueeze(1)
-            scale, shift = column * scale, column * shift
-        return Contribution(p, scale, shift, center)
+        if keep is not None and both is not None:
+            scale, shift = (keep.unsqueeze(1) * both).unbind()
+        return Contribution(p, scale, shift, mean)
 
     # Backward -----------------------------------------------------------------------------------
 
@@ -410,7 +420,7 @@ class FusedMBConv:
         p = self.plane(x, self.channels, self.out_size(x))
         call = self.layers.norm_call(False)._replace(batch=record.batch)
         norms = self._norms(record.precision, weights, call, [None] * 9, record.norms, x, record.shape, p, None)
-        return record._replace(norms=norms, affine=self._affine(norms))
+        return record._replace(norms=norms, affine=self._affine(norms, scaled=record.keep is not None))
 
     def again(self, x: Values, record: FusedRecord, weights: Weights, *, d: bool = False, e: bool = False) -> Kept:
         """p, and d and e if they are to be kept, from the norms of the forward."""
