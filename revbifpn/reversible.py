@@ -247,6 +247,9 @@ class RevBlock(Reversible):
         yield _coupling(self.f, x1, ((x0, f),))
         yield _coupling(self.g, x0, ((x1, g),))
 
+    def run(self, tape: Tape | Stored | TapeAt) -> None:
+        tape.step(*self.couplings())
+
 
 class RevSilo(Reversible):
     """Reversible fusion of streams of several resolutions: all downward sums, then all upward sums.

@@ -111,11 +111,8 @@ class StreamFormat:
 
     def decode(self, y: Tensor, level: int) -> Values:
         """The values of a stored stream: itself, or a view that gives them where they are read."""
-        if y.is_floating_point():
-            return y
-        bits = self.bits(level)
-        assert bits is not None, "streams of integers have a grid"
-        return Encoded(y, bits)
+        bits = self.bits(level) if self.name in INTEGERS else None
+        return y if bits is None else Encoded(y, bits)
 
 
 def float_and_rest(y: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:

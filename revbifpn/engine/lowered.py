@@ -27,6 +27,15 @@ class Grid:
     overflow: Tensor | None = None  # counts values out of range, see :func:`revkernels.couple_`
 
 
+def split(parameters: Sequence[Tensor], owners: Sequence[Branch] | Sequence[Lowered]) -> Iterator[Sequence[Tensor]]:
+    """Values for the parameters of several, one after another."""
+    start = 0
+    for owner in owners:
+        end = start + len(owner.parameters())
+        yield parameters[start:end]
+        start = end
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A coupling with the branches that run it on given streams."""
@@ -51,11 +60,7 @@ class Lowered:
 
     def split(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """Values for :meth:`parameters`, branch by branch."""
-        start = 0
-        for branch in self.branches:
-            end = start + len(branch.parameters())
-            yield parameters[start:end]
-            start = end
+        return split(parameters, self.branches)
 
     def advance_(
         self,

@@ -23,7 +23,7 @@ from torch import Tensor
 from revbifpn.engine import ownership
 from revbifpn.engine.branch import Branch, Gradient
 from revbifpn.engine.coupling import Part
-from revbifpn.engine.lowered import Lowered
+from revbifpn.engine.lowered import Lowered, split
 from revbifpn.engine.record import Backends
 from revbifpn.engine.state import PartGradient, State
 from revbifpn.streams import Values
@@ -60,13 +60,14 @@ class Enter(torch.autograd.Function):
 
 
 class Step(torch.autograd.Function):
-    """One coupling: forward is :meth:`State.advance`, backward :meth:`State.retreat`."""
+    """Couplings, one after another: forward is :meth:`State.advance`, backward :meth:`State.retreat`."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, state: State, lowered: Lowered, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, token: Tensor, state: State, couplings: Sequence[Lowered], *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.lowered = state, lowered
-        ctx.advanced = state.advance(lowered, parameters)
+        ctx.state, ctx.couplings = state, couplings
+        own = split(parameters, couplings)
+        ctx.advanced = [state.advance(lowered, values) for lowered, values in zip(couplings, own, strict=True)]
         ctx.position = state.position
         ctx.save_for_backward(*parameters)
         return token.new_empty(())
@@ -74,11 +75,18 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, token: None) -> tuple:
         forbid_second_derivative()
-        state = ctx.state
+        state, needs, saved = ctx.state, ctx.needs_input_grad, ctx.saved_tensors
         state.expect(ctx.position)
+        gradients: list[Tensor | None] = []
         with state.going_back():
-            gradients = state.retreat(ctx.lowered, ctx.advanced, ctx.saved_tensors, ctx.needs_input_grad[0])
-        return None, None, None, *gradients
+            own = list(split(saved, ctx.couplings))
+            for lowered, advanced, parameters in reversed([*zip(ctx.couplings, ctx.advanced, own, strict=True)]):
+                first = len(saved) - len(gradients) - len(parameters)
+                needs_input = any(needs[: 3 + first])  # something before this coupling wants a gradient
+                gradients = [*state.retreat(lowered, advanced, parameters, needs_input), *gradients]
+                if not needs_input:
+                    break
+        return (None,) * (3 + len(saved) - len(gradients)) + tuple(gradients)
 
 
 class Leave(torch.autograd.Function):

@@ -28,13 +28,15 @@ class Tape:
         self.state, self.dtype = state, dtype  # of the streams that leave; None: as they are
         self.token: Tensor | None = None  # None: nothing is recorded
 
-    def step(self, coupling: Coupling) -> None:
-        """Apply a coupling to the streams, recorded if the pass is."""
-        lowered = self.state.lower(coupling)
+    def step(self, *couplings: Coupling) -> None:
+        """Apply couplings of streams that are there to them, recorded, as one node, if the pass is."""
+        lowered = [self.state.lower(coupling) for coupling in couplings]
         if self.token is None:
-            self.state.apply(lowered)
+            for each in lowered:
+                self.state.apply(each)
         else:
-            self.token = Step.apply(self.token, self.state, lowered, *lowered.parameters())
+            parameters = [q for each in lowered for q in each.parameters()]
+            self.token = Step.apply(self.token, self.state, lowered, *parameters)
 
     def call(self, block: nn.Module, level: int = 0) -> None:
         """Call a block that starts at ``level``; what travels through autograd goes in and comes out.
@@ -113,7 +115,12 @@ class Stored:
             level = self._levels[part.level] = list(level.chunk(2, dim=1))
         return level[part.half]
 
-    def step(self, coupling: Coupling) -> None:
+    def step(self, *couplings: Coupling) -> None:
+        """As :meth:`Tape.step`."""
+        for coupling in couplings:
+            self._apply(coupling)
+
+    def _apply(self, coupling: Coupling) -> None:
         target = coupling.target
         inputs = [self._get(source) for source in coupling.sources]
         linear = [self._get(source) for source, _ in coupling.linear]
@@ -168,8 +175,8 @@ class TapeAt:
     tape: Tape | Stored
     level: int
 
-    def step(self, coupling: Coupling) -> None:
-        self.tape.step(coupling.at(self.level))
+    def step(self, *couplings: Coupling) -> None:
+        self.tape.step(*[coupling.at(self.level) for coupling in couplings])
 
     def call(self, block: nn.Module, level: int = 0) -> None:
         self.tape.call(block, self.level + level)

@@ -55,6 +55,22 @@ def test_gradients_and_statistics_at_the_depth_of_a_scale(module, depth):
 
 
 @MOSTLY_FAST
+@pytest.mark.parametrize("wanted", [".f.", ".g.", "rev_stack.2.rev_transform_0.g", "rev_stack.2.rev_transform_0.f"])
+def test_some_transforms_of_blocks_are_trained(module, wanted):
+    """The couplings of a block share a node: its backward ends where nothing before wants a gradient."""
+    twins = [narrow(module, reversible=reversible, inv_blk_rep=2) for reversible in (True, False)]
+    for twin in twins:
+        for name, q in twin.named_parameters():
+            q.requires_grad_(wanted in name)
+    trained = [[q for q in twin.parameters() if q.requires_grad] for twin in twins]
+    assert trained[0]
+    for twin in twins:
+        scalar(twin(image(n=3))).backward()
+    assert all(q.grad is not None for q in trained[1])
+    assert difference(*([q.grad for q in some] for some in trained)) < 1e-9
+
+
+@MOSTLY_FAST
 def test_random_masks_matter_and_are_replayed(module):
     options = {"stochastic_depth": 0.5, "head_dropout": 0.5}
     model = narrow(module, **options)
