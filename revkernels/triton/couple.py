@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import cast
+from itertools import islice
+from typing import Any, cast
 
 import torch
 import triton
@@ -242,11 +243,38 @@ def couple_(
     overflow: Tensor | None = None,
 ) -> None:
     """One launch, any number of contributions; see :func:`revkernels.reference.couple_`."""
+    _launch(y, p, scale, shift, factors, mode, subtract, fraction_bits, overflow)
+
+
+def couple_for_native_(*arguments: Any) -> tuple[str, str]:
+    """:func:`couple_` with one more argument: whether the recipe of its launch is wanted, for ``csrc/cuda/couple.cpp``.
+
+    Returns it, or nothing; and an error, which C++ would get without its message.
+    """
+    try:
+        return _launch(*arguments), ""
+    except Exception as error:
+        return "", f"{type(error).__name__}: {error}"
+
+
+def _launch(
+    y: Tensor,
+    p: Sequence[Tensor],
+    scale: Sequence[Tensor | None],
+    shift: Sequence[Tensor | None],
+    factors: Sequence[int],
+    mode: str,
+    subtract: bool,
+    fraction_bits: int | None = None,
+    overflow: Tensor | None = None,
+    wanted: bool = False,
+) -> str:
+    """The launch, and if wanted its recipe, whose tensors are numbered as in ``y, overflow, *p, *scale, *shift``."""
     tensors = (y, overflow, *p, *scale, *shift)
     key = (y.get_device(), tuple(map(seen, tensors)), len(p), tuple(factors), mode, subtract, fraction_bits)
     _guard(key, tensors, y, p, scale, shift, factors, mode, subtract, fraction_bits, overflow)
     if y.numel() == 0 or not p:
-        return
+        return ""
     parts, identity = len(p), set(factors) == {1}
     given: tuple[Iterable, ...] = (p, map(contiguous, scale), map(contiguous, shift))
     ps, scales, shifts = (_slots(values) if identity else tuple(values) for values in given)
@@ -285,7 +313,12 @@ def couple_(
         return Plan(programs, constants, num_warps=2)
 
     with on_device_of(y):
-        (_couple_identity if identity else _couple_upsampled)(key, plan, y, ps, scales, shifts, overflow)
+        launch = (_couple_identity if identity else _couple_upsampled)(key, plan, y, ps, scales, shifts, overflow)
+    if not wanted or launch is None or any(contiguous(v) is not v for v in (*scale, *shift)):
+        return ""
+    numbers = iter(range(2, len(tensors)))
+    sources: Iterable[tuple] = (tuple(islice(numbers, len(values))) for values in (p, scale, shift))
+    return launch.recipe(0, *(_slots(of) if identity else of for of in sources), 1 if counts else None)
 
 
 def _slots(values: Iterable) -> tuple:
