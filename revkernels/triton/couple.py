@@ -113,10 +113,15 @@ def _given(m, k: tl.constexpr, parts):
 
 
 @triton.jit
-def _shifts(shift, shift_row, n, c, m, parts, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``sum_k b_k`` over ``parts``, where the total of a tile starts from; with a single plane m is None."""
+def _shifts(
+    shift, shift_row, n, c, m, parts, PARTS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``sum_k b_k`` over ``parts``, where the total of a tile starts from; with a single plane m is None.
+
+    ``PARTS`` is the length of shift, which Triton 3.6 does not know where one of them is None.
+    """
     b_total = tl.zeros([ROWS, COLUMNS], ACC)
-    for k in tl.static_range(len(shift)):
+    for k in tl.static_range(PARTS):
         if shift[k] is not None:
             m_k = None if m is None else _given(m, k, parts)
             b_total += load_vector(shift[k], decoded(shift_row[k]), n, c, m_k, ACC)
@@ -182,7 +187,7 @@ def _couple_identity_kernel(
     y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
-    b_total = _shifts(shift, shift_row, n, c, m_r, parts, ACC, BLOCK_R, BLOCK_W)
+    b_total = _shifts(shift, shift_row, n, c, m_r, parts, len(p), ACC, BLOCK_R, BLOCK_W)
     for k in tl.static_range(len(p)):
         strides = strides_in(p_strides[k], VEC)
         b_p = tl.load(p[k] + offset(n, c, h, strides, VEC) + o_x * strides[3], _given(m, k, parts), 0.0).to(ACC)
@@ -215,7 +220,7 @@ def _couple_upsampled_kernel(
     y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
-    b_total = _shifts(shift, shift_row, n, c, None, len(FACTORS), ACC, BLOCK_H, BLOCK_W)
+    b_total = _shifts(shift, shift_row, n, c, None, len(FACTORS), len(FACTORS), ACC, BLOCK_H, BLOCK_W)
     for k in tl.static_range(len(FACTORS)):
         if FACTORS[k] == 1:
             strides = strides_in(p_strides[k], VEC)

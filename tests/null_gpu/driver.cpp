@@ -109,6 +109,11 @@ NULL_GPU_API CUresult cuLaunchKernel(CUfunction kernel, unsigned grid_x, unsigne
   return launch(kernel, {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, 0}, stream,
                 parameters);
 }
+NULL_GPU_API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return *status =
+             capture_of(stream) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE,
+         CUDA_SUCCESS;
+}
 NULL_GPU_API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute,
                                             CUdeviceptr p) {
   if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_NOT_SUPPORTED;
