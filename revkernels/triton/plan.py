@@ -32,6 +32,7 @@ READ = ("3.6", "3.7", "3.8", "3.9")  # versions of Triton whose launcher does wh
 PLAIN_SHARED_MEMORY = 48 << 10  # bytes that every kernel may have
 NUMBERS = {"i32": ("<i", "u32"), "i64": ("<q", "u64"), "fp32": ("<f", "f32")}  # in a signature: struct's and PTX's type
 _NOTHING = nullcontext()
+_handed_out: set[CompiledKernel] = set()  # their functions are in recipes, and are unloaded with their last reference
 
 
 class Plan(NamedTuple):
@@ -105,9 +106,6 @@ class Launch(NamedTuple):
             return ""
         _handed_out.add(self.compiled)
         return " ".join(map(str, numbers))
-
-
-_handed_out: set[CompiledKernel] = set()  # their functions are in recipes, and are unloaded with their last reference
 
 
 def observed() -> bool:

@@ -1,4 +1,4 @@
-"""``couple_`` launched from C++ on the GPU that does nothing: what the driver gets is what Triton's launcher gives it."""
+"""``couple_`` launched from C++ on the GPU that does nothing: the driver gets what Triton's launcher gives it."""
 
 import json
 import os
@@ -67,12 +67,13 @@ def arguments(factors, mode="bilinear", stream=torch.float32, dtype=torch.float3
 """
 
 
-def on_null_gpu(code, devices=1):
+def on_null_gpu(code, devices=1, disable=""):
     """What ``code`` gives to ``print(json.dumps(...))`` last."""
     try:
         variables = environment(devices=devices)
     except Unavailable as error:
         pytest.skip(str(error))
+    variables["REVKERNELS_DISABLE"] = disable
     ours = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "tests.null_gpu", "-c", COMMON + code]
     done = subprocess.run(command, env=ours, cwd=ROOT, capture_output=True, text=True)
@@ -304,3 +305,20 @@ print(json.dumps(found))
     )
     for first, second in steps:
         assert first > 0 and second == 0
+
+
+@pytest.mark.parametrize(("disable", "serves", "launches"), [("triton", "reference", 0), ("cuda", "triton", 1)])
+def test_without_one_of_the_two_it_is_served_as_ever(disable, serves, launches):
+    found = on_null_gpu(
+        """
+given = arguments((1, 2))
+counted = []
+for _ in range(2):
+    before = null_gpu.counts()["driver_launches"]
+    op(*given)
+    counted.append(null_gpu.counts()["driver_launches"] - before)
+print(json.dumps([dispatch.in_use("couple_", "cuda"), counted, len(asked)]))
+""",
+        disable=disable,
+    )
+    assert found == [serves, [launches] * 2, 2 * launches]
