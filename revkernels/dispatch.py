@@ -116,13 +116,15 @@ def _load_native(name: str, module: str, device: str, why_not: str) -> Status:
         return Status(name, False, f"revkernels.{module} does not load: {error}")
 
 
-def _load_triton(why_not: str) -> Status:
+def _load_triton(why_not: str, native: ModuleType | None) -> Status:
     if why_not:
         return Status("triton", False, why_not)
     try:
         module = importlib.import_module("revkernels.triton")
     except ImportError as error:
         return Status("triton", False, f"triton does not import: {error}")
+    if native is not None and not module.INTERPRETED:
+        module.register_native(native)
     for op in module.LAUNCHERS.keys() - _registered("CUDA"):
         LIBRARY.impl(op, module.LAUNCHERS[op], "CUDA")
     return Status("triton", True, module=module, ops=frozenset(module.LAUNCHERS))
@@ -142,8 +144,8 @@ def _load() -> dict[str, Status]:
         "reference": Status("reference", True, module=reference),
         "cpp": _load_native("cpp", "_C", "CPU", why_not("cpp", needs_cuda=False)),
         "cuda": _load_native("cuda", "_C_cuda", "CUDA", why_not("cuda", needs_cuda=True)),
-        "triton": _load_triton(why_not("triton", needs_cuda=False)),
     }
+    statuses["triton"] = _load_triton(why_not("triton", needs_cuda=False), statuses["cuda"].module)
     for name in sorted(required):
         if not statuses[name].loaded:
             raise ImportError(f"REVKERNELS_REQUIRE asks for {name!r}: {statuses[name].reason}")

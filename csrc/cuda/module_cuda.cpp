@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "couple.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -35,10 +37,22 @@ py::dict build_info() {
   return info;
 }
 
+void register_couple(py::object observed) {
+  static const auto* const kept = new py::object(observed);  // also while Python ends
+  revkernels::cuda::register_couple([] {
+    const py::gil_scoped_acquire gil;
+    return (*kept)().cast<bool>();
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of revkernels; importing it registers them with torch.";
   m.def("build_info", &build_info,
         "Compiler, flags, CUDA version, architectures and targets of this build.");
+  m.def("register_couple", &register_couple,
+        "Serve couple_ on CUDA. observed(): whether Triton's launches are watched.");
+  m.def("remembered_launches", &revkernels::cuda::remembered_launches,
+        "How many launches of couple_ are known.");
 }

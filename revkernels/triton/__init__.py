@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 
-from revkernels.triton import couple, dual_residual
+from revkernels.registry import LIBRARY, OPS
+from revkernels.triton import couple, dual_residual, plan
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LAUNCHERS: dict[str, Callable] = {
@@ -18,3 +20,14 @@ LAUNCHERS: dict[str, Callable] = {
     "dual_residual_": dual_residual.dual_residual_,
     "dual_residual_adjoint_": dual_residual.dual_residual_adjoint_,
 }
+
+
+def register_native(module: ModuleType) -> None:
+    """Have ``revkernels._C_cuda`` serve what it can launch without Python: ``couple_`` on CUDA.
+
+    The first launch of a kind comes back to Python, through an op of its own.
+    """
+    schema = OPS["couple_"].schema.removesuffix(") -> ()")
+    LIBRARY.define(f"couple_for_native_{schema}, bool wanted=False) -> (str recipe, str error)")
+    LIBRARY.impl("couple_for_native_", couple.couple_for_native_, "CUDA")
+    module.register_couple(plan.observed)

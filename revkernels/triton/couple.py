@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import cast
+from itertools import islice
+from typing import Any, cast
 
 import torch
 import triton
@@ -112,10 +113,15 @@ def _given(m, k: tl.constexpr, parts):
 
 
 @triton.jit
-def _shifts(shift, shift_row, n, c, m, parts, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``sum_k b_k`` over ``parts``, where the total of a tile starts from; with a single plane m is None."""
+def _shifts(
+    shift, shift_row, n, c, m, parts, PARTS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``sum_k b_k`` over ``parts``, where the total of a tile starts from; with a single plane m is None.
+
+    ``PARTS`` is the length of shift, which Triton 3.6 does not know where one of them is None.
+    """
     b_total = tl.zeros([ROWS, COLUMNS], ACC)
-    for k in tl.static_range(len(shift)):
+    for k in tl.static_range(PARTS):
         if shift[k] is not None:
             m_k = None if m is None else _given(m, k, parts)
             b_total += load_vector(shift[k], decoded(shift_row[k]), n, c, m_k, ACC)
@@ -181,7 +187,7 @@ def _couple_identity_kernel(
     y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
-    b_total = _shifts(shift, shift_row, n, c, m_r, parts, ACC, BLOCK_R, BLOCK_W)
+    b_total = _shifts(shift, shift_row, n, c, m_r, parts, len(p), ACC, BLOCK_R, BLOCK_W)
     for k in tl.static_range(len(p)):
         strides = strides_in(p_strides[k], VEC)
         b_p = tl.load(p[k] + offset(n, c, h, strides, VEC) + o_x * strides[3], _given(m, k, parts), 0.0).to(ACC)
@@ -214,7 +220,7 @@ def _couple_upsampled_kernel(
     y_strides = strides_in(y_strides, VEC)
     p_y = y + offset(n, c, h, y_strides, VEC) + o_x * y_strides[3]
     b_y = tl.load(p_y, m, 0)
-    b_total = _shifts(shift, shift_row, n, c, None, len(FACTORS), ACC, BLOCK_H, BLOCK_W)
+    b_total = _shifts(shift, shift_row, n, c, None, len(FACTORS), len(FACTORS), ACC, BLOCK_H, BLOCK_W)
     for k in tl.static_range(len(FACTORS)):
         if FACTORS[k] == 1:
             strides = strides_in(p_strides[k], VEC)
@@ -242,11 +248,38 @@ def couple_(
     overflow: Tensor | None = None,
 ) -> None:
     """One launch, any number of contributions; see :func:`revkernels.reference.couple_`."""
+    _launch(y, p, scale, shift, factors, mode, subtract, fraction_bits, overflow)
+
+
+def couple_for_native_(*arguments: Any) -> tuple[str, str]:
+    """:func:`couple_` with one more argument: whether the recipe of its launch is wanted, for ``csrc/cuda/couple.cpp``.
+
+    Returns it, or nothing; and an error, which C++ would get without its message.
+    """
+    try:
+        return _launch(*arguments), ""
+    except Exception as error:
+        return "", f"{type(error).__name__}: {error}"
+
+
+def _launch(
+    y: Tensor,
+    p: Sequence[Tensor],
+    scale: Sequence[Tensor | None],
+    shift: Sequence[Tensor | None],
+    factors: Sequence[int],
+    mode: str,
+    subtract: bool,
+    fraction_bits: int | None = None,
+    overflow: Tensor | None = None,
+    wanted: bool = False,
+) -> str:
+    """The launch, and if wanted its recipe, whose tensors are numbered as in ``y, overflow, *p, *scale, *shift``."""
     tensors = (y, overflow, *p, *scale, *shift)
     key = (y.get_device(), tuple(map(seen, tensors)), len(p), tuple(factors), mode, subtract, fraction_bits)
     _guard(key, tensors, y, p, scale, shift, factors, mode, subtract, fraction_bits, overflow)
     if y.numel() == 0 or not p:
-        return
+        return ""
     parts, identity = len(p), set(factors) == {1}
     given: tuple[Iterable, ...] = (p, map(contiguous, scale), map(contiguous, shift))
     ps, scales, shifts = (_slots(values) if identity else tuple(values) for values in given)
@@ -285,7 +318,12 @@ def couple_(
         return Plan(programs, constants, num_warps=2)
 
     with on_device_of(y):
-        (_couple_identity if identity else _couple_upsampled)(key, plan, y, ps, scales, shifts, overflow)
+        launch = (_couple_identity if identity else _couple_upsampled)(key, plan, y, ps, scales, shifts, overflow)
+    if not wanted or launch is None or any(contiguous(v) is not v for v in (*scale, *shift)):
+        return ""
+    numbers = iter(range(2, len(tensors)))
+    sources: Iterable[tuple] = (tuple(islice(numbers, len(values))) for values in (p, scale, shift))
+    return launch.recipe(0, *(_slots(of) if identity else of for of in sources), 1 if counts else None)
 
 
 def _slots(values: Iterable) -> tuple:

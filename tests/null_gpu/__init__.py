@@ -12,12 +12,16 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -164,6 +168,60 @@ def kernels() -> dict[str, int]:
     _library().null_gpu_kernels(each(lambda name, launches: found.update({name.decode(): launches})))
     names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True)
     return dict(zip(names.stdout.splitlines(), found.values(), strict=True))
+
+
+class DriverLaunch(NamedTuple):
+    """A launch as the driver was asked for it; ``parameters`` are the bytes of each."""
+
+    kernel: int
+    programs: tuple[int, ...]
+    threads: tuple[int, ...]
+    shared_memory: int
+    attributes: int
+    stream: int
+    device: int
+    parameters: tuple[bytes, ...]
+
+
+@contextmanager
+def watched(sizes: Callable[[int], Sequence[int]]) -> Iterator[list[DriverLaunch]]:
+    """The launches through the driver while this is open; ``sizes`` are a kernel's parameters', in bytes."""
+    found: list[DriverLaunch] = []
+
+    def each(kernel: int, numbers: list[int], stream: int | None, parameters: list[int]) -> None:
+        device = ctypes.c_int()
+        _library().cuCtxGetDevice(ctypes.byref(device))
+        values = tuple(ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes(kernel)))
+        grid, block = tuple(numbers[:3]), tuple(numbers[3:6])
+        found.append(DriverLaunch(kernel, grid, block, numbers[6], numbers[7], stream or 0, device.value, values))
+
+    pointer = ctypes.POINTER
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, pointer(ctypes.c_uint), ctypes.c_void_p, pointer(ctypes.c_void_p))
+    watcher = kind(each)
+    _library().null_gpu_watch(watcher)
+    try:
+        yield found
+    finally:
+        _library().null_gpu_watch(kind())
+
+
+def parameter_sizes(cubin: bytes, kernel: str) -> list[int]:
+    """Bytes of each parameter of a compiled kernel: what the driver copies, by ``.nv.info`` of the ELF file."""
+    (sections,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
+    sizes = {}
+    for name, _, _, _, begin, length in headers:
+        at = headers[names][4] + name
+        if cubin[at : cubin.index(b"\0", at)] != f".nv.info.{kernel}".encode():
+            continue
+        end = begin + length
+        while begin < end:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, begin)
+            if (form, attribute) == (4, 0x17):  # a parameter: its number, where it is, and how long
+                _, number, _, bits = struct.unpack_from("<IHHI", cubin, begin + 4)
+                sizes[number] = bits >> 18
+            begin += 4 + (value if form == 4 else 0)
+    return [sizes[i] for i in range(len(sizes))]
 
 
 class Kernels:

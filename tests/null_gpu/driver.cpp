@@ -78,12 +78,41 @@ NULL_GPU_API CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) 
   return CUDA_SUCCESS;
 }
 NULL_GPU_API CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
-NULL_GPU_API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void**, void**) {
-  return work(config->hStream, kDriverLaunches), CUDA_SUCCESS;
-}
-NULL_GPU_API CUresult cuLaunchKernel(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned,
-                                     unsigned, unsigned, CUstream stream, void**, void**) {
+namespace {
+// What is told of a launch: the kernel, programs, threads, bytes of shared memory, attributes, the
+// stream, and where its parameters are.
+using Watcher = void (*)(const void* kernel, const unsigned* numbers, const void* stream,
+                         void** parameters);
+std::atomic<Watcher> watcher{nullptr};
+
+CUresult launch(const void* kernel, const std::array<unsigned, 8>& numbers, const void* stream,
+                void** parameters) {
+  if (const Watcher each = watcher) each(kernel, numbers.data(), stream, parameters);
   return work(stream, kDriverLaunches), CUDA_SUCCESS;
+}
+}  // namespace
+
+// Calls `each`, unless it is null, before every launch through the driver.
+NULL_GPU_API void null_gpu_watch(Watcher each) { watcher = each; }
+
+NULL_GPU_API CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction kernel,
+                                       void** parameters, void**) {
+  return launch(kernel,
+                {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
+                 c->sharedMemBytes, c->numAttrs},
+                c->hStream, parameters);
+}
+NULL_GPU_API CUresult cuLaunchKernel(CUfunction kernel, unsigned grid_x, unsigned grid_y,
+                                     unsigned grid_z, unsigned block_x, unsigned block_y,
+                                     unsigned block_z, unsigned shared, CUstream stream,
+                                     void** parameters, void**) {
+  return launch(kernel, {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, 0}, stream,
+                parameters);
+}
+NULL_GPU_API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return *status =
+             capture_of(stream) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE,
+         CUDA_SUCCESS;
 }
 NULL_GPU_API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute,
                                             CUdeviceptr p) {
