@@ -263,6 +263,6 @@ with torch.autocast("cuda", torch.{dtype}, enabled="{dtype}" != "float32"):
 """,
             disable="cuda",
         )
-        assert counts[2]["driver_launches"] > 500
-        assert counts[3]["captured"] > 500 and counts[3]["driver_launches"] == 0
+        assert counts[2]["driver_launches"] > 100
+        assert counts[3]["captured"] > 100 and counts[3]["driver_launches"] == 0
         assert counts[4]["graph_launches"] == 1 and counts[4]["driver_launches"] == 0
