@@ -100,7 +100,7 @@ static void convolve_planes(const DepthwiseArgs& args, bool flip, int64_t begin,
                   Scratch::bytes<A>(x.w) + Scratch::bytes<Mask<A>>(vectors * K));
   A* dense = scratch.take<A>(dense_size);
   A* out_scratch = scratch.take<A>(R * y.w);
-  const A* zeros = scratch.take<A>(x.w);
+  const A* zeros = scratch.zeros<A>(x.w);
   Mask<A>* masks = scratch.take<Mask<A>>(vectors * K);
   for (int64_t i = 0; i < vectors * K; ++i) {
     const int64_t column = i / K * L + i % K - K / 2;
@@ -172,7 +172,7 @@ static void correlate_planes(const DepthwiseArgs& args, int64_t begin, int64_t e
                   Scratch::bytes<Mask<A>>(vectors * (K + 1)));
   A* x_dense = scratch.take<A>(x_size);
   A* dy_dense = scratch.take<A>(dy_size);
-  const A* zeros = scratch.take<A>(x.w);
+  const A* zeros = scratch.zeros<A>(x.w);
   Mask<A>* masks = scratch.take<Mask<A>>(vectors * (K + 1));  // of the shifted x, then of dy
   for (int64_t i = 0; i < vectors * (K + 1); ++i) {
     const int64_t column = i / (K + 1) * L + (i % (K + 1) == K ? 0 : i % (K + 1) - K / 2);
@@ -345,7 +345,7 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
                   Scratch::bytes<Mask<A>>(vectors * T));
   A* dense = scratch.take<A>(dense_size);
   A* out_scratch = scratch.take<A>(out_size);
-  const A* zeros = scratch.take<A>(dy.w + L);
+  const A* zeros = scratch.zeros<A>(dy.w + L);
   A* w = scratch.take<A>(K * T * L);
   Mask<A>* masks = scratch.take<Mask<A>>(vectors * T);
   for (int64_t i = 0; i < vectors * T; ++i) {
@@ -486,9 +486,9 @@ static void convolve_phases(const DepthwiseArgs& args, bool flip, int64_t begin,
                   Scratch::bytes<A>(length + 4 * L) + Scratch::bytes<A>(ph.line(L)) +
                   Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(taps) +
                   Scratch::bytes<int64_t>(taps));
-  A* phases = scratch.take<A>(s * s * ph.size + ph.reach + 4 * L);
+  A* phases = scratch.zeros<A>(s * s * ph.size + ph.reach + 4 * L);
   A* out_rows = scratch.take<A>(length + 4 * L);
-  A* line = scratch.take<A>(ph.line(L));
+  A* line = scratch.zeros<A>(ph.line(L));
   A* dense = scratch.take<A>(x.h * x.w);
   A* w = scratch.take<A>(taps);
   int64_t* offset = scratch.take<int64_t>(taps);
@@ -525,12 +525,12 @@ static void correlate_phases(const DepthwiseArgs& args, int64_t begin, int64_t e
                   Scratch::bytes<A>(length + 2 * L) + Scratch::bytes<A>(ph.line(L)) +
                   Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(padded_taps * L) +
                   Scratch::bytes<int64_t>(padded_taps));
-  A* phases = scratch.take<A>(s * s * ph.size + ph.reach + L);
-  A* dy_flat = scratch.take<A>(length + 2 * L);
-  A* line = scratch.take<A>(ph.line(L));
+  A* phases = scratch.zeros<A>(s * s * ph.size + ph.reach + L);
+  A* dy_flat = scratch.zeros<A>(length + 2 * L);
+  A* line = scratch.zeros<A>(ph.line(L));
   A* dense = scratch.take<A>(x.h * x.w);
   A* sums = scratch.take<A>(padded_taps * L);
-  int64_t* offset = scratch.take<int64_t>(padded_taps);
+  int64_t* offset = scratch.zeros<int64_t>(padded_taps);
   for (int64_t t = 0; t < taps; ++t) offset[t] = ph.offset(t / k, t % k);
 
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -581,7 +581,7 @@ static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t 
                   2 * Scratch::bytes<A>(dv.w) + Scratch::bytes<IVec<A>>(patterns) +
                   Scratch::bytes<Vec<A>>(reach * reach) +
                   Scratch::bytes<int64_t>(ceil_div(dv.w, L)));
-  A* padded = scratch.take<A>(rows * pitch);
+  A* padded = scratch.zeros<A>(rows * pitch);
   A* w = scratch.take<A>(weights);
   A* dy_scratch = scratch.take<A>(dv.w);
   A* dv_scratch = scratch.take<A>(dv.w);

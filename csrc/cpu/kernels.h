@@ -194,7 +194,8 @@ extern const Kernels kernels;
 // environment variable REVKERNELS_CPU_ISA names.
 const Kernels& kernels();
 
-// Zeroed memory aligned for every vector type; throws std::bad_alloc.
+// Memory aligned for every vector type, to be freed by the same thread in reverse order; throws
+// std::bad_alloc.
 void* allocate_scratch(int64_t bytes);
 void free_scratch(void* scratch);
 

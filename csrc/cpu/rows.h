@@ -11,6 +11,7 @@ constexpr int64_t kSegment = 1024;
 // std::min would be compiled for this instruction set and linked into code for others.
 REVK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Memory of a kernel while it runs.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
@@ -19,7 +20,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Room for n values and a full vector beyond; zeroed, aligned.
+  // Room for n values and a full vector beyond; aligned.
   template <class A>
   static int64_t bytes(int64_t n) {
     return ceil_div(n * int64_t(sizeof(A)) + 2 * REVK_BYTES, 64) * 64;
@@ -28,6 +29,13 @@ class Scratch {
   A* take(int64_t n) {
     A* p = reinterpret_cast<A*>(next_);
     next_ += bytes<A>(n);
+    return p;
+  }
+  // The same, zeros everywhere.
+  template <class A>
+  A* zeros(int64_t n) {
+    A* p = take<A>(n);
+    memset(p, 0, size_t(bytes<A>(n)));
     return p;
   }
 
