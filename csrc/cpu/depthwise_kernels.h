@@ -648,11 +648,183 @@ static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t 
   }
 }
 
+// --- tiny maps: planes side by side -----------------------------------------------------------
+
+// A row of outputs that fills less of a vector than this leaves it to tiles of planes.
+constexpr int64_t kTileFraction = 4;
+constexpr int64_t kTilePixels = 256;
+
+// By the larger and the smaller map of a convolution.
+template <class A>
+static inline bool in_tiles(const Map& large, const Map& small) {
+  return small.w * kTileFraction <= kLanes<A> && large.h * large.w <= kTilePixels;
+}
+
+// One dimension of a convolution that has `size` inputs: taps begin to end of output i are inside.
+struct Taps {
+  int64_t begin, end, input;  // input: of tap 0
+
+  Taps(const DepthwiseArgs& args, int64_t i, int64_t size) {
+    input = i * args.stride - (args.kernel - 1) / 2;
+    begin = input < 0 ? -input : 0;
+    end = smaller(args.kernel, size - input);
+  }
+};
+
+// Channels' planes of x and filters in tiles, and room for as many planes.
+template <class A>
+class DepthwiseTiles {
+ public:
+  static constexpr int L = kLanes<A>;
+
+  explicit DepthwiseTiles(const DepthwiseArgs& args, const Map& second)
+      : args_(args),
+        taps_(args.kernel * args.kernel),
+        room_(larger(args.in.h * args.in.w, second.h * second.w)),
+        scratch_(2 * Scratch::bytes<A>(tile_size<A>(room_)) + Scratch::bytes<A>(room_ * L) +
+                 Scratch::bytes<A>(tile_size<A>(taps_))),
+        in(scratch_.take<A>(tile_size<A>(room_))),
+        second(scratch_.take<A>(tile_size<A>(room_))),
+        dense(scratch_.take<A>(room_ * L)),
+        filter(scratch_.take<A>(tile_size<A>(taps_))) {}
+
+  void read_input(int64_t n, int64_t c, int64_t count) {
+    const Map& x = args_.in;
+    read_tile(x, n, c, count, dense, in);
+    if (args_.scale.data == nullptr) return;
+    const Vec<A> scale = coefficients(args_.scale, 0, c, count, A(1));
+    const Vec<A> shift = coefficients(args_.shift, 0, c, count, A(0));
+    for (int64_t p = 0; p < x.h * x.w; ++p) {
+      store(in + p * L, hardswish_v<A>(load(in + p * L) * scale + shift));
+    }
+  }
+
+  void read_filter(int64_t c, int64_t count) {
+    const A* rows[L];
+    for (int64_t l = 0; l < count; ++l) {
+      rows[l] = static_cast<const A*>(args_.weight) + (c + l) * taps_;
+    }
+    rows_to_tile(rows, count, taps_, filter);
+  }
+
+  void write_filter(A* out, int64_t count) const {
+    A* rows[L];
+    for (int64_t l = 0; l < count; ++l) rows[l] = out + l * taps_;
+    tile_to_rows(filter, count, taps_, rows);
+  }
+
+ private:
+  const DepthwiseArgs& args_;
+  const int64_t taps_, room_;
+  Scratch scratch_;
+
+ public:
+  A *const in, *const second, *const dense, *const filter;
+};
+
+template <class A>
+static void convolve_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Map& x = args.in;
+  const Map& y = args.out;
+  DepthwiseTiles<A> tiles(args, y);
+  for (int64_t unit = begin, count; unit < end; unit += count) {
+    const int64_t n = unit / x.c, c = unit % x.c;
+    count = smaller(smaller(L, x.c - c), end - unit);
+    tiles.read_filter(c, count);
+    tiles.read_input(n, c, count);
+    A* out = tiles.second;
+    for (int64_t i = 0; i < y.h; ++i) {
+      const Taps down(args, i, x.h);
+      for (int64_t j = 0; j < y.w; ++j, out += L) {
+        const Taps across(args, j, x.w);
+        Vec<A> sum{};
+        for (int64_t u = down.begin; u < down.end; ++u) {
+          const A* in = tiles.in + ((down.input + u) * x.w + across.input) * L;
+          const A* w = tiles.filter + u * args.kernel * L;
+          for (int64_t v = across.begin; v < across.end; ++v) {
+            sum += load(in + v * L) * load(w + v * L);
+          }
+        }
+        store(out, sum);
+      }
+    }
+    write_tile(y, n, c, count, tiles.dense, tiles.second);
+  }
+}
+
+// Every pixel of dy to the inputs that it came from.
+template <class A>
+static void grad_input_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Map& dy = args.in;
+  const Map& dv = args.out;
+  DepthwiseTiles<A> tiles(args, dv);
+  for (int64_t unit = begin, count; unit < end; unit += count) {
+    const int64_t n = unit / dv.c, c = unit % dv.c;
+    count = smaller(smaller(L, dv.c - c), end - unit);
+    tiles.read_filter(c, count);
+    tiles.read_input(n, c, count);
+    memset(tiles.second, 0, size_t(dv.h * dv.w * L) * sizeof(A));
+    const A* in = tiles.in;
+    for (int64_t i = 0; i < dy.h; ++i) {
+      const Taps down(args, i, dv.h);
+      for (int64_t j = 0; j < dy.w; ++j, in += L) {
+        const Taps across(args, j, dv.w);
+        const Vec<A> g = load(in);
+        for (int64_t u = down.begin; u < down.end; ++u) {
+          A* out = tiles.second + ((down.input + u) * dv.w + across.input) * L;
+          const A* w = tiles.filter + u * args.kernel * L;
+          for (int64_t v = across.begin; v < across.end; ++v) {
+            store(out + v * L, load(out + v * L) + g * load(w + v * L));
+          }
+        }
+      }
+    }
+    write_tile(dv, n, c, count, tiles.dense, tiles.second);
+  }
+}
+
+template <class A>
+static void correlate_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Map& x = args.in;
+  const Map& dy = args.dy;
+  const int64_t taps = args.kernel * args.kernel;
+  DepthwiseTiles<A> tiles(args, dy);
+  for (int64_t unit = begin, count; unit < end; unit += count) {
+    const int64_t c = unit % x.c, first = unit / x.c * kSamplesPerPartial;
+    count = smaller(smaller(L, x.c - c), end - unit);
+    memset(tiles.filter, 0, size_t(taps * L) * sizeof(A));
+    for (int64_t n = first; n < smaller(first + kSamplesPerPartial, x.n); ++n) {
+      tiles.read_input(n, c, count);
+      read_tile(dy, n, c, count, tiles.dense, tiles.second);
+      const A* g_at = tiles.second;
+      for (int64_t i = 0; i < dy.h; ++i) {
+        const Taps down(args, i, x.h);
+        for (int64_t j = 0; j < dy.w; ++j, g_at += L) {
+          const Taps across(args, j, x.w);
+          const Vec<A> g = load(g_at);
+          for (int64_t u = down.begin; u < down.end; ++u) {
+            const A* in = tiles.in + ((down.input + u) * x.w + across.input) * L;
+            A* w = tiles.filter + u * args.kernel * L;
+            for (int64_t v = across.begin; v < across.end; ++v) {
+              store(w + v * L, load(w + v * L) + g * load(in + v * L));
+            }
+          }
+        }
+      }
+    }
+    tiles.write_filter(static_cast<A*>(args.partial) + unit * taps, count);
+  }
+}
+
 // --- choice -----------------------------------------------------------------------------------
 
 template <class A>
 static void convolve(const DepthwiseArgs& args, bool flip, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
+  if (in_tiles<A>(args.in, args.out)) return convolve_tiles<A>(args, begin, end);
   if (s == 1 && k == 3) return convolve_planes<A, 3>(args, flip, begin, end);
   if (s == 1 && k == 5) return convolve_planes<A, 5>(args, flip, begin, end);
   if (s == 2 && k == 3) return convolve_strided<A, 3, 2>(args, begin, end);
@@ -669,6 +841,7 @@ static void depthwise(const DepthwiseArgs& args, int64_t begin, int64_t end) {
 template <class A>
 static void grad_input(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
+  if (in_tiles<A>(args.out, args.in)) return grad_input_tiles<A>(args, begin, end);
   if (s == 1) return convolve<A>(args, true, begin, end);
   if (s == 2 && k == 3) return grad_input_strided<A, 3, 2>(args, begin, end);
   if (s == 2 && k == 5) return grad_input_strided<A, 5, 2>(args, begin, end);
@@ -686,6 +859,7 @@ static void depthwise_grad_input(const DepthwiseArgs& args, int64_t begin, int64
 template <class A>
 static void grad_weight(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
+  if (in_tiles<A>(args.in, args.dy)) return correlate_tiles<A>(args, begin, end);
   if (s == 1 && k == 3) return correlate_planes<A, 3>(args, begin, end);
   if (s == 1 && k == 5) return correlate_planes<A, 5>(args, begin, end);
   if (s == 2 && k == 3) return correlate_strided<A, 3, 2>(args, begin, end);

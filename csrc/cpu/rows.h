@@ -10,6 +10,7 @@ constexpr int64_t kSegment = 1024;
 
 // std::min would be compiled for this instruction set and linked into code for others.
 REVK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+REVK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Memory of a kernel while it runs.
 class Scratch {
@@ -272,4 +273,87 @@ static inline Plane<A> plane_as(const Map& m, int64_t n, int64_t c, A* dense) {
     read_row(m, element(m, n, c, row, column), dense + row * m.w + column, length);
   });
   return {dense, m.w};
+}
+
+// --- planes side by side ------------------------------------------------------------------------
+//
+// The rows of a tiny plane fill vectors poorly. There kLanes planes lie side by side instead:
+// pixel p of plane l is tile[p kLanes + l].
+
+// Elements of a tile of planes of `area` pixels, whole groups of pixels.
+template <class A>
+static inline int64_t tile_size(int64_t area) {
+  return ceil_div(area, kLanes<A>) * kLanes<A> * kLanes<A>;
+}
+
+// `count` rows of `area` elements into a tile; the last is repeated where there are fewer than
+// lanes.
+template <class A>
+static void rows_to_tile(const A* const* rows, int64_t count, int64_t area, A* tile) {
+  constexpr int L = kLanes<A>;
+  for (int64_t p = 0; p < area; p += L) {
+    Vec<A> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) v[l] = load_left(rows[l < count ? l : count - 1] + p, area - p);
+    transpose<A>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) store(tile + (p + l) * L, v[l]);
+  }
+}
+
+template <class A>
+static void tile_to_rows(const A* tile, int64_t count, int64_t area, A* const* rows) {
+  constexpr int L = kLanes<A>;
+  for (int64_t p = 0; p < area; p += L) {
+    Vec<A> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) v[l] = load(tile + (p + l) * L);
+    transpose<A>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      if (l < count) store_left(rows[l] + p, v[l], area - p);
+    }
+  }
+}
+
+// Planes c to c + count of sample n into a tile; `dense` has room for them where they are not flat
+// rows of A.
+template <class A>
+static void read_tile(const Map& m, int64_t n, int64_t c, int64_t count, A* dense, A* tile) {
+  const A* rows[kLanes<A>];
+  for (int64_t l = 0; l < count; ++l) {
+    A* copy = dense + l * m.h * m.w;
+    const Plane<A> plane = plane_as(m, n, c + l, copy);
+    rows[l] = plane.data;
+    if (plane.pitch == m.w || m.h <= 1) continue;
+    for (int64_t h = 0; h < m.h; ++h) convert(plane.data + h * plane.pitch, copy + h * m.w, m.w);
+    rows[l] = copy;
+  }
+  rows_to_tile(rows, count, m.h * m.w, tile);
+}
+
+// The inverse, into a contiguous map.
+template <class A>
+static void write_tile(const Map& m, int64_t n, int64_t c, int64_t count, A* dense, const A* tile) {
+  const int64_t area = m.h * m.w;
+  A* rows[kLanes<A>];
+  for (int64_t l = 0; l < count; ++l) {
+    rows[l] = direct<A>(m) ? reinterpret_cast<A*>(element(m, n, c + l)) : dense + l * area;
+  }
+  tile_to_rows(tile, count, area, rows);
+  if (direct<A>(m)) return;
+  for (int64_t l = 0; l < count; ++l) write_row(m, rows[l], element(m, n, c + l), area);
+}
+
+// Coefficients of channels c to c + count, one to a lane.
+template <class A>
+static inline Vec<A> coefficients(const Coefficient& v, int64_t n, int64_t c, int64_t count,
+                                  A absent) {
+  if (v.data == nullptr) return splat(absent);
+  if (v.dtype == kDType<A> && v.sc == 1) {
+    return load_left(static_cast<const A*>(v.data) + n * v.sn + c, count);
+  }
+  A lanes[kLanes<A>] = {};
+  for (int64_t l = 0; l < count; ++l) lanes[l] = coefficient(v, n, c + l, absent);
+  return load(lanes);
 }
