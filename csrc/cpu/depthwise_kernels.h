@@ -537,7 +537,7 @@ static void correlate_phases(const DepthwiseArgs& args, int64_t begin, int64_t e
     const int64_t c = unit % x.c, first_sample = unit / x.c * kSamplesPerPartial;
     const int64_t last =
         first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
-    memset(sums, 0, size_t(padded_taps * L) * sizeof(A));
+    clear(sums, padded_taps * L);
     for (int64_t n = first_sample; n < last; ++n) {
       split_plane(x, input_plane(args, n, c, dense), ph, line, phases);
       for (int64_t i = 0; i < ph.out_h; ++i) {
@@ -765,7 +765,7 @@ static void grad_input_tiles(const DepthwiseArgs& args, int64_t begin, int64_t e
     count = smaller(smaller(L, dv.c - c), end - unit);
     tiles.read_filter(c, count);
     tiles.read_input(n, c, count);
-    memset(tiles.second, 0, size_t(dv.h * dv.w * L) * sizeof(A));
+    clear(tiles.second, dv.h * dv.w * L);
     const A* in = tiles.in;
     for (int64_t i = 0; i < dy.h; ++i) {
       const Taps down(args, i, dv.h);
@@ -795,7 +795,7 @@ static void correlate_tiles(const DepthwiseArgs& args, int64_t begin, int64_t en
   for (int64_t unit = begin, count; unit < end; unit += count) {
     const int64_t c = unit % x.c, first = unit / x.c * kSamplesPerPartial;
     count = smaller(smaller(L, x.c - c), end - unit);
-    memset(tiles.filter, 0, size_t(taps * L) * sizeof(A));
+    clear(tiles.filter, taps * L);
     for (int64_t n = first; n < smaller(first + kSamplesPerPartial, x.n); ++n) {
       tiles.read_input(n, c, count);
       read_tile(dy, n, c, count, tiles.dense, tiles.second);

@@ -45,6 +45,11 @@ class Scratch {
   char* next_;
 };
 
+template <class A>
+REVK_INLINE void clear(A* p, int64_t n) {
+  memset(p, 0, size_t(n) * sizeof(A));
+}
+
 static inline int64_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : (dtype == DType::float32 ? 4 : 2);
 }
@@ -216,10 +221,7 @@ static inline void finish_row(const Map& m, const A* row, char* data, int64_t n)
 }
 
 template <class A>
-static inline A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent) {
-  if (v.data == nullptr) return absent;
-  const int64_t i = n * v.sn + c * v.sc;
-  if (v.dtype == kDType<A>) return static_cast<const A*>(v.data)[i];
+static A converted_coefficient(const Coefficient& v, int64_t i, A absent) {
   switch (v.dtype) {
     case DType::float32:
       return A(static_cast<const float*>(v.data)[i]);
@@ -233,6 +235,14 @@ static inline A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent
       break;
   }
   return absent;
+}
+
+template <class A>
+REVK_INLINE A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent) {
+  if (v.data == nullptr) return absent;
+  const int64_t i = n * v.sn + c * v.sc;
+  return v.dtype == kDType<A> ? static_cast<const A*>(v.data)[i]
+                              : converted_coefficient(v, i, absent);
 }
 
 // body(plane, n, c) for planes n C + c, without a division for each.
