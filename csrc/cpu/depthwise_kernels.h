@@ -650,16 +650,6 @@ static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t 
 
 // --- tiny maps: planes side by side -----------------------------------------------------------
 
-// A row of outputs that fills less of a vector than this leaves it to tiles of planes.
-constexpr int64_t kTileFraction = 4;
-constexpr int64_t kTilePixels = 256;
-
-// By the larger and the smaller map of a convolution.
-template <class A>
-static inline bool in_tiles(const Map& large, const Map& small) {
-  return small.w * kTileFraction <= kLanes<A> && large.h * large.w <= kTilePixels;
-}
-
 // One dimension of a convolution that has `size` inputs: taps begin to end of output i are inside.
 struct Taps {
   int64_t begin, end, input;  // input: of tap 0
@@ -700,6 +690,8 @@ class DepthwiseTiles {
   }
 
   void read_filter(int64_t c, int64_t count) {
+    if (c == filter_channel_ && count == filter_count_) return;
+    filter_channel_ = c, filter_count_ = count;
     const A* rows[L];
     for (int64_t l = 0; l < count; ++l) {
       rows[l] = static_cast<const A*>(args_.weight) + (c + l) * taps_;
@@ -716,6 +708,7 @@ class DepthwiseTiles {
  private:
   const DepthwiseArgs& args_;
   const int64_t taps_, room_;
+  int64_t filter_channel_ = 0, filter_count_ = 0;
   Scratch scratch_;
 
  public:
@@ -728,9 +721,7 @@ static void convolve_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end
   const Map& x = args.in;
   const Map& y = args.out;
   DepthwiseTiles<A> tiles(args, y);
-  for (int64_t unit = begin, count; unit < end; unit += count) {
-    const int64_t n = unit / x.c, c = unit % x.c;
-    count = smaller(smaller(L, x.c - c), end - unit);
+  for_tiles<A>(begin, end, x.c, [&](int64_t, int64_t n, int64_t c, int64_t count) {
     tiles.read_filter(c, count);
     tiles.read_input(n, c, count);
     A* out = tiles.second;
@@ -750,7 +741,7 @@ static void convolve_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end
       }
     }
     write_tile(y, n, c, count, tiles.dense, tiles.second);
-  }
+  });
 }
 
 // Every pixel of dy to the inputs that it came from.
@@ -760,9 +751,7 @@ static void grad_input_tiles(const DepthwiseArgs& args, int64_t begin, int64_t e
   const Map& dy = args.in;
   const Map& dv = args.out;
   DepthwiseTiles<A> tiles(args, dv);
-  for (int64_t unit = begin, count; unit < end; unit += count) {
-    const int64_t n = unit / dv.c, c = unit % dv.c;
-    count = smaller(smaller(L, dv.c - c), end - unit);
+  for_tiles<A>(begin, end, dv.c, [&](int64_t, int64_t n, int64_t c, int64_t count) {
     tiles.read_filter(c, count);
     tiles.read_input(n, c, count);
     clear(tiles.second, dv.h * dv.w * L);
@@ -782,7 +771,7 @@ static void grad_input_tiles(const DepthwiseArgs& args, int64_t begin, int64_t e
       }
     }
     write_tile(dv, n, c, count, tiles.dense, tiles.second);
-  }
+  });
 }
 
 template <class A>
@@ -792,9 +781,8 @@ static void correlate_tiles(const DepthwiseArgs& args, int64_t begin, int64_t en
   const Map& dy = args.dy;
   const int64_t taps = args.kernel * args.kernel;
   DepthwiseTiles<A> tiles(args, dy);
-  for (int64_t unit = begin, count; unit < end; unit += count) {
-    const int64_t c = unit % x.c, first = unit / x.c * kSamplesPerPartial;
-    count = smaller(smaller(L, x.c - c), end - unit);
+  for_tiles<A>(begin, end, x.c, [&](int64_t unit, int64_t group, int64_t c, int64_t count) {
+    const int64_t first = group * kSamplesPerPartial;
     clear(tiles.filter, taps * L);
     for (int64_t n = first; n < smaller(first + kSamplesPerPartial, x.n); ++n) {
       tiles.read_input(n, c, count);
@@ -816,7 +804,7 @@ static void correlate_tiles(const DepthwiseArgs& args, int64_t begin, int64_t en
       }
     }
     tiles.write_filter(static_cast<A*>(args.partial) + unit * taps, count);
-  }
+  });
 }
 
 // --- choice -----------------------------------------------------------------------------------
@@ -824,7 +812,7 @@ static void correlate_tiles(const DepthwiseArgs& args, int64_t begin, int64_t en
 template <class A>
 static void convolve(const DepthwiseArgs& args, bool flip, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
-  if (in_tiles<A>(args.in, args.out)) return convolve_tiles<A>(args, begin, end);
+  if (in_tiles<A>(args.out, args.in)) return convolve_tiles<A>(args, begin, end);
   if (s == 1 && k == 3) return convolve_planes<A, 3>(args, flip, begin, end);
   if (s == 1 && k == 5) return convolve_planes<A, 5>(args, flip, begin, end);
   if (s == 2 && k == 3) return convolve_strided<A, 3, 2>(args, begin, end);
@@ -841,7 +829,7 @@ static void depthwise(const DepthwiseArgs& args, int64_t begin, int64_t end) {
 template <class A>
 static void grad_input(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
-  if (in_tiles<A>(args.out, args.in)) return grad_input_tiles<A>(args, begin, end);
+  if (in_tiles<A>(args.in, args.out)) return grad_input_tiles<A>(args, begin, end);
   if (s == 1) return convolve<A>(args, true, begin, end);
   if (s == 2 && k == 3) return grad_input_strided<A, 3, 2>(args, begin, end);
   if (s == 2 && k == 5) return grad_input_strided<A, 5, 2>(args, begin, end);
@@ -859,7 +847,7 @@ static void depthwise_grad_input(const DepthwiseArgs& args, int64_t begin, int64
 template <class A>
 static void grad_weight(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
-  if (in_tiles<A>(args.in, args.dy)) return correlate_tiles<A>(args, begin, end);
+  if (in_tiles<A>(args.dy, args.in)) return correlate_tiles<A>(args, begin, end);
   if (s == 1 && k == 3) return correlate_planes<A, 3>(args, begin, end);
   if (s == 1 && k == 5) return correlate_planes<A, 5>(args, begin, end);
   if (s == 2 && k == 3) return correlate_strided<A, 3, 2>(args, begin, end);

@@ -97,8 +97,8 @@ class Prologue {
     }
   }
 
-  // `channels` rows from channel `first` on, `pitch` apart; zeros follow up to a whole vector, since
-  // what memory held before may be denormal, which is slow to multiply.
+  // `channels` rows from channel `first` on, `pitch` apart; zeros follow up to a whole vector,
+  // since what memory held before may be denormal, which is slow to multiply.
   void form(const Columns& columns, int64_t first, int64_t channels, A* z, int64_t pitch) const {
     const bool in_place = columns.in_place<A>(args_.x);
     for (int64_t c = first; c < first + channels; ++c, z += pitch) {

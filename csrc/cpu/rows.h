@@ -50,18 +50,16 @@ REVK_INLINE void clear(A* p, int64_t n) {
   memset(p, 0, size_t(n) * sizeof(A));
 }
 
-static inline int64_t size_of(DType dtype) {
+REVK_INLINE int64_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : (dtype == DType::float32 ? 4 : 2);
 }
 
-static inline char* element(const Map& m, int64_t n, int64_t c, int64_t h = 0, int64_t w = 0) {
+REVK_INLINE char* element(const Map& m, int64_t n, int64_t c, int64_t h = 0, int64_t w = 0) {
   return static_cast<char*>(m.data) +
          (n * m.sn + c * m.sc + h * m.sh + w * m.sw) * size_of(m.dtype);
 }
 
-static inline bool flat(const Map& m) {
-  return (m.w <= 1 || m.sw == 1) && (m.h <= 1 || m.sh == m.w);
-}
+REVK_INLINE bool flat(const Map& m) { return (m.w <= 1 || m.sw == 1) && (m.h <= 1 || m.sh == m.w); }
 
 #if defined(REVK_AVX512)
 static inline void convert(const bfloat16* in, float* out, int64_t n) {
@@ -152,7 +150,7 @@ constexpr DType kDType = std::is_same_v<A, int16_t>  ? DType::int16
                                                      : DType::float32;
 
 template <class A>
-static inline bool direct(const Map& m) {
+REVK_INLINE bool direct(const Map& m) {
   return m.dtype == kDType<A> && (m.w <= 1 || m.sw == 1);
 }
 
@@ -202,7 +200,7 @@ static inline void write_row(const Map& m, const int16_t* in, char* data, int64_
 
 // The row itself if it already is unit-stride A, else its copy in scratch.
 template <class A>
-static inline const A* row_as(const Map& m, const char* data, A* scratch, int64_t n) {
+REVK_INLINE const A* row_as(const Map& m, const char* data, A* scratch, int64_t n) {
   if (direct<A>(m)) return reinterpret_cast<const A*>(data);
   read_row(m, data, scratch, n);
   return scratch;
@@ -211,12 +209,12 @@ static inline const A* row_as(const Map& m, const char* data, A* scratch, int64_
 // Where to write a row: in place if it is unit-stride A, else into scratch, for write_row to
 // finish.
 template <class A>
-static inline A* row_out(const Map& m, char* data, A* scratch) {
+REVK_INLINE A* row_out(const Map& m, char* data, A* scratch) {
   return direct<A>(m) ? reinterpret_cast<A*>(data) : scratch;
 }
 
 template <class A>
-static inline void finish_row(const Map& m, const A* row, char* data, int64_t n) {
+REVK_INLINE void finish_row(const Map& m, const A* row, char* data, int64_t n) {
   if (!direct<A>(m)) write_row(m, row, data, n);
 }
 
@@ -247,7 +245,7 @@ REVK_INLINE A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent) 
 
 // body(plane, n, c) for planes n C + c, without a division for each.
 template <class Body>
-static inline void for_planes(int64_t begin, int64_t end, int64_t channels, const Body& body) {
+REVK_INLINE void for_planes(int64_t begin, int64_t end, int64_t channels, const Body& body) {
   int64_t n = begin / channels, c = begin % channels;
   for (int64_t plane = begin; plane < end; ++plane) {
     body(plane, n, c);
@@ -258,7 +256,7 @@ static inline void for_planes(int64_t begin, int64_t end, int64_t channels, cons
 // Walks a plane in segments of at most kSegment elements that are contiguous in every map if flat,
 // and never cross a row otherwise: body(row, column, n).
 template <class Body>
-static inline void for_segments(bool is_flat, int64_t h, int64_t w, const Body& body) {
+REVK_INLINE void for_segments(bool is_flat, int64_t h, int64_t w, const Body& body) {
   const int64_t rows = is_flat ? 1 : h, columns = is_flat ? h * w : w;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < columns; column += kSegment) {
@@ -289,6 +287,27 @@ static inline Plane<A> plane_as(const Map& m, int64_t n, int64_t c, A* dense) {
 //
 // The rows of a tiny plane fill vectors poorly. There kLanes planes lie side by side instead:
 // pixel p of plane l is tile[p kLanes + l].
+
+// Whether planes are to lie side by side: a row of the smaller map fills a fraction of a vector
+// only, and a tile of the larger map stays in the caches.
+template <class A>
+static inline bool in_tiles(const Map& small, const Map& large) {
+  constexpr int64_t kFraction = 4, kPixels = 256;
+  return small.w * kFraction <= kLanes<A> && large.h * large.w <= kPixels;
+}
+
+// body(plane, n, c, count) for tiles of planes n C + c to n C + c + count: sample after sample, so
+// that what channels have in common can be kept.
+template <class A, class Body>
+REVK_INLINE void for_tiles(int64_t begin, int64_t end, int64_t channels, const Body& body) {
+  for (int64_t c = 0; c < channels; c += kLanes<A>) {
+    for (int64_t n = begin / channels; n * channels < end; ++n) {
+      const int64_t sample = n * channels, first = larger(begin, sample + c);
+      const int64_t last = smaller(end, sample + smaller(c + kLanes<A>, channels));
+      if (first < last) body(first, n, first - sample, last - first);
+    }
+  }
+}
 
 // Elements of a tile of planes of `area` pixels, whole groups of pixels.
 template <class A>
@@ -330,7 +349,11 @@ static void tile_to_rows(const A* tile, int64_t count, int64_t area, A* const* r
 // rows of A.
 template <class A>
 static void read_tile(const Map& m, int64_t n, int64_t c, int64_t count, A* dense, A* tile) {
-  const A* rows[kLanes<A>];
+  constexpr int L = kLanes<A>;
+  if (m.h * m.w == 4 && count == L && m.sc == 4 && flat(m) && direct<A>(m)) {  // one row of all
+    return deinterleave_pow2<A, 4>(reinterpret_cast<const A*>(element(m, n, c)), tile, L, L);
+  }
+  const A* rows[L];
   for (int64_t l = 0; l < count; ++l) {
     A* copy = dense + l * m.h * m.w;
     const Plane<A> plane = plane_as(m, n, c + l, copy);
