@@ -158,8 +158,8 @@ struct Finish {
   }
 };
 
-// The weights of the tile to come, fetched while this one is computed: few columns meet many
-// weights, which are in no cache then.
+// The weights of the tile to come, fetched while one of few columns is computed: there every weight
+// comes from memory for little work.
 template <class A>
 struct Ahead {
   const A* weight = nullptr;
@@ -181,7 +181,7 @@ static void pointwise_vectors(const A* const* weight, int64_t step, const A* pan
   }
   Vec<A> sums[R][V] = {};
   for (int64_t k = 0; k < depth; ++k, panel += pitch) {
-    __builtin_prefetch(ahead.weight + k * ahead.step);
+    if (V < kTileVectors && ahead.weight) __builtin_prefetch(ahead.weight + k * ahead.step);
     Vec<A> x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) x[v] = load(panel + v * L);
