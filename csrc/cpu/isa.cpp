@@ -60,9 +60,9 @@ class Block {
 
   // Whether it was of this block; pieces come back last in, first out.
   bool give_back(void* piece) {
-    const int64_t offset = static_cast<char*>(piece) - start_;
-    if (start_ == nullptr || offset < 0 || offset >= kBytes) return false;
-    used_ = offset;
+    const auto at = reinterpret_cast<uintptr_t>(piece), start = reinterpret_cast<uintptr_t>(start_);
+    if (start_ == nullptr || at < start || at >= start + kBytes) return false;
+    used_ = int64_t(at - start);
     return true;
   }
 
