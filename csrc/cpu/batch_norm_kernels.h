@@ -114,6 +114,21 @@ static void bn_act_squeeze_planes(const NormArgs& args, int64_t begin, int64_t e
   });
 }
 
+template <class A, bool Hardswish>
+REVK_INLINE Vec<A> slope_of(Vec<A> u) {
+  return Hardswish ? hardswish_slope_v<A>(u) : splat<A>(1);
+}
+
+template <class A, bool Hardswish>
+REVK_INLINE void add_grad_sums(Vec<A> dz, Vec<A> u, Vec<A> slope, Vec<A> centered, Vec<A>* sums) {
+  const Vec<A> slope_dz = slope * dz;
+  sums[0] += dz * (Hardswish ? hardswish_v<A>(u) : u);
+  sums[1] += slope_dz;
+  sums[2] += slope_dz * centered;
+  sums[3] += slope;
+  sums[4] += slope * centered;
+}
+
 // sum dz h(u), sum dz h'(u), sum dz h'(u) (x - mean), sum h'(u), sum h'(u) (x - mean)
 template <class A, bool Hardswish>
 static void bn_act_grad_sums_planes(const NormArgs& args, int64_t begin, int64_t end) {
@@ -135,14 +150,9 @@ static void bn_act_grad_sums_planes(const NormArgs& args, int64_t begin, int64_t
         const int64_t left = length - i;
         const Vec<A> v = load_left(in + i, left), dz = load_left(dz_in + i, left);
         const Vec<A> u = v * p.scale + p.shift;
-        Vec<A> slope = Hardswish ? hardswish_slope_v<A>(u) : splat<A>(1);
+        Vec<A> slope = slope_of<A, Hardswish>(u);
         if (left < L) slope = first<A>(slope, left);
-        const Vec<A> slope_dz = slope * dz, centered = v - mean;
-        sums[0] += dz * (Hardswish ? hardswish_v<A>(u) : u);
-        sums[1] += slope_dz;
-        sums[2] += slope_dz * centered;
-        sums[3] += slope;
-        sums[4] += slope * centered;
+        add_grad_sums<A, Hardswish>(dz, u, slope, v - mean, sums);
       }
       for (int s = 0; s < 5; ++s) total[s] += sums[s];
     });
@@ -184,24 +194,148 @@ static void bn_act_grad_planes(const NormArgs& args, int64_t begin, int64_t end)
   });
 }
 
-#define REVK_NORM(name)                                                \
-  static void name(const NormArgs& args, int64_t begin, int64_t end) { \
-    const bool hardswish = args.act == Activation::hardswish;          \
-    if (args.wide) {                                                   \
-      hardswish ? name##_planes<double, true>(args, begin, end)        \
-                : name##_planes<double, false>(args, begin, end);      \
-    } else {                                                           \
-      hardswish ? name##_planes<float, true>(args, begin, end)         \
-                : name##_planes<float, false>(args, begin, end);       \
-    }                                                                  \
+// --- tiny maps: planes side by side, a lane to each ---------------------------------------------
+
+template <class A>
+static inline bool fills_no_vector(const Map& x) {
+  return x.h * x.w < kLanes<A>;
+}
+
+// Tiles of the inputs, and the coefficients of the planes at hand.
+template <class A>
+struct NormTiles {
+  static constexpr int L = kLanes<A>;
+
+  const NormArgs& args;
+  const int64_t area;
+  Scratch scratch;
+  A *const x, *const dz, *const dense;
+
+  explicit NormTiles(const NormArgs& a)
+      : args(a),
+        area(a.x.h * a.x.w),
+        scratch(2 * Scratch::bytes<A>(tile_size<A>(area)) + Scratch::bytes<A>(area * L)),
+        x(scratch.take<A>(tile_size<A>(area))),
+        dz(scratch.take<A>(tile_size<A>(area))),
+        dense(scratch.take<A>(area * L)) {}
+
+  // body(v, dz) of every pixel.
+  template <class Body>
+  void for_pixels(int64_t n, int64_t c, int64_t count, const Body& body) {
+    const bool has_dz = args.dz.data != nullptr;
+    read_tile(args.x, n, c, count, dense, x);
+    if (has_dz) read_tile(args.dz, n, c, count, dense, dz);
+    for (int64_t p = 0; p < area * L; p += L)
+      body(p, load(x + p), has_dz ? load(dz + p) : Vec<A>{});
   }
-REVK_NORM(bn_act)
+};
+
+template <class A>
+static void bn_moments_tiles(const NormArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  NormTiles<A> tiles(args);
+  for_tiles<A>(begin, end, args.x.c, [&](int64_t plane, int64_t n, int64_t c, int64_t count) {
+    Vec<A> sum{}, squares{};
+    tiles.for_pixels(n, c, count, [&](int64_t, Vec<A> v, Vec<A>) { sum += v; });
+    const Vec<A> mean = sum / A(tiles.area);
+    for (int64_t p = 0; p < tiles.area * L; p += L) {
+      const Vec<A> d = load(tiles.x + p) - mean;
+      squares += d * d;
+    }
+    for (int64_t l = 0; l < count; ++l) {
+      args.moments[2 * (plane + l)] = mean[l];
+      args.moments[2 * (plane + l) + 1] = squares[l];
+    }
+  });
+}
+
+template <class A, bool Hardswish>
+static void bn_act_squeeze_tiles(const NormArgs& args, int64_t begin, int64_t end) {
+  NormTiles<A> tiles(args);
+  for_tiles<A>(begin, end, args.x.c, [&](int64_t plane, int64_t n, int64_t c, int64_t count) {
+    const Vec<A> scale = coefficients(args.scale, n, c, count, A(1));
+    const Vec<A> shift = coefficients(args.shift, n, c, count, A(0));
+    Vec<A> sum{};
+    tiles.for_pixels(n, c, count, [&](int64_t, Vec<A> v, Vec<A>) {
+      const Vec<A> u = v * scale + shift;
+      sum += Hardswish ? hardswish_v<A>(u) : u;
+    });
+    store_left(static_cast<A*>(args.sums) + plane, sum / A(tiles.area), count);
+  });
+}
+
+template <class A, bool Hardswish>
+static void bn_act_grad_sums_tiles(const NormArgs& args, int64_t begin, int64_t end) {
+  NormTiles<A> tiles(args);
+  for_tiles<A>(begin, end, args.x.c, [&](int64_t plane, int64_t n, int64_t c, int64_t count) {
+    const Vec<A> scale = coefficients(args.scale, n, c, count, A(1));
+    const Vec<A> shift = coefficients(args.shift, n, c, count, A(0));
+    const Vec<A> mean = coefficients(args.mean, n, c, count, A(0));
+    Vec<A> sums[5] = {};
+    tiles.for_pixels(n, c, count, [&](int64_t, Vec<A> v, Vec<A> dz) {
+      const Vec<A> u = v * scale + shift;
+      add_grad_sums<A, Hardswish>(dz, u, slope_of<A, Hardswish>(u), v - mean, sums);
+    });
+    for (int s = 0; s < 5; ++s) {
+      store_left(static_cast<A*>(args.sums) + s * args.sums_stride + plane, sums[s], count);
+    }
+  });
+}
+
+template <class A, bool Hardswish>
+static void bn_act_grad_tiles(const NormArgs& args, int64_t begin, int64_t end) {
+  NormTiles<A> tiles(args);
+  for_tiles<A>(begin, end, args.x.c, [&](int64_t, int64_t n, int64_t c, int64_t count) {
+    const Vec<A> scale = coefficients(args.scale, n, c, count, A(1));
+    const Vec<A> shift = coefficients(args.shift, n, c, count, A(0));
+    const Vec<A> gate = scale * coefficients(args.gate, n, c, count, A(1));
+    const Vec<A> dpool = scale * coefficients(args.dpool, n, c, count, A(0));
+    const Vec<A> slope = coefficients(args.slope, n, c, count, A(0));
+    const Vec<A> offset = coefficients(args.offset, n, c, count, A(0));
+    tiles.for_pixels(n, c, count, [&](int64_t p, Vec<A> v, Vec<A> dz) {
+      Vec<A> g = dz * gate + dpool;
+      if (Hardswish) g *= hardswish_slope_v<A>(v * scale + shift);
+      store(tiles.x + p, g + (v * slope + offset));
+    });
+    write_tile(args.out, n, c, count, tiles.dense, tiles.x);
+  });
+}
+
+template <class A>
+static void bn_act_as(const NormArgs& args, int64_t begin, int64_t end) {
+  args.act == Activation::hardswish ? bn_act_planes<A, true>(args, begin, end)
+                                    : bn_act_planes<A, false>(args, begin, end);
+}
+
+template <class A>
+static void bn_moments_as(const NormArgs& args, int64_t begin, int64_t end) {
+  fills_no_vector<A>(args.x) ? bn_moments_tiles<A>(args, begin, end)
+                             : bn_moments_planes<A>(args, begin, end);
+}
+
+#define REVK_NORM(name)                                                             \
+  template <class A, bool Hardswish>                                                \
+  static void name##_by_size(const NormArgs& args, int64_t begin, int64_t end) {    \
+    fills_no_vector<A>(args.x) ? name##_tiles<A, Hardswish>(args, begin, end)       \
+                               : name##_planes<A, Hardswish>(args, begin, end);     \
+  }                                                                                 \
+  template <class A>                                                                \
+  static void name##_as(const NormArgs& args, int64_t begin, int64_t end) {         \
+    args.act == Activation::hardswish ? name##_by_size<A, true>(args, begin, end)   \
+                                      : name##_by_size<A, false>(args, begin, end); \
+  }
 REVK_NORM(bn_act_squeeze)
 REVK_NORM(bn_act_grad_sums)
 REVK_NORM(bn_act_grad)
 #undef REVK_NORM
 
-static void bn_moments(const NormArgs& args, int64_t begin, int64_t end) {
-  args.wide ? bn_moments_planes<double>(args, begin, end)
-            : bn_moments_planes<float>(args, begin, end);
-}
+#define REVK_NORM(name)                                                                   \
+  static void name(const NormArgs& args, int64_t begin, int64_t end) {                    \
+    args.wide ? name##_as<double>(args, begin, end) : name##_as<float>(args, begin, end); \
+  }
+REVK_NORM(bn_moments)
+REVK_NORM(bn_act)
+REVK_NORM(bn_act_squeeze)
+REVK_NORM(bn_act_grad_sums)
+REVK_NORM(bn_act_grad)
+#undef REVK_NORM

@@ -32,7 +32,7 @@ static HorizontalPattern<A> horizontal_pattern(int64_t j, int64_t f, int64_t w, 
   return pattern;
 }
 
-// One contribution while a plane is computed; lives in zeroed scratch.
+// One contribution while a plane is computed.
 template <class A>
 struct Term {
   const Contribution* args;

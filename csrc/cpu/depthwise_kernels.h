@@ -100,7 +100,7 @@ static void convolve_planes(const DepthwiseArgs& args, bool flip, int64_t begin,
                   Scratch::bytes<A>(x.w) + Scratch::bytes<Mask<A>>(vectors * K));
   A* dense = scratch.take<A>(dense_size);
   A* out_scratch = scratch.take<A>(R * y.w);
-  const A* zeros = scratch.take<A>(x.w);
+  const A* zeros = scratch.zeros<A>(x.w);
   Mask<A>* masks = scratch.take<Mask<A>>(vectors * K);
   for (int64_t i = 0; i < vectors * K; ++i) {
     const int64_t column = i / K * L + i % K - K / 2;
@@ -172,7 +172,7 @@ static void correlate_planes(const DepthwiseArgs& args, int64_t begin, int64_t e
                   Scratch::bytes<Mask<A>>(vectors * (K + 1)));
   A* x_dense = scratch.take<A>(x_size);
   A* dy_dense = scratch.take<A>(dy_size);
-  const A* zeros = scratch.take<A>(x.w);
+  const A* zeros = scratch.zeros<A>(x.w);
   Mask<A>* masks = scratch.take<Mask<A>>(vectors * (K + 1));  // of the shifted x, then of dy
   for (int64_t i = 0; i < vectors * (K + 1); ++i) {
     const int64_t column = i / (K + 1) * L + (i % (K + 1) == K ? 0 : i % (K + 1) - K / 2);
@@ -345,7 +345,7 @@ static void grad_input_strided(const DepthwiseArgs& args, int64_t begin, int64_t
                   Scratch::bytes<Mask<A>>(vectors * T));
   A* dense = scratch.take<A>(dense_size);
   A* out_scratch = scratch.take<A>(out_size);
-  const A* zeros = scratch.take<A>(dy.w + L);
+  const A* zeros = scratch.zeros<A>(dy.w + L);
   A* w = scratch.take<A>(K * T * L);
   Mask<A>* masks = scratch.take<Mask<A>>(vectors * T);
   for (int64_t i = 0; i < vectors * T; ++i) {
@@ -486,9 +486,9 @@ static void convolve_phases(const DepthwiseArgs& args, bool flip, int64_t begin,
                   Scratch::bytes<A>(length + 4 * L) + Scratch::bytes<A>(ph.line(L)) +
                   Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(taps) +
                   Scratch::bytes<int64_t>(taps));
-  A* phases = scratch.take<A>(s * s * ph.size + ph.reach + 4 * L);
+  A* phases = scratch.zeros<A>(s * s * ph.size + ph.reach + 4 * L);
   A* out_rows = scratch.take<A>(length + 4 * L);
-  A* line = scratch.take<A>(ph.line(L));
+  A* line = scratch.zeros<A>(ph.line(L));
   A* dense = scratch.take<A>(x.h * x.w);
   A* w = scratch.take<A>(taps);
   int64_t* offset = scratch.take<int64_t>(taps);
@@ -525,19 +525,19 @@ static void correlate_phases(const DepthwiseArgs& args, int64_t begin, int64_t e
                   Scratch::bytes<A>(length + 2 * L) + Scratch::bytes<A>(ph.line(L)) +
                   Scratch::bytes<A>(x.h * x.w) + Scratch::bytes<A>(padded_taps * L) +
                   Scratch::bytes<int64_t>(padded_taps));
-  A* phases = scratch.take<A>(s * s * ph.size + ph.reach + L);
-  A* dy_flat = scratch.take<A>(length + 2 * L);
-  A* line = scratch.take<A>(ph.line(L));
+  A* phases = scratch.zeros<A>(s * s * ph.size + ph.reach + L);
+  A* dy_flat = scratch.zeros<A>(length + 2 * L);
+  A* line = scratch.zeros<A>(ph.line(L));
   A* dense = scratch.take<A>(x.h * x.w);
   A* sums = scratch.take<A>(padded_taps * L);
-  int64_t* offset = scratch.take<int64_t>(padded_taps);
+  int64_t* offset = scratch.zeros<int64_t>(padded_taps);
   for (int64_t t = 0; t < taps; ++t) offset[t] = ph.offset(t / k, t % k);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t c = unit % x.c, first_sample = unit / x.c * kSamplesPerPartial;
     const int64_t last =
         first_sample + kSamplesPerPartial < x.n ? first_sample + kSamplesPerPartial : x.n;
-    memset(sums, 0, size_t(padded_taps * L) * sizeof(A));
+    clear(sums, padded_taps * L);
     for (int64_t n = first_sample; n < last; ++n) {
       split_plane(x, input_plane(args, n, c, dense), ph, line, phases);
       for (int64_t i = 0; i < ph.out_h; ++i) {
@@ -581,7 +581,7 @@ static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t 
                   2 * Scratch::bytes<A>(dv.w) + Scratch::bytes<IVec<A>>(patterns) +
                   Scratch::bytes<Vec<A>>(reach * reach) +
                   Scratch::bytes<int64_t>(ceil_div(dv.w, L)));
-  A* padded = scratch.take<A>(rows * pitch);
+  A* padded = scratch.zeros<A>(rows * pitch);
   A* w = scratch.take<A>(weights);
   A* dy_scratch = scratch.take<A>(dv.w);
   A* dv_scratch = scratch.take<A>(dv.w);
@@ -648,11 +648,171 @@ static void grad_input_phases(const DepthwiseArgs& args, int64_t begin, int64_t 
   }
 }
 
+// --- tiny maps: planes side by side -----------------------------------------------------------
+
+// One dimension of a convolution that has `size` inputs: taps begin to end of output i are inside.
+struct Taps {
+  int64_t begin, end, input;  // input: of tap 0
+
+  Taps(const DepthwiseArgs& args, int64_t i, int64_t size) {
+    input = i * args.stride - (args.kernel - 1) / 2;
+    begin = input < 0 ? -input : 0;
+    end = smaller(args.kernel, size - input);
+  }
+};
+
+// Channels' planes of x and filters in tiles, and room for as many planes.
+template <class A>
+class DepthwiseTiles {
+ public:
+  static constexpr int L = kLanes<A>;
+
+  explicit DepthwiseTiles(const DepthwiseArgs& args, const Map& second)
+      : args_(args),
+        taps_(args.kernel * args.kernel),
+        room_(larger(args.in.h * args.in.w, second.h * second.w)),
+        scratch_(2 * Scratch::bytes<A>(tile_size<A>(room_)) + Scratch::bytes<A>(room_ * L) +
+                 Scratch::bytes<A>(tile_size<A>(taps_))),
+        in(scratch_.take<A>(tile_size<A>(room_))),
+        second(scratch_.take<A>(tile_size<A>(room_))),
+        dense(scratch_.take<A>(room_ * L)),
+        filter(scratch_.take<A>(tile_size<A>(taps_))) {}
+
+  void read_input(int64_t n, int64_t c, int64_t count) {
+    const Map& x = args_.in;
+    read_tile(x, n, c, count, dense, in);
+    if (args_.scale.data == nullptr) return;
+    const Vec<A> scale = coefficients(args_.scale, 0, c, count, A(1));
+    const Vec<A> shift = coefficients(args_.shift, 0, c, count, A(0));
+    for (int64_t p = 0; p < x.h * x.w; ++p) {
+      store(in + p * L, hardswish_v<A>(load(in + p * L) * scale + shift));
+    }
+  }
+
+  void read_filter(int64_t c, int64_t count) {
+    if (c == filter_channel_ && count == filter_count_) return;
+    filter_channel_ = c, filter_count_ = count;
+    const A* rows[L];
+    for (int64_t l = 0; l < count; ++l) {
+      rows[l] = static_cast<const A*>(args_.weight) + (c + l) * taps_;
+    }
+    rows_to_tile(rows, count, taps_, filter);
+  }
+
+  void write_filter(A* out, int64_t count) const {
+    A* rows[L];
+    for (int64_t l = 0; l < count; ++l) rows[l] = out + l * taps_;
+    tile_to_rows(filter, count, taps_, rows);
+  }
+
+ private:
+  const DepthwiseArgs& args_;
+  const int64_t taps_, room_;
+  int64_t filter_channel_ = 0, filter_count_ = 0;
+  Scratch scratch_;
+
+ public:
+  A *const in, *const second, *const dense, *const filter;
+};
+
+template <class A>
+static void convolve_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Map& x = args.in;
+  const Map& y = args.out;
+  DepthwiseTiles<A> tiles(args, y);
+  for_tiles<A>(begin, end, x.c, [&](int64_t, int64_t n, int64_t c, int64_t count) {
+    tiles.read_filter(c, count);
+    tiles.read_input(n, c, count);
+    A* out = tiles.second;
+    for (int64_t i = 0; i < y.h; ++i) {
+      const Taps down(args, i, x.h);
+      for (int64_t j = 0; j < y.w; ++j, out += L) {
+        const Taps across(args, j, x.w);
+        Vec<A> sum{};
+        for (int64_t u = down.begin; u < down.end; ++u) {
+          const A* in = tiles.in + ((down.input + u) * x.w + across.input) * L;
+          const A* w = tiles.filter + u * args.kernel * L;
+          for (int64_t v = across.begin; v < across.end; ++v) {
+            sum += load(in + v * L) * load(w + v * L);
+          }
+        }
+        store(out, sum);
+      }
+    }
+    write_tile(y, n, c, count, tiles.dense, tiles.second);
+  });
+}
+
+// Every pixel of dy to the inputs that it came from.
+template <class A>
+static void grad_input_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Map& dy = args.in;
+  const Map& dv = args.out;
+  DepthwiseTiles<A> tiles(args, dv);
+  for_tiles<A>(begin, end, dv.c, [&](int64_t, int64_t n, int64_t c, int64_t count) {
+    tiles.read_filter(c, count);
+    tiles.read_input(n, c, count);
+    clear(tiles.second, dv.h * dv.w * L);
+    const A* in = tiles.in;
+    for (int64_t i = 0; i < dy.h; ++i) {
+      const Taps down(args, i, dv.h);
+      for (int64_t j = 0; j < dy.w; ++j, in += L) {
+        const Taps across(args, j, dv.w);
+        const Vec<A> g = load(in);
+        for (int64_t u = down.begin; u < down.end; ++u) {
+          A* out = tiles.second + ((down.input + u) * dv.w + across.input) * L;
+          const A* w = tiles.filter + u * args.kernel * L;
+          for (int64_t v = across.begin; v < across.end; ++v) {
+            store(out + v * L, load(out + v * L) + g * load(w + v * L));
+          }
+        }
+      }
+    }
+    write_tile(dv, n, c, count, tiles.dense, tiles.second);
+  });
+}
+
+template <class A>
+static void correlate_tiles(const DepthwiseArgs& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<A>;
+  const Map& x = args.in;
+  const Map& dy = args.dy;
+  const int64_t taps = args.kernel * args.kernel;
+  DepthwiseTiles<A> tiles(args, dy);
+  for_tiles<A>(begin, end, x.c, [&](int64_t unit, int64_t group, int64_t c, int64_t count) {
+    const int64_t first = group * kSamplesPerPartial;
+    clear(tiles.filter, taps * L);
+    for (int64_t n = first; n < smaller(first + kSamplesPerPartial, x.n); ++n) {
+      tiles.read_input(n, c, count);
+      read_tile(dy, n, c, count, tiles.dense, tiles.second);
+      const A* g_at = tiles.second;
+      for (int64_t i = 0; i < dy.h; ++i) {
+        const Taps down(args, i, x.h);
+        for (int64_t j = 0; j < dy.w; ++j, g_at += L) {
+          const Taps across(args, j, x.w);
+          const Vec<A> g = load(g_at);
+          for (int64_t u = down.begin; u < down.end; ++u) {
+            const A* in = tiles.in + ((down.input + u) * x.w + across.input) * L;
+            A* w = tiles.filter + u * args.kernel * L;
+            for (int64_t v = across.begin; v < across.end; ++v) {
+              store(w + v * L, load(w + v * L) + g * load(in + v * L));
+            }
+          }
+        }
+      }
+    }
+    tiles.write_filter(static_cast<A*>(args.partial) + unit * taps, count);
+  });
+}
+
 // --- choice -----------------------------------------------------------------------------------
 
 template <class A>
 static void convolve(const DepthwiseArgs& args, bool flip, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
+  if (in_tiles<A>(args.out, args.in)) return convolve_tiles<A>(args, begin, end);
   if (s == 1 && k == 3) return convolve_planes<A, 3>(args, flip, begin, end);
   if (s == 1 && k == 5) return convolve_planes<A, 5>(args, flip, begin, end);
   if (s == 2 && k == 3) return convolve_strided<A, 3, 2>(args, begin, end);
@@ -669,6 +829,7 @@ static void depthwise(const DepthwiseArgs& args, int64_t begin, int64_t end) {
 template <class A>
 static void grad_input(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
+  if (in_tiles<A>(args.in, args.out)) return grad_input_tiles<A>(args, begin, end);
   if (s == 1) return convolve<A>(args, true, begin, end);
   if (s == 2 && k == 3) return grad_input_strided<A, 3, 2>(args, begin, end);
   if (s == 2 && k == 5) return grad_input_strided<A, 5, 2>(args, begin, end);
@@ -686,6 +847,7 @@ static void depthwise_grad_input(const DepthwiseArgs& args, int64_t begin, int64
 template <class A>
 static void grad_weight(const DepthwiseArgs& args, int64_t begin, int64_t end) {
   const int64_t k = args.kernel, s = args.stride;
+  if (in_tiles<A>(args.dy, args.in)) return correlate_tiles<A>(args, begin, end);
   if (s == 1 && k == 3) return correlate_planes<A, 3>(args, begin, end);
   if (s == 1 && k == 5) return correlate_planes<A, 5>(args, begin, end);
   if (s == 2 && k == 3) return correlate_strided<A, 3, 2>(args, begin, end);

@@ -125,7 +125,7 @@ static void dual_residual_floats(const DualResidualArgs& args, int64_t begin, in
   const A c = A(args.coefficient), beta = A(args.beta);
   Scratch scratch(4 * Scratch::bytes<A>(kSegment));
   A *y_scratch = scratch.take<A>(kSegment), *x_scratch = scratch.take<A>(kSegment);
-  A *p_scratch = scratch.take<A>(kSegment), *zeros = scratch.take<A>(kSegment);
+  A *p_scratch = scratch.take<A>(kSegment), *zeros = scratch.zeros<A>(kSegment);
   const int64_t last = smaller(end * kDualResidualBlock, args.size);
   for (int64_t start = begin * kDualResidualBlock; start < last; start += kSegment) {
     const int64_t n = smaller(kSegment, last - start);
@@ -155,7 +155,7 @@ static void dual_residual_gradients(const DualResidualArgs& args, int64_t begin,
   const A c = A(args.coefficient), beta = A(args.beta);
   Scratch scratch(4 * Scratch::bytes<A>(kSegment));
   A *dx_scratch = scratch.take<A>(kSegment), *dy_scratch = scratch.take<A>(kSegment);
-  A *g_scratch = scratch.take<A>(kSegment), *zeros = scratch.take<A>(kSegment);
+  A *g_scratch = scratch.take<A>(kSegment), *zeros = scratch.zeros<A>(kSegment);
   const int64_t last = smaller(end * kDualResidualBlock, args.size);
   for (int64_t start = begin * kDualResidualBlock; start < last; start += kSegment) {
     const int64_t n = smaller(kSegment, last - start);

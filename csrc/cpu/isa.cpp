@@ -1,5 +1,5 @@
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -44,6 +44,37 @@ const Kernels& choose() {
       "' is not compiled in or not supported by this processor; use baseline, avx2 or avx512");
 }
 
+// A thread's block of scratch. Kernels on tiny maps would spend more time in malloc than at work.
+class Block {
+ public:
+  ~Block() { std::free(start_); }
+
+  // Null if there is no room.
+  void* take(int64_t bytes) {
+    if (start_ == nullptr) start_ = static_cast<char*>(std::aligned_alloc(64, kBytes));
+    if (start_ == nullptr || used_ + bytes > kBytes) return nullptr;
+    char* piece = start_ + used_;
+    used_ += bytes;
+    return piece;
+  }
+
+  // Whether it was of this block; pieces come back last in, first out.
+  bool give_back(void* piece) {
+    const auto at = reinterpret_cast<uintptr_t>(piece), start = reinterpret_cast<uintptr_t>(start_);
+    if (start_ == nullptr || at < start || at >= start + kBytes) return false;
+    used_ = int64_t(at - start);
+    return true;
+  }
+
+ private:
+  static constexpr int64_t kBytes = 1 << 18;
+
+  char* start_ = nullptr;
+  int64_t used_ = 0;
+};
+
+thread_local Block block;
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -52,12 +83,15 @@ const Kernels& kernels() {
 }
 
 void* allocate_scratch(int64_t bytes) {
-  void* scratch = std::aligned_alloc(64, size_t(ceil_div(bytes, 64) * 64));
-  if (scratch == nullptr && bytes > 0) throw std::bad_alloc();
-  std::memset(scratch, 0, size_t(bytes));
+  const int64_t size = ceil_div(std::max(bytes, int64_t(1)), 64) * 64;
+  if (void* piece = block.take(size)) return piece;
+  void* scratch = std::aligned_alloc(64, size_t(size));
+  if (scratch == nullptr) throw std::bad_alloc();
   return scratch;
 }
 
-void free_scratch(void* scratch) { std::free(scratch); }
+void free_scratch(void* scratch) {
+  if (!block.give_back(scratch)) std::free(scratch);
+}
 
 }  // namespace revkernels

@@ -163,7 +163,7 @@ struct Kernels {
   void (*space_to_depth)(const ShuffleArgs&, int64_t begin, int64_t end);  // (n C + c) b + r
   void (*depth_to_space)(const ShuffleArgs&, int64_t begin, int64_t end);  // planes n C + c
   void (*depthwise)(const DepthwiseArgs&, int64_t begin, int64_t end);     // planes n C + c
-  void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);  // planes c N + n
+  void (*depthwise_grad_input)(const DepthwiseArgs&, int64_t begin, int64_t end);   // planes
   void (*depthwise_grad_weight)(const DepthwiseArgs&, int64_t begin, int64_t end);  // group C + c
   void (*pointwise)(const PointwiseArgs&, int64_t begin, int64_t end);  // panel blocks + block
   void (*pointwise_grad_weight)(const PointwiseArgs&, int64_t begin, int64_t end);  // see blocks
@@ -194,7 +194,8 @@ extern const Kernels kernels;
 // environment variable REVKERNELS_CPU_ISA names.
 const Kernels& kernels();
 
-// Zeroed memory aligned for every vector type; throws std::bad_alloc.
+// Memory aligned for every vector type, to be freed by the same thread in reverse order; throws
+// std::bad_alloc.
 void* allocate_scratch(int64_t bytes);
 void free_scratch(void* scratch);
 

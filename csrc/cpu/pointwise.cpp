@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kPanelElements = 1 << 13;  // of z, to stay in the first-level cache
 // Fewer panels than this share their rows among the threads, at least so many to a block.
 constexpr int64_t kFewPanels = 32, kFewRows = 64;
-constexpr int64_t kManyChannels = 192;  // that transposing z pays for
+// That transposing z pays for: the sums of many channels, or of few columns.
+constexpr int64_t kManyChannels = 192, kFewColumns = 256;
 
 PointwiseArgs pointwise_args(const Tensor& x, const std::optional<Tensor>& scale,
                              const std::optional<Tensor>& shift,
@@ -80,7 +81,8 @@ void run_pointwise(PointwiseArgs args) {
 void run_pointwise_grad_weight(PointwiseArgs args) {
   int64_t units = ceil_div(args.x.c, kDotRows);
   args.blocks = 0;
-  if (std::min(args.x.c, args.y.c) >= kManyChannels) {
+  const int64_t columns = args.x.n * args.x.h * args.x.w;
+  if (std::min(args.x.c, args.y.c) >= kManyChannels || columns <= kFewColumns) {
     const int64_t panels = ceil_div(args.x.c, kPanelChannels);
     args.panel = ceil_div(ceil_div(args.x.c, panels), 16) * 16;
     args.blocks = ceil_div(args.y.c, kBlockRows);

@@ -54,10 +54,7 @@ struct Columns {
   void read(const Map& m, int64_t c, A* out) const {
     if (direct<A>(m) && flat(m)) {
       return for_samples([&](int64_t sample, int64_t from, int64_t column, int64_t length) {
-        const A* in = reinterpret_cast<const A*>(element(m, sample, c, 0, from));
-        for (int64_t i = 0; i < length; i += kLanes<A>) {
-          store_left(out + column + i, load_left(in + i, length - i), length - i);
-        }
+        copy(reinterpret_cast<const A*>(element(m, sample, c, 0, from)), out + column, length);
       });
     }
     for_runs(m, c, [&](const char* data, int64_t column, int64_t length) {
@@ -67,9 +64,22 @@ struct Columns {
 
   template <class A>
   void write(const Map& m, int64_t c, const A* in) const {
+    if (direct<A>(m) && flat(m)) {
+      return for_samples([&](int64_t sample, int64_t from, int64_t column, int64_t length) {
+        copy(in + column, reinterpret_cast<A*>(element(m, sample, c, 0, from)), length);
+      });
+    }
     for_runs(m, c, [&](char* data, int64_t column, int64_t length) {
       write_row(m, in + column, data, length);
     });
+  }
+
+ private:
+  template <class A>
+  static void copy(const A* in, A* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes<A>) {
+      store_left(out + i, load_left(in + i, n - i), n - i);
+    }
   }
 };
 
@@ -87,10 +97,13 @@ class Prologue {
     }
   }
 
-  // `channels` rows from channel `first` on, `pitch` apart.
+  // `channels` rows from channel `first` on, `pitch` apart; zeros follow up to a whole vector,
+  // since what memory held before may be denormal, which is slow to multiply.
   void form(const Columns& columns, int64_t first, int64_t channels, A* z, int64_t pitch) const {
     const bool in_place = columns.in_place<A>(args_.x);
     for (int64_t c = first; c < first + channels; ++c, z += pitch) {
+      const int64_t whole = columns.count / kLanes<A> * kLanes<A>;
+      if (whole < columns.count) store(z + whole, Vec<A>{});
       const A* x = in_place ? columns.row<A>(args_.x, c) : z;
       if (!in_place) columns.read(args_.x, c, z);
       if (args_.scale.data != nullptr) {
@@ -145,11 +158,20 @@ struct Finish {
   }
 };
 
+// The weights of the tile to come, fetched while one of few columns is computed: there every weight
+// comes from memory for little work.
+template <class A>
+struct Ahead {
+  const A* weight = nullptr;
+  int64_t step = 0;
+};
+
 // out[r][l] = sum_k weight[r][k step] panel[k, l] for V vectors of columns, of which `columns` are
 // stored.
 template <class A, int V, class F>
 static void pointwise_vectors(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
-                              int64_t depth, A* const* out, int64_t columns, const F& finish) {
+                              int64_t depth, A* const* out, int64_t columns, const F& finish,
+                              Ahead<A> ahead) {
   constexpr int L = kLanes<A>, R = kTileRows;
   const A* w[R];
 #pragma GCC unroll 8
@@ -159,6 +181,7 @@ static void pointwise_vectors(const A* const* weight, int64_t step, const A* pan
   }
   Vec<A> sums[R][V] = {};
   for (int64_t k = 0; k < depth; ++k, panel += pitch) {
+    if (V < kTileVectors && ahead.weight) __builtin_prefetch(ahead.weight + k * ahead.step);
     Vec<A> x[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) x[v] = load(panel + v * L);
@@ -181,15 +204,16 @@ static void pointwise_vectors(const A* const* weight, int64_t step, const A* pan
 
 template <class A, class F>
 static void pointwise_tile(const A* const* weight, int64_t step, const A* panel, int64_t pitch,
-                           int64_t depth, A* const* out, int64_t columns, const F& finish) {
+                           int64_t depth, A* const* out, int64_t columns, const F& finish,
+                           Ahead<A> ahead = {}) {
   static_assert(kTileVectors == 3);
   constexpr int L = kLanes<A>;
   if (columns > 2 * L) {
-    pointwise_vectors<A, 3>(weight, step, panel, pitch, depth, out, columns, finish);
+    pointwise_vectors<A, 3>(weight, step, panel, pitch, depth, out, columns, finish, ahead);
   } else if (columns > L) {
-    pointwise_vectors<A, 2>(weight, step, panel, pitch, depth, out, columns, finish);
+    pointwise_vectors<A, 2>(weight, step, panel, pitch, depth, out, columns, finish, ahead);
   } else {
-    pointwise_vectors<A, 1>(weight, step, panel, pitch, depth, out, columns, finish);
+    pointwise_vectors<A, 1>(weight, step, panel, pitch, depth, out, columns, finish, ahead);
   }
 }
 
@@ -224,9 +248,11 @@ static void pointwise_panels(const PointwiseArgs& args, int64_t begin, int64_t e
       }
       for (int64_t r = 0; kAdd && !in_place && r < rows; ++r) columns.read(y, o + r, copies[r]);
       const Finish<A, kAffine, kAdd> finish(args, o, rows);
+      const bool in_rows = args.weight_column == 1;  // dense: a tile's weights follow the last's
+      const Ahead<A> ahead{weight + (o + R) * args.weight_row, in_rows ? R : args.weight_column};
       for (int64_t j = 0; j < columns.count; j += C) {
         pointwise_tile<A>(w, args.weight_column, panel + j, pitch, x.c, out, columns.count - j,
-                          finish);
+                          finish, ahead);
         for (A*& row : out) row += C;
       }
       for (int64_t r = 0; !in_place && r < rows; ++r) columns.write(y, o + r, copies[r]);
@@ -306,13 +332,15 @@ static void pointwise_grad_weight_dots(const PointwiseArgs& args, int64_t begin,
       count = smaller(segment, parts > 1 ? area - first % area : total - first);
       const Columns columns(x, first, count);
       prologue.form(columns, c, z_rows, z, kSegment);
+      for (int64_t t = z_rows; t % kDotRows != 0; ++t) clear(z + t * kSegment, count);
       const bool in_place = columns.in_place<A>(dy);
       for (int64_t o = 0; o < dy.c; o += kDyRows) {
         const int64_t dy_rows = smaller(kDyRows, dy.c - o);
         const A* in[kDyRows];
         for (int d = 0; d < kDyRows; ++d) {
           if (!in_place && d < dy_rows) columns.read(dy, o + d, copies[d]);
-          in[d] = in_place ? columns.row<A>(dy, d < dy_rows ? o + d : o) : copies[d];
+          const int d_or_0 = d < dy_rows ? d : 0;
+          in[d] = in_place ? columns.row<A>(dy, o + d_or_0) : copies[d_or_0];
         }
         for (int64_t t = 0; t < z_rows; t += kDotRows) {
           A* out = dw + o * x.c + c + t;
@@ -358,6 +386,7 @@ static void pointwise_grad_weight_panels(const PointwiseArgs& args, int64_t begi
     for (int64_t first = 0; first < total; first += kPanelDepth) {
       const Columns columns(x, first, smaller(kPanelDepth, total - first));
       prologue.form(columns, c, channels, z, kPanelDepth);
+      for (int64_t r = channels; r % L != 0; ++r) clear(z + r * kPanelDepth, columns.count);
       for (int64_t k = 0; k < columns.count; k += L) {
         for (int64_t l = 0; l < channels; l += L) {
           Vec<A> tile[L];
@@ -374,7 +403,8 @@ static void pointwise_grad_weight_panels(const PointwiseArgs& args, int64_t begi
         const A* in[R];
         for (int r = 0; r < R; ++r) {
           if (!in_place && r < rows) columns.read(dy, o + r, copies[r]);
-          in[r] = in_place ? columns.row<A>(dy, r < rows ? o + r : o) : copies[r];
+          const int64_t r_or_0 = r < rows ? r : 0;
+          in[r] = in_place ? columns.row<A>(dy, o + r_or_0) : copies[r_or_0];
         }
         for (int64_t j = 0; j < channels; j += C) {
           const int64_t count = smaller(C, channels - j);

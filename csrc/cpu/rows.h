@@ -10,7 +10,9 @@ constexpr int64_t kSegment = 1024;
 
 // std::min would be compiled for this instruction set and linked into code for others.
 REVK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+REVK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Memory of a kernel while it runs.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
@@ -19,7 +21,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Room for n values and a full vector beyond; zeroed, aligned.
+  // Room for n values and a full vector beyond; aligned.
   template <class A>
   static int64_t bytes(int64_t n) {
     return ceil_div(n * int64_t(sizeof(A)) + 2 * REVK_BYTES, 64) * 64;
@@ -30,24 +32,34 @@ class Scratch {
     next_ += bytes<A>(n);
     return p;
   }
+  // The same, zeros everywhere.
+  template <class A>
+  A* zeros(int64_t n) {
+    A* p = take<A>(n);
+    memset(p, 0, size_t(bytes<A>(n)));
+    return p;
+  }
 
  private:
   char* start_;
   char* next_;
 };
 
-static inline int64_t size_of(DType dtype) {
+template <class A>
+REVK_INLINE void clear(A* p, int64_t n) {
+  memset(p, 0, size_t(n) * sizeof(A));
+}
+
+REVK_INLINE int64_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : (dtype == DType::float32 ? 4 : 2);
 }
 
-static inline char* element(const Map& m, int64_t n, int64_t c, int64_t h = 0, int64_t w = 0) {
+REVK_INLINE char* element(const Map& m, int64_t n, int64_t c, int64_t h = 0, int64_t w = 0) {
   return static_cast<char*>(m.data) +
          (n * m.sn + c * m.sc + h * m.sh + w * m.sw) * size_of(m.dtype);
 }
 
-static inline bool flat(const Map& m) {
-  return (m.w <= 1 || m.sw == 1) && (m.h <= 1 || m.sh == m.w);
-}
+REVK_INLINE bool flat(const Map& m) { return (m.w <= 1 || m.sw == 1) && (m.h <= 1 || m.sh == m.w); }
 
 #if defined(REVK_AVX512)
 static inline void convert(const bfloat16* in, float* out, int64_t n) {
@@ -138,7 +150,7 @@ constexpr DType kDType = std::is_same_v<A, int16_t>  ? DType::int16
                                                      : DType::float32;
 
 template <class A>
-static inline bool direct(const Map& m) {
+REVK_INLINE bool direct(const Map& m) {
   return m.dtype == kDType<A> && (m.w <= 1 || m.sw == 1);
 }
 
@@ -188,7 +200,7 @@ static inline void write_row(const Map& m, const int16_t* in, char* data, int64_
 
 // The row itself if it already is unit-stride A, else its copy in scratch.
 template <class A>
-static inline const A* row_as(const Map& m, const char* data, A* scratch, int64_t n) {
+REVK_INLINE const A* row_as(const Map& m, const char* data, A* scratch, int64_t n) {
   if (direct<A>(m)) return reinterpret_cast<const A*>(data);
   read_row(m, data, scratch, n);
   return scratch;
@@ -197,20 +209,17 @@ static inline const A* row_as(const Map& m, const char* data, A* scratch, int64_
 // Where to write a row: in place if it is unit-stride A, else into scratch, for write_row to
 // finish.
 template <class A>
-static inline A* row_out(const Map& m, char* data, A* scratch) {
+REVK_INLINE A* row_out(const Map& m, char* data, A* scratch) {
   return direct<A>(m) ? reinterpret_cast<A*>(data) : scratch;
 }
 
 template <class A>
-static inline void finish_row(const Map& m, const A* row, char* data, int64_t n) {
+REVK_INLINE void finish_row(const Map& m, const A* row, char* data, int64_t n) {
   if (!direct<A>(m)) write_row(m, row, data, n);
 }
 
 template <class A>
-static inline A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent) {
-  if (v.data == nullptr) return absent;
-  const int64_t i = n * v.sn + c * v.sc;
-  if (v.dtype == kDType<A>) return static_cast<const A*>(v.data)[i];
+static A converted_coefficient(const Coefficient& v, int64_t i, A absent) {
   switch (v.dtype) {
     case DType::float32:
       return A(static_cast<const float*>(v.data)[i]);
@@ -226,9 +235,17 @@ static inline A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent
   return absent;
 }
 
+template <class A>
+REVK_INLINE A coefficient(const Coefficient& v, int64_t n, int64_t c, A absent) {
+  if (v.data == nullptr) return absent;
+  const int64_t i = n * v.sn + c * v.sc;
+  return v.dtype == kDType<A> ? static_cast<const A*>(v.data)[i]
+                              : converted_coefficient(v, i, absent);
+}
+
 // body(plane, n, c) for planes n C + c, without a division for each.
 template <class Body>
-static inline void for_planes(int64_t begin, int64_t end, int64_t channels, const Body& body) {
+REVK_INLINE void for_planes(int64_t begin, int64_t end, int64_t channels, const Body& body) {
   int64_t n = begin / channels, c = begin % channels;
   for (int64_t plane = begin; plane < end; ++plane) {
     body(plane, n, c);
@@ -239,7 +256,7 @@ static inline void for_planes(int64_t begin, int64_t end, int64_t channels, cons
 // Walks a plane in segments of at most kSegment elements that are contiguous in every map if flat,
 // and never cross a row otherwise: body(row, column, n).
 template <class Body>
-static inline void for_segments(bool is_flat, int64_t h, int64_t w, const Body& body) {
+REVK_INLINE void for_segments(bool is_flat, int64_t h, int64_t w, const Body& body) {
   const int64_t rows = is_flat ? 1 : h, columns = is_flat ? h * w : w;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < columns; column += kSegment) {
@@ -264,4 +281,112 @@ static inline Plane<A> plane_as(const Map& m, int64_t n, int64_t c, A* dense) {
     read_row(m, element(m, n, c, row, column), dense + row * m.w + column, length);
   });
   return {dense, m.w};
+}
+
+// --- planes side by side ------------------------------------------------------------------------
+//
+// The rows of a tiny plane fill vectors poorly. There kLanes planes lie side by side instead:
+// pixel p of plane l is tile[p kLanes + l].
+
+// Whether planes are to lie side by side: a row of the smaller map fills a fraction of a vector
+// only, and a tile of the larger map stays in the caches.
+template <class A>
+static inline bool in_tiles(const Map& small, const Map& large) {
+  constexpr int64_t kFraction = 4, kPixels = 256;
+  return small.w * kFraction <= kLanes<A> && large.h * large.w <= kPixels;
+}
+
+// body(plane, n, c, count) for tiles of planes n C + c to n C + c + count: sample after sample, so
+// that what channels have in common can be kept.
+template <class A, class Body>
+REVK_INLINE void for_tiles(int64_t begin, int64_t end, int64_t channels, const Body& body) {
+  for (int64_t c = 0; c < channels; c += kLanes<A>) {
+    for (int64_t n = begin / channels; n * channels < end; ++n) {
+      const int64_t sample = n * channels, first = larger(begin, sample + c);
+      const int64_t last = smaller(end, sample + smaller(c + kLanes<A>, channels));
+      if (first < last) body(first, n, first - sample, last - first);
+    }
+  }
+}
+
+// Elements of a tile of planes of `area` pixels, whole groups of pixels.
+template <class A>
+static inline int64_t tile_size(int64_t area) {
+  return ceil_div(area, kLanes<A>) * kLanes<A> * kLanes<A>;
+}
+
+// `count` rows of `area` elements into a tile; the last is repeated where there are fewer than
+// lanes.
+template <class A>
+static void rows_to_tile(const A* const* rows, int64_t count, int64_t area, A* tile) {
+  constexpr int L = kLanes<A>;
+  for (int64_t p = 0; p < area; p += L) {
+    Vec<A> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) v[l] = load_left(rows[l < count ? l : count - 1] + p, area - p);
+    transpose<A>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) store(tile + (p + l) * L, v[l]);
+  }
+}
+
+template <class A>
+static void tile_to_rows(const A* tile, int64_t count, int64_t area, A* const* rows) {
+  constexpr int L = kLanes<A>;
+  for (int64_t p = 0; p < area; p += L) {
+    Vec<A> v[L];
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) v[l] = load(tile + (p + l) * L);
+    transpose<A>(v);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      if (l < count) store_left(rows[l] + p, v[l], area - p);
+    }
+  }
+}
+
+// Planes c to c + count of sample n into a tile; `dense` has room for them where they are not flat
+// rows of A.
+template <class A>
+static void read_tile(const Map& m, int64_t n, int64_t c, int64_t count, A* dense, A* tile) {
+  constexpr int L = kLanes<A>;
+  if (m.h * m.w == 4 && count == L && m.sc == 4 && flat(m) && direct<A>(m)) {  // one row of all
+    return deinterleave_pow2<A, 4>(reinterpret_cast<const A*>(element(m, n, c)), tile, L, L);
+  }
+  const A* rows[L];
+  for (int64_t l = 0; l < count; ++l) {
+    A* copy = dense + l * m.h * m.w;
+    const Plane<A> plane = plane_as(m, n, c + l, copy);
+    rows[l] = plane.data;
+    if (plane.pitch == m.w || m.h <= 1) continue;
+    for (int64_t h = 0; h < m.h; ++h) convert(plane.data + h * plane.pitch, copy + h * m.w, m.w);
+    rows[l] = copy;
+  }
+  rows_to_tile(rows, count, m.h * m.w, tile);
+}
+
+// The inverse, into a contiguous map.
+template <class A>
+static void write_tile(const Map& m, int64_t n, int64_t c, int64_t count, A* dense, const A* tile) {
+  const int64_t area = m.h * m.w;
+  A* rows[kLanes<A>];
+  for (int64_t l = 0; l < count; ++l) {
+    rows[l] = direct<A>(m) ? reinterpret_cast<A*>(element(m, n, c + l)) : dense + l * area;
+  }
+  tile_to_rows(tile, count, area, rows);
+  if (direct<A>(m)) return;
+  for (int64_t l = 0; l < count; ++l) write_row(m, rows[l], element(m, n, c + l), area);
+}
+
+// Coefficients of channels c to c + count, one to a lane.
+template <class A>
+static inline Vec<A> coefficients(const Coefficient& v, int64_t n, int64_t c, int64_t count,
+                                  A absent) {
+  if (v.data == nullptr) return splat(absent);
+  if (v.dtype == kDType<A> && v.sc == 1) {
+    return load_left(static_cast<const A*>(v.data) + n * v.sn + c, count);
+  }
+  A lanes[kLanes<A>] = {};
+  for (int64_t l = 0; l < count; ++l) lanes[l] = coefficient(v, n, c + l, absent);
+  return load(lanes);
 }

@@ -72,6 +72,8 @@ def tensors(out):
         (2, 1, 1, 33),
         (1, 1, 20, 50),
         (5, 17, 3, 2),
+        (3, 37, 2, 2),
+        (2, 19, 1, 3),
         *slow([(1, 2, 130, 130), (1, 1, 400, 400)]),
     ],
     ids=str,
@@ -136,9 +138,10 @@ LAYOUTS = {
 
 @runs
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_takes_any_strides(run, layout):
+@pytest.mark.parametrize("shape", [(2, 3, 5, 12), (2, 19, 1, 2)], ids=str)
+def test_takes_any_strides(run, layout, shape):
     op, f, device = RUNS[run]
-    values = draw((2, 3, 5, 12), device=device)
+    values = draw(shape, device=device)
     values["x"] = LAYOUTS[layout](values["x"])
     values["scale"] = values["scale"].repeat_interleave(2)[::2]
     args = arguments(op, values, "hardswish")
@@ -215,8 +218,9 @@ def test_ops_compose_to_the_gradient_of_batch_norm(name, device):
 
 @sets
 @pytest.mark.parametrize("op", ["bn_act", "bn_act_squeeze", "bn_act_grad_sums", "bn_act_grad"])
-def test_result_of_a_sample_does_not_depend_on_its_batch(name, device, op):
-    run, v = ops(name, device)[op], draw((3, 2, 9, 40), device=device)
+@pytest.mark.parametrize("shape", [(3, 2, 9, 40), (3, 19, 2, 2)], ids=str)
+def test_result_of_a_sample_does_not_depend_on_its_batch(name, device, op, shape):
+    run, v = ops(name, device)[op], draw(shape, device=device)
     whole = run(*arguments(op, v, "hardswish"))
     one = {k: t[1:2] if k in ("x", "dz", "gate", "dpool") else t for k, t in v.items()}
     part = run(*arguments(op, one, "hardswish"))

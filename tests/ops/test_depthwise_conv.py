@@ -23,6 +23,7 @@ ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 # The network's kernels and strides, then others.
 KERNELS = [(3, 1), (5, 1), (3, 2), (5, 2), (7, 4), (15, 8), (1, 1), (7, 1), (3, 4), (1, 2), (5, 3), (9, 6), (31, 1)]
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 2, 1, 9), (2, 2, 14, 14), (1, 2, 17, 33), (11, 1, 8, 8), (1, 1, 70, 41)]
+TINY = [(9, 19, 3, 2), (2, 37, 4, 1)]  # planes side by side in vectors, tiles of them cut anywhere
 
 impls = pytest.mark.parametrize("impl", RUNS)
 kernels = pytest.mark.parametrize("kernel, stride", KERNELS)
@@ -66,7 +67,7 @@ REFERENCE = {op: getattr(reference, op) for op in OPS}
 
 @impls
 @kernels
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + TINY, ids=str)
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "hardswish"])
 def test_matches_the_reference(impl, kernel, stride, shape, prologue):
     runs, device = RUNS[impl]
@@ -157,9 +158,10 @@ def views(x):
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 1), (3, 2), (7, 4), (15, 8), (7, 1)])
 @pytest.mark.parametrize("layout", list(views(torch.zeros(1, 1, 1, 1))))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_accepts_any_strides(impl, kernel, stride, layout, dtype):
+@pytest.mark.parametrize("shape", [(2, 3, 18, 20), (2, 19, 4, 3)], ids=str)
+def test_accepts_any_strides(impl, kernel, stride, layout, dtype, shape):
     runs, device = RUNS[impl]
-    x, weight, scale, shift, dy = problem((2, 3, 18, 20), kernel, stride, dtype, device, prologue=True)
+    x, weight, scale, shift, dy = problem(shape, kernel, stride, dtype, device, prologue=True)
     want = all_three(runs, x, weight, scale, shift, dy, stride)
     got = all_three(runs, views(x)[layout], views(weight)[layout], scale, shift, views(dy)[layout], stride)
     for op in OPS:  # PyTorch's own convolution takes another path for other layouts
@@ -191,9 +193,10 @@ def test_an_empty_batch_gives_empty_maps_and_zero_weight_gradients(impl, kernel,
 
 @impls
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 1), (3, 2), (7, 4), (15, 8)])
-def test_maps_do_not_depend_on_how_the_batch_is_cut(impl, kernel, stride):
+@pytest.mark.parametrize("shape", [(5, 3, 14, 15), (5, 19, 4, 4)], ids=str)
+def test_maps_do_not_depend_on_how_the_batch_is_cut(impl, kernel, stride, shape):
     runs, device = RUNS[impl]
-    x, weight, scale, shift, dy = problem((5, 3, 14, 15), kernel, stride, torch.float32, device, prologue=True)
+    x, weight, scale, shift, dy = problem(shape, kernel, stride, torch.float32, device, prologue=True)
     whole = all_three(runs, x, weight, scale, shift, dy, stride)
     for op in OPS[:2]:
         parts = [all_three(runs, x[i], weight, scale, shift, dy[i], stride)[op] for i in (slice(0, 2), slice(2, 5))]
