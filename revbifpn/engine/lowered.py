@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,10 @@ class Lowered:
         return self.coupling.sources
 
     def parameters(self) -> list[Tensor]:
+        return self._parameters
+
+    @cached_property
+    def _parameters(self) -> list[Tensor]:
         return [q for branch in self.branches for q in branch.parameters()]
 
     def split(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

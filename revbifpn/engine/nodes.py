@@ -62,6 +62,11 @@ class Enter(torch.autograd.Function):
 class Step(torch.autograd.Function):
     """Couplings, one after another: forward is :meth:`State.advance`, backward :meth:`State.retreat`."""
 
+    @classmethod
+    def record(cls, *arguments: Any) -> Tensor:
+        """``apply`` outside the transforms of torch.func, which record no pass: it does not look at every argument."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
     @staticmethod
     def forward(ctx: Any, token: Tensor, state: State, couplings: Sequence[Lowered], *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)

@@ -36,7 +36,7 @@ class Tape:
                 self.state.apply(each)
         else:
             parameters = [q for each in lowered for q in each.parameters()]
-            self.token = Step.apply(self.token, self.state, lowered, *parameters)
+            self.token = Step.record(self.token, self.state, lowered, *parameters)
 
     def call(self, block: nn.Module, level: int = 0) -> None:
         """Call a block that starts at ``level``; what travels through autograd goes in and comes out.
