@@ -139,6 +139,7 @@ def environment(architecture: int = 90, devices: int = 1, *, kernels: bool = Tru
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": f"{folder}:{path}" if path else str(folder),
         "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_INTERPRET": "0",
     }
     if kernels:
         variables["NULL_GPU_KERNELS"] = str(build_kernels())

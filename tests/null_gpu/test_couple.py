@@ -74,9 +74,8 @@ def on_null_gpu(code, devices=1, disable=""):
     except Unavailable as error:
         pytest.skip(str(error))
     variables["REVKERNELS_DISABLE"] = disable
-    ours = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "tests.null_gpu", "-c", COMMON + code]
-    done = subprocess.run(command, env=ours, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

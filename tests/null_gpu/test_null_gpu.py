@@ -23,9 +23,8 @@ def run():
 
     def call(code, devices=1, check=True):
         head = "import json, torch\nfrom tests.null_gpu import counts\nreport = lambda v: print(json.dumps(v))\n"
-        ours = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables[devices]
         command = [sys.executable, "-m", "tests.null_gpu", "--no-kernels", "-c", head + code]
-        done = subprocess.run(command, env=ours, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ | variables[devices], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 or not check, done.stderr
         return json.loads(done.stdout.splitlines()[-1]) if check else done
 
