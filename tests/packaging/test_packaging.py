@@ -546,7 +546,7 @@ def test_what_was_not_built_is_said_with_its_reason_at_every_import(package):
 def test_missing_cuda_kernels_are_said_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(dispatch, "_load_native", lambda name, *_: dispatch.Status(name, name == "cpp", "no nvcc"))
-    monkeypatch.setattr(dispatch, "_load_triton", lambda why_not: dispatch.Status("triton", False, "absent"))
+    monkeypatch.setattr(dispatch, "_load_triton", lambda *_: dispatch.Status("triton", False, "absent"))
     for gpu in (True, False):
         monkeypatch.setattr(dispatch, "_has_gpu", lambda gpu=gpu: gpu)
         with warnings.catch_warnings(record=True) as caught:
