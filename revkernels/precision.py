@@ -18,15 +18,14 @@ R = TypeVar("R")
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
 
+_lock = threading.Lock()
+_users = 0  # threads that are in with_products_in
+_before = ""  # what the first of them found
+
 
 def convolution_precision(device: torch.device, dtype: torch.dtype) -> str | None:
     """What convolutions of such maps compute in: ``"tf32"``, ``"ieee"`` or ``"none"``; None: it does not matter."""
     return _get("cuda", "conv") if device.type == "cuda" and dtype == torch.float32 else None
-
-
-_lock = threading.Lock()
-_users = 0
-_before = ""
 
 
 def with_products_in(precision: str | None, call: Callable[..., R], *arguments: Any) -> R:

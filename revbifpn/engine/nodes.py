@@ -64,15 +64,15 @@ class Step(torch.autograd.Function):
 
     @classmethod
     def record(cls, *arguments: Any) -> Tensor:
-        """``apply`` outside the transforms of torch.func, which record no pass: it does not look at every argument."""
+        """``apply`` without the look at every argument that torch.func needs: Enter's has asked for it."""
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, state: State, couplings: Sequence[Lowered], *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.couplings = state, couplings
-        own = split(parameters, couplings)
-        ctx.advanced = [state.advance(lowered, values) for lowered, values in zip(couplings, own, strict=True)]
+        parts = zip(couplings, split(parameters, couplings), strict=True)
+        ctx.advanced = [state.advance(lowered, part) for lowered, part in parts]
         ctx.position = state.position
         ctx.save_for_backward(*parameters)
         return token.new_empty(())
@@ -82,16 +82,17 @@ class Step(torch.autograd.Function):
         forbid_second_derivative()
         state, needs, saved = ctx.state, ctx.needs_input_grad, ctx.saved_tensors
         state.expect(ctx.position)
-        gradients: list[Tensor | None] = []
+        gradients: list[Tensor | None] = [None] * len(saved)
+        end = len(saved)
         with state.going_back():
-            own = list(split(saved, ctx.couplings))
-            for lowered, advanced, parameters in reversed([*zip(ctx.couplings, ctx.advanced, own, strict=True)]):
-                first = len(saved) - len(gradients) - len(parameters)
-                needs_input = any(needs[: 3 + first])  # something before this coupling wants a gradient
-                gradients = [*state.retreat(lowered, advanced, parameters, needs_input), *gradients]
+            for lowered, advanced in zip(reversed(ctx.couplings), reversed(ctx.advanced), strict=True):
+                start = end - len(lowered.parameters())
+                needs_input = any(needs[: 3 + start])  # something before this coupling wants a gradient
+                gradients[start:end] = state.retreat(lowered, advanced, saved[start:end], needs_input)
                 if not needs_input:
                     break
-        return (None,) * (3 + len(saved) - len(gradients)) + tuple(gradients)
+                end = start
+        return None, None, None, *gradients
 
 
 class Leave(torch.autograd.Function):

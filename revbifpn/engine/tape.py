@@ -29,7 +29,10 @@ class Tape:
         self.token: Tensor | None = None  # None: nothing is recorded
 
     def step(self, *couplings: Coupling) -> None:
-        """Apply couplings of streams that are there to them, recorded, as one node, if the pass is."""
+        """Apply couplings, recorded as one node if the pass is.
+
+        All are lowered before the first is applied: none of several may read a stream that another creates.
+        """
         lowered = [self.state.lower(coupling) for coupling in couplings]
         if self.token is None:
             for each in lowered:

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from revbifpn.mbconv import ConvNormAct, MBConv
 from revbifpn.streams import HALVES, Encoded, autocast_dtype
@@ -103,7 +102,6 @@ class Inspected:
         self.children = [m._modules for m in modules if m._modules]
         self.order = self._order()
         self.attributes = [m.__dict__ for m in called]
-        self.handles = -1  # how many hooks had been registered anywhere, when none was seen here
         self.hooks = [hooks for m in called for hooks in _hooks(m)]
         self.layers = [(get, [m for m in self.parts if type(m) is kind]) for kind, get in _SETTINGS.items()]
         self.layers.append((attrgetter("eps"), [m for m in self.parts if is_constant_norm(m)]))
@@ -132,12 +130,7 @@ class Inspected:
 
     def is_bare(self) -> bool:
         """Whether calling the modules does no more than their classes' ``forward``."""
-        handles = RemovableHandle.next_id
-        if handles != self.handles:
-            if any(self.hooks):
-                return False
-            self.handles = handles
-        return not any(map(contains, self.attributes, repeat("forward")))
+        return not any(self.hooks) and not any(map(contains, self.attributes, repeat("forward")))
 
     def is_same(self) -> bool:
         """Whether they are made of the same modules, with the same settings."""
@@ -207,6 +200,9 @@ def why_not_built_so(mbconv: nn.Module) -> str:
 def _why_not_dtypes(mbconv: nn.Module) -> str:
     """The same of its parameters and statistics."""
     modules = _submodules(mbconv)
+    counts = [m._buffers.get("num_batches_tracked") for m in modules]
+    if any(count is not None and count.dtype != torch.int64 for count in counts):
+        return "a norm counts its batches in another dtype than int64"
     tensors = chain.from_iterable([*m._parameters.values(), *m._buffers.values()] for m in modules)
     dtypes = {t.dtype for t in tensors if t is not None and t.dtype != torch.int64}
     reduced = dtypes.difference((torch.float32,))

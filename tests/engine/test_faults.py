@@ -267,7 +267,7 @@ def test_statistics_of_a_norm_move_as_one(module):
     model = network(module)
     state, before = copy.deepcopy(model.state_dict()), statistics(model)
     total, after = calls(forward, model), statistics(model)
-    for skip in range(total // 8):
+    for skip in range(total // 6):
         model.load_state_dict(state)
         fails(forward, model, skip=skip, error=KeyboardInterrupt)
         found = statistics(model)

@@ -130,6 +130,15 @@ def test_a_class_that_is_merely_called_so_is_not_fused():
     assert "projection" in why_not_fused(mbconv, image())
 
 
+def test_norms_that_count_batches_in_floats_run_as_they_are():
+    """As after loading a checkpoint whose tensors were all converted."""
+    model, twin = narrow(fast), narrow(revbifpn, reversible=False)
+    for each in (model, twin):
+        each.load_state_dict({name: x.to(F64) for name, x in each.state_dict().items()}, assign=True)
+    assert difference(gradients(model, image()), gradients(twin, image())) < 1e-9
+    assert difference(list(model.buffers()), list(twin.buffers())) < 1e-9
+
+
 # Weights that are computed -----------------------------------------------------------------------
 
 

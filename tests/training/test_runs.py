@@ -206,7 +206,8 @@ def test_synchronised_norms_of_two_processes_are_those_of_one_with_the_whole_bat
     assert code == 0, text
     argv = small.options(images, tmp_path / "two", "--batch", 3, "--sync-norms") + network
     together(argv, tmp_path, before=small.norms_synchronised_on_a_cpu)
-    assert_close_runs(tmp_path / "one", tmp_path / "two")
+    # Other kernels' rounding, which norms of a few values make larger.
+    assert_close_runs(tmp_path / "one", tmp_path / "two", rtol=3e-4)
     together(small.options(images, tmp_path / "apart", "--batch", 3) + network, tmp_path)
     (curves, _), (others, _) = (small.outcome(tmp_path / name) for name in ("one", "apart"))
     assert dict(curves)["train/loss"][-1][1] != pytest.approx(dict(others)["train/loss"][-1][1], rel=1e-3)
