@@ -313,7 +313,7 @@ static void bn_moments_as(const NormArgs& args, int64_t begin, int64_t end) {
                              : bn_moments_planes<A>(args, begin, end);
 }
 
-#define REVK_NORM(name)                                                             \
+#define REVK_NORM_BY_SIZE(name)                                                     \
   template <class A, bool Hardswish>                                                \
   static void name##_by_size(const NormArgs& args, int64_t begin, int64_t end) {    \
     fills_no_vector<A>(args.x) ? name##_tiles<A, Hardswish>(args, begin, end)       \
@@ -324,10 +324,10 @@ static void bn_moments_as(const NormArgs& args, int64_t begin, int64_t end) {
     args.act == Activation::hardswish ? name##_by_size<A, true>(args, begin, end)   \
                                       : name##_by_size<A, false>(args, begin, end); \
   }
-REVK_NORM(bn_act_squeeze)
-REVK_NORM(bn_act_grad_sums)
-REVK_NORM(bn_act_grad)
-#undef REVK_NORM
+REVK_NORM_BY_SIZE(bn_act_squeeze)
+REVK_NORM_BY_SIZE(bn_act_grad_sums)
+REVK_NORM_BY_SIZE(bn_act_grad)
+#undef REVK_NORM_BY_SIZE
 
 #define REVK_NORM(name)                                                                   \
   static void name(const NormArgs& args, int64_t begin, int64_t end) {                    \

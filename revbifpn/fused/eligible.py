@@ -99,6 +99,7 @@ class Inspected:
         self.parts = modules[1:]
         called = modules if itself else self.parts
         self.types = [type(m) for m in self.parts]
+        # Layers without parts are left out: their classes' forward, which is looked at, would call none.
         self.children = [m._modules for m in modules if m._modules]
         self.order = self._order()
         self.attributes = [m.__dict__ for m in called]
